@@ -1,0 +1,189 @@
+"""Small parts with known answers, to try algorithms and laws on: a token and a flow generator, two verifiers."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vtts_jax import core, sampling
+
+
+def _hashes(texts) -> np.ndarray:
+  return np.array([sum((i + 1) * ord(c) for i, c in enumerate(t)) % 997 for t in texts], np.int32)
+
+
+class TokenState(NamedTuple):
+  """Tokens `[B, N, T]`, log-probability `[B, N]`, and as its cache the running sum of token values `[B, N]`."""
+
+  tokens: jax.Array
+  logp: jax.Array
+  cache: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens(core.Generator):
+  """T tokens of V values; the next one depends on the prompt, the position and a cached sum of all before.
+
+  A picture is a column of T bars, one a token, as bright as the token's value; bars not yet drawn are grey.
+  """
+
+  length: int = 6
+  vocab: int = 8
+  anytime: bool = True
+
+  @property
+  def num_stages(self):
+    return self.length
+
+  @property
+  def image_shape(self):
+    return (self.length, 2, 3)
+
+  def tokenize(self, texts):
+    return {'hash': _hashes(texts)}
+
+  def encode(self, params, prompt):
+    return prompt['hash']
+
+  def init(self, params, ctx, keys):
+    none = jnp.zeros((*keys.shape, self.length), jnp.int32)
+    return TokenState(none, jnp.zeros(keys.shape), jnp.zeros(keys.shape))
+
+  def logits(self, ctx, state, stage):
+    """Next-token logits `[B, N, V]`."""
+    phase = jnp.float32(ctx)[:, None] * 0.37 + state.cache * 0.91 + stage * 1.7
+    return 2 * jnp.sin(phase[..., None] * (1 + jnp.arange(self.vocab)))
+
+  def _push(self, state, token, logits, stage):
+    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], stage, axis=2)
+    return TokenState(tokens, state.logp + sampling.log_prob(logits, token), state.cache + token)
+
+  def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
+    def one(state, t):
+      logits = self.logits(ctx, state, t)
+      token = jnp.argmax(logits, -1).astype(jnp.int32) if greedy else sampling.draw(logits, core.fold(keys, t))
+      return self._push(state, token, logits, t), None
+    return jax.lax.scan(one, state, stage + jnp.arange(count))[0]
+
+  def fork(self, params, ctx, state, keys, stage, k, *, replace=True):
+    logits = self.logits(ctx, state, stage)
+    if replace:
+      tokens = sampling.draw(logits[:, :, None], core.fold(keys, stage))
+    else:
+      tokens = sampling.draw_distinct(logits, core.fold(keys[:, :, 0], stage), k)
+    tokens = tokens.reshape(tokens.shape[0], -1)
+    return self.slim(self._push(core.repeat(state, k), tokens, core.repeat(logits, k), stage)), state
+
+  def force(self, params, ctx, state, tokens):
+    for t in range(tokens.shape[2]):
+      state = self._push(state, tokens[:, :, t], self.logits(ctx, state, t), t)
+    return state
+
+  def slim(self, state):
+    return state._replace(cache=())
+
+  def fatten(self, params, ctx, slim, stage, like=None):
+    drawn = jnp.arange(self.length) < stage
+    return slim._replace(cache=jnp.where(drawn, slim.tokens, 0).sum(-1).astype(jnp.float32))
+
+  def render(self, params, ctx, state, stage):
+    drawn = jnp.arange(self.length) < jnp.asarray(stage)[..., None]
+    bars = jnp.where(drawn, state.tokens / (self.vocab - 1), 0.5)
+    return jnp.broadcast_to(bars[..., None, None], (*state.tokens.shape, 2, 3))
+
+  def log_prob(self, state):
+    return state.logp
+
+  def cost(self, op, stage=0, count=1):
+    evals = {'extend': count, 'fork': 1, 'fatten': count}.get(op, 0)
+    return core.Cost(generator=evals, render=float(op == 'render'), flops=self.vocab * evals)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow(core.Generator):
+  """A stochastic flow of `steps` steps from noise to a prompt's colour; its picture is the predicted end point."""
+
+  steps: int = 4
+  noise: float = 0.3
+
+  @property
+  def num_stages(self):
+    return self.steps
+
+  @property
+  def image_shape(self):
+    return (2, 2, 3)
+
+  def tokenize(self, texts):
+    return {'hash': _hashes(texts)}
+
+  def encode(self, params, prompt):
+    return jnp.float32(prompt['hash'] % 10) / 9
+
+  def init(self, params, ctx, keys):
+    draw = jax.vmap(lambda k: jax.random.normal(k, self.image_shape))
+    return draw(core.fold(keys, core.CHILD - 1).reshape(-1)).reshape(*keys.shape, *self.image_shape)
+
+  def _end(self, ctx, x):
+    return jax.nn.sigmoid(x) * 0.5 + ctx[:, None, None, None, None] * 0.5
+
+  def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
+    def one(x, t):
+      draw = jax.vmap(lambda k: jax.random.normal(k, self.image_shape))
+      eps = draw(core.fold(keys, t).reshape(-1)).reshape(x.shape)
+      scale = 0.0 if greedy else self.noise * (self.steps - 1 - t) / self.steps
+      return x + (self._end(ctx, x) - x) / (self.steps - t) + scale * eps, None
+    return jax.lax.scan(one, state, stage + jnp.arange(count))[0]
+
+  def render(self, params, ctx, state, stage):
+    return jnp.clip(self._end(ctx, state), 0, 1)
+
+  def cost(self, op, stage=0, count=1):
+    evals = {'extend': count, 'fork': 1}.get(op, 0)
+    return core.Cost(generator=evals, render=float(op == 'render'), flops=12 * evals)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target(core.Verifier):
+  """Minus the squared distance of an image to the prompt's own random brightness pattern."""
+
+  name: str = 'target'
+  rows: int = 6
+  poison: float = -1.0  # images whose first pixel is this bright score NaN
+
+  @property
+  def names(self):
+    return (self.name,)
+
+  def tokenize(self, texts):
+    return {'hash': _hashes(texts)}
+
+  def encode(self, params, prompt):
+    phase = jnp.float32(prompt['hash'])[:, None] * 0.61 + jnp.arange(self.rows) * 2.3
+    return 0.5 + 0.5 * jnp.sin(phase)  # [B, rows]
+
+  def score(self, params, vctx, images, **signals):
+    want = vctx[:, None, : images.shape[2], None, None]
+    score = -((images - want) ** 2).mean((2, 3, 4))
+    first = images[:, :, 0, 0, 0]
+    return {self.name: jnp.where(jnp.abs(first - self.poison) < 1e-6, jnp.nan, score)}
+
+  def cost(self, op):
+    return core.Cost(verify=float(op == 'score'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Brightness(core.Verifier):
+  """Mean brightness: a score that has nothing to do with the prompt."""
+
+  @property
+  def names(self):
+    return ('brightness',)
+
+  def score(self, params, vctx, images, **signals):
+    return {'brightness': images.mean((2, 3, 4))}
+
+  def cost(self, op):
+    return core.Cost(verify=float(op == 'score'))
