@@ -2,10 +2,10 @@
 
 A deliberately clean world, so that small models learn it in CPU minutes: five shapes, eight
 colours, two sizes, a flat grey ground, one to four objects with centres on a 6 x 6 lattice of 4
-pixels and gaps of at least 2 pixels. A caption describes the complete scene in GenEval's grammar and its metadata
-is GenEval's (github.com/djghosh13/geneval, `evaluation_metadata.jsonl`). What a caption leaves open is
-drawn at random: position and size always, colour in four of the six categories (the objects of a
-counting scene share both).
+pixels and gaps of at least 2 pixels. A caption describes the complete scene in GenEval's grammar
+and its metadata is GenEval's (github.com/djghosh13/geneval, `evaluation_metadata.jsonl`). What a
+caption leaves open is drawn at random: position and size always, colour in four of the six
+categories (the objects of a counting scene share both).
 
 Everything is a pure function of (seed, index): `sample(0, range(10, 20))` is rows 10..19 of
 `sample(0, range(100))`.
@@ -367,8 +367,8 @@ def negatives(scenes, seed, index, split='train'):
   """Captions false of the scene in exactly one aspect: (`Captions`, `[R]` index into ASPECTS).
 
   The wrong caption is one of the grammar and, with `split='train'`, never holds a held-out
-  combination (one that only ever occurs as wrong would give itself away); 'held' allows any. A single object's
-  wrong count is `two circles`. A pure function of (seed, `index [R]`, scenes).
+  combination (one that only ever occurs as wrong would give itself away); 'held' allows any. A
+  single object's wrong count is `two circles`. A pure function of (seed, `index [R]`, scenes).
   """
   _check('split', split, SPLITS)
   index, old = np.asarray(index), scenes.captions
