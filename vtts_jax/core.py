@@ -1,14 +1,14 @@
 """The types that everything else plugs into: costs, keys, candidates, and the three roles.
 
-A generator is a staged sampler, a verifier scores images, an algorithm is an ask / tell state machine over a
-batch of candidates. Behaviour is a frozen, hashable dataclass without arrays (a static argument of `jax.jit`),
-data are pytrees of arrays, parameters are always an argument.
+A generator is a staged sampler, a verifier scores images, an algorithm is an ask / tell state
+machine over a batch of candidates. Behaviour is a frozen, hashable dataclass without arrays (a
+static argument of `jax.jit`), data are pytrees of arrays, parameters are always an argument.
 
-Letters: B prompts, N candidates kept, M candidates proposed, K children of a candidate, T stages, H W C image.
+Letters: B prompts, N candidates kept, M candidates proposed, K children of a candidate, T stages,
+H W C image.
 """
 
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ class ConfigError(ValueError):
   """A setting that cannot be run; its message names the setting, the value and what is allowed."""
 
 
-# ---------------------------------------------------------------------------------------------- cost
+# ----------------------------------------------------------------------------------------------
+# cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Cost:
   """What a search spends on one prompt; exact before it runs.
 
   Attributes:
-    generator: network evaluations (NFE) of the generator: one token, one scale or one denoising step of one
-      candidate. Classifier-free guidance counts once here and twice in `flops`.
+    generator: network evaluations (NFE) of the generator: one token, one scale or one denoising
+      step of one candidate. Classifier-free guidance counts once here and twice in `flops`.
     render: images decoded.
     verify: images (or candidates) scored, summed over the verifiers that score them.
-    flops: floating-point operations of all of these and of the prompt encoders; a multiply-add is 2.
+    flops: floating-point operations of all of these and of the prompt encoders; a multiply-add is
+      2.
   """
 
   generator: float = 0
@@ -55,10 +57,11 @@ class Cost:
     return dataclasses.asdict(self)
 
 
-# ---------------------------------------------------------------------------------------------- keys
-# key(prompt p, candidate i) = fold_in(fold_in(root, p), i), p the global prompt id. Sampling at stage t folds t
-# in; the children of a candidate fold in CHILD + t and then their number, except child 0, which *is* its parent:
-# so a beam with one child per candidate draws exactly what best-of-N draws.
+# ----------------------------------------------------------------------------------------------
+# keys key(prompt p, candidate i) = fold_in(fold_in(root, p), i), p the global prompt id. Sampling
+# at stage t folds t in; the children of a candidate fold in CHILD + t and then their number,
+# except child 0, which *is* its parent: so a beam with one child per candidate draws exactly what
+# best-of-N draws.
 
 CHILD = 1 << 30
 
@@ -82,7 +85,8 @@ def candidate_keys(keys: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def child_keys(keys: jax.Array, stage, k: int) -> jax.Array:
-  """Keys `[B, N, K]` of the children that candidates with keys `[B, N]` get at `stage`; child 0 is its parent."""
+  """Keys `[B, N, K]` of the children that candidates with keys `[B, N]` get at `stage`; child 0 is
+  its parent."""
   parents = keys[:, :, None]
   if k == 1:
     return parents
@@ -90,11 +94,13 @@ def child_keys(keys: jax.Array, stage, k: int) -> jax.Array:
   return jnp.concatenate([parents, fold(base, jnp.arange(1, k))], axis=2)
 
 
-# -------------------------------------------------------------------------------------- candidate axes
+# -------------------------------------------------------------------------------------- candidate
+# axes
 
 
 def take(tree, index: jax.Array):
-  """Gathers candidates: leaves `[B, N, ...]`, index `[B, M]` into N; returns leaves `[B, M, ...]`."""
+  """Gathers candidates: leaves `[B, N, ...]`, index `[B, M]` into N; returns leaves `[B, M,
+  ...]`."""
   return jax.tree.map(jax.vmap(lambda x, i: x[i]), tree, _like(tree, index))
 
 
@@ -105,8 +111,10 @@ def repeat(tree, k: int):
 
 def where(pick: jax.Array, tree, other):
   """Per prompt, `tree` where `pick [B]` holds, else `other`; leaves `[B, ...]`, keys allowed."""
+
   def one(a, b):
     return jnp.where(pick.reshape(pick.shape + (1,) * (a.ndim - 1)), a, b)
+
   return jax.tree.map(one, tree, other)
 
 
@@ -114,23 +122,27 @@ def _like(tree, index):
   return jax.tree.map(lambda _: index, tree)
 
 
-# ------------------------------------------------------------------------------------------- the roles
+# ------------------------------------------------------------------------------------------- the
+# roles
 
 
 class Generator:
-  """A staged sampler. Subclasses are frozen dataclasses without arrays; this base holds what is optional.
+  """A staged sampler. Subclasses are frozen dataclasses without arrays; this base holds what is
+  optional.
 
-  A *stage* is the smallest step that search can cut at: one token, one scale, one denoising step. `extend` runs
-  `count` (static) stages from `stage` (may be traced); `render` shows a candidate of which `stage` stages are
-  done. State leaves are `[B, N, ...]`, context leaves `[B, ...]`. The *slim* form of a state is what identifies
-  the candidate (tokens, log-probability) without caches: `render` and `log_prob` must accept it.
+  A *stage* is the smallest step that search can cut at: one token, one scale, one denoising step.
+  `extend` runs `count` (static) stages from `stage` (may be traced); `render` shows a candidate of
+  which `stage` stages are done. State leaves are `[B, N, ...]`, context leaves `[B, ...]`. The
+  *slim* form of a state is what identifies the candidate (tokens, log-probability) without caches:
+  `render` and `log_prob` must accept it.
 
   Attributes:
     num_stages: stages of a complete sample.
     image_shape: `(H, W, 3)`.
     vocab: choices at a stage; 0 where a stage draws from a continuum.
-    anytime: whether the render of an unfinished candidate is a picture to hand out (nested token orders), not
-      just a look at what may come (grids, denoising). Only such renders may be returned as the best.
+    anytime: whether the render of an unfinished candidate is a picture to hand out (nested token
+      orders), not just a look at what may come (grids, denoising). Only such renders may be
+      returned as the best.
   """
 
   num_stages: int
@@ -159,11 +171,13 @@ class Generator:
     raise NotImplementedError
 
   def render(self, params, ctx, state, stage) -> jax.Array:
-    """Images `[B, N, H, W, 3]`, float32 in [0, 1], of candidates (slim or not); stages done: a scalar or `[B, N]`."""
+    """Images `[B, N, H, W, 3]`, float32 in [0, 1], of candidates (slim or not); stages done: a
+    scalar or `[B, N]`."""
     raise NotImplementedError
 
   def cost(self, op: str, stage: int = 0, count: int = 1) -> Cost:
-    """Cost of one call for one candidate: op is 'encode' (per prompt), 'extend', 'fork', 'fatten' or 'render'."""
+    """Cost of one call for one candidate: op is 'encode' (per prompt), 'extend', 'fork', 'fatten'
+    or 'render'."""
     raise NotImplementedError
 
   def slim(self, state) -> Any:
@@ -171,16 +185,18 @@ class Generator:
     return state
 
   def fatten(self, params, ctx, slim, stage, like=None) -> Any:
-    """A state from its slim form; `like` is a state with the same prefix whose caches can be taken over."""
+    """A state from its slim form; `like` is a state with the same prefix whose caches can be taken
+    over."""
     return slim
 
   def fork(self, params, ctx, state, keys, stage, k: int, *, replace: bool = True):
-    """K continuations of each candidate by one stage: (slim children `[B, N * K, ...]`, donor `[B, N, ...]`).
+    """K continuations of each candidate by one stage: (slim children `[B, N * K, ...]`, donor `[B,
+    N, ...]`).
 
-    A child with its parent's donor is a state again, `fatten(.., child, .., like=take(donor, parent))`: that is
-    how K children share one cache until they are chosen. Children of one parent lie next to each other;
-    `keys [B, N, K]` (see `child_keys`). With `replace=False` the children of a parent differ, which only
-    generators with a finite choice per stage can offer.
+    A child with its parent's donor is a state again, `fatten(.., child, .., like=take(donor,
+    parent))`: that is how K children share one cache until they are chosen. Children of one parent
+    lie next to each other; `keys [B, N, K]` (see `child_keys`). With `replace=False` the children
+    of a parent differ, which only generators with a finite choice per stage can offer.
     """
     if not replace:
       raise NotImplementedError(f'{type(self).__name__}.fork without replacement')
@@ -205,8 +221,8 @@ class Verifier:
   """Scores images. Subclasses are frozen dataclasses without arrays.
 
   Attributes:
-    uses: what `score` needs: 'images', and of the generator's signals 'log_prob' (`[B, M]`, with 'length').
-      Without 'images' nothing is rendered for it.
+    uses: what `score` needs: 'images', and of the generator's signals 'log_prob' (`[B, M]`, with
+      'length'). Without 'images' nothing is rendered for it.
     jittable: False when `score` runs on the host; the stepped driver is then used.
   """
 
@@ -229,14 +245,15 @@ class Verifier:
     return prompt
 
   def score(self, params, vctx, images, **signals) -> dict[str, jax.Array]:
-    """Images `[B, M, H, W, 3]` to scores `{name: [B, M]}`, larger is better; called on chunks of M."""
+    """Images `[B, M, H, W, 3]` to scores `{name: [B, M]}`, larger is better; called on chunks of
+    M."""
     raise NotImplementedError
 
   def total(self, scores: Mapping[str, jax.Array], valid: jax.Array) -> jax.Array:
     """The one number to search on, `[B, M]`, from all scores of all M candidates; larger is better.
 
-    `valid [B, M]` is False where a score is NaN or infinite: such a candidate is out whatever is returned for
-    it, and must not move the others. The best seen so far is always among the M.
+    `valid [B, M]` is False where a score is NaN or infinite: such a candidate is out whatever is
+    returned for it, and must not move the others. The best seen so far is always among the M.
     """
     return scores[self.names[0]]
 
@@ -265,7 +282,8 @@ class Candidates(NamedTuple):
 
 
 class Best(NamedTuple):
-  """The best candidate seen: slim state `[B, ...]`, its stages done `[B]`, its scores `{name: [B]}`, total `[B]`."""
+  """The best candidate seen: slim state `[B, ...]`, its stages done `[B]`, its scores `{name:
+  [B]}`, total `[B]`."""
 
   state: Any
   stage: jax.Array
@@ -274,7 +292,8 @@ class Best(NamedTuple):
 
 
 class SearchState(NamedTuple):
-  """Between two steps: frontier `[B, N, ...]` with its keys `[B, N]` and scores `[B, N]`, best, algorithm's own."""
+  """Between two steps: frontier `[B, N, ...]` with its keys `[B, N]` and scores `[B, N]`, best,
+  algorithm's own."""
 
   frontier: Any
   keys: jax.Array
@@ -284,14 +303,16 @@ class SearchState(NamedTuple):
 
 
 class Step(NamedTuple):
-  """Which step is run: `index` may be traced, `first` is static and has the same shapes as `index`."""
+  """Which step is run: `index` may be traced, `first` is static and has the same shapes as
+  `index`."""
 
   index: Any
   first: int
 
 
 class Told(NamedTuple):
-  """What `tell` returns: frontier `[B, N', ...]`, keys and scores `[B, N']`, kept candidates `[B, N']`, own."""
+  """What `tell` returns: frontier `[B, N', ...]`, keys and scores `[B, N']`, kept candidates `[B,
+  N']`, own."""
 
   frontier: Any
   keys: jax.Array
@@ -301,7 +322,8 @@ class Told(NamedTuple):
 
 
 class Algorithm:
-  """An ask / tell state machine. Subclasses are frozen dataclasses; they never see a model or a verifier."""
+  """An ask / tell state machine. Subclasses are frozen dataclasses; they never see a model or a
+  verifier."""
 
   def check(self, gen: Generator) -> None:
     """Raises `ConfigError` where the settings do not fit the generator."""
@@ -320,12 +342,15 @@ class Algorithm:
   def ask(self, gen, params, ctx, state: SearchState, step: Step) -> Candidates:
     raise NotImplementedError
 
-  def tell(self, gen, params, ctx, state: SearchState, cands: Candidates, totals, step: Step) -> Told:
+  def tell(
+    self, gen, params, ctx, state: SearchState, cands: Candidates, totals, step: Step
+  ) -> Told:
     """Takes totals `[B, M]`; -inf marks a candidate that must not be kept."""
     raise NotImplementedError
 
   def step_cost(self, gen: Generator, step: int, initial: int = 0) -> tuple[Cost, int]:
-    """Generator cost of `ask` and the number M of candidates that a step has rendered and scored."""
+    """Generator cost of `ask` and the number M of candidates that a step has rendered and
+    scored."""
     raise NotImplementedError
 
   def costs(self, gen: Generator, ver: Verifier) -> tuple[Cost, ...]:
@@ -341,77 +366,3 @@ class Algorithm:
   def cost(self, gen: Generator, ver: Verifier) -> Cost:
     """The whole bill per prompt, before anything runs."""
     return sum(self.costs(gen, ver), Cost())
-
-
-# ---------------------------------------------------------------------------------------- components
-
-
-def load(name: str, **settings):
-  """Builds a component by its module path, e.g. `load('search.beam', width=5)`.
-
-  `vtts_jax.<name>` is tried first when the name starts with one of the package's folders, otherwise the name is
-  imported as it stands, so a component of yours needs no registration: one module with a `build(**settings)`.
-
-  Raises:
-    ConfigError: unknown component, unknown setting or a value that the component refuses.
-  """
-  inside = name.split('.')[0] in ('search', 'generators', 'verifiers')
-  path = f'vtts_jax.{name}' if inside else name
-  try:
-    module = importlib.import_module(path)
-  except ModuleNotFoundError as err:
-    if err.name and (path == err.name or path.startswith(err.name + '.')):
-      raise ConfigError(f'unknown component {name!r}; allowed: {", ".join(components())}, or the import path '
-                        'of a module of yours that has a build()') from None
-    raise
-  if not hasattr(module, 'build'):
-    raise ConfigError(f'component {name!r} has no build(); allowed: {", ".join(components())}')
-  return module.build(**settings)
-
-
-def components() -> dict[str, str]:
-  """Names of the package's own components, each with the first line of its docstring."""
-  import ast
-  import pathlib
-  root = pathlib.Path(__file__).parent
-  found = {}
-  for folder in ('generators', 'verifiers', 'search'):
-    for file in sorted((root / folder).glob('*.py')):
-      tree = ast.parse(file.read_text(encoding='utf-8'))
-      if any(isinstance(node, ast.FunctionDef | ast.Assign) and _defines(node, 'build') for node in tree.body):
-        found[f'{folder}.{file.stem}'] = (ast.get_docstring(tree) or '').split('\n')[0]
-  return found
-
-
-def _defines(node, name):
-  import ast
-  if isinstance(node, ast.FunctionDef):
-    return node.name == name
-  return any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
-
-
-def settings_of(cls) -> dict[str, Any]:
-  """Names and defaults of a component's settings, for `--help` and for error messages."""
-  return {f.name: f.default for f in dataclasses.fields(cls)}
-
-
-def build_dataclass(cls, **settings):
-  """A component from its settings; lists become tuples, an unknown setting or a wrong type is a `ConfigError`."""
-  known = settings_of(cls)
-  made = {}
-  for name, value in settings.items():
-    if name not in known:
-      raise ConfigError(f'{cls.__module__.removeprefix("vtts_jax.")}: unknown setting {name}={value!r}; '
-                        f'allowed: {", ".join(known)}')
-    made[name] = _frozen(value)
-  try:
-    part = cls(**made)
-  except TypeError as err:
-    raise ConfigError(f'{cls.__module__.removeprefix("vtts_jax.")}: {err}') from None
-  return part
-
-
-def _frozen(value):
-  if isinstance(value, list | tuple):
-    return tuple(_frozen(v) for v in value)
-  return value

@@ -1,9 +1,8 @@
-"""The drivers: one step function, run fused (a single XLA program) or stepped (a Python loop over the same step).
+"""The drivers: `step.py` run fused (one XLA program) or stepped (a Python loop over the same step).
 
-    encode -> begin -> [ ask -> render -> score -> tell ] x num_steps -> finish
-
-Prompts are processed in batches of one shape, padded, so that nothing is compiled twice; on a mesh each device has
-its own prompts (`shard_map`), and a candidate's keys depend on (seed, prompt id, candidate id, stage) alone.
+Prompts are processed in batches of one shape, padded, so that nothing is compiled twice; on a mesh
+each device has its own prompts (`shard_map`), and a candidate's keys depend on (seed, prompt id,
+candidate id, stage) alone.
 Letters: P prompts in all, B in a batch, M candidates of a step, N kept.
 """
 
@@ -11,7 +10,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,41 +17,19 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from vtts_jax import core
-from vtts_jax.core import NEG_INF, Algorithm, Best, ConfigError, Cost, Generator, SearchState, Step, Verifier
-
-
-class Job(NamedTuple):
-  """What a program is compiled for; static and hashable."""
-
-  algo: Algorithm
-  gen: Generator
-  ver: Verifier
-  render_chunk: int = 0
-  trace: bool = False
-
-
-class StepTrace(NamedTuple):
-  """What a step leaves behind.
-
-  Attributes:
-    totals: `[B, M]`, -inf where a score was NaN or infinite.
-    scores: `{name: [B, M]}` as the verifier gave them.
-    bad: `{name: [B]}`, how many candidates had a NaN or infinite score of that name.
-    parent: `[B, M]`, the frontier candidate that each came from, -1 for none.
-    kept: `[B, N']`, which candidates make the next frontier.
-    stage: `[B]`, stages done of what was looked at.
-    best: the best so far; its state is dropped from the trace unless `trace` is asked for.
-    shown: slim states `[B, M, ...]` of what was looked at; only when `trace` is asked for.
-  """
-
-  totals: Any
-  scores: Any
-  bad: Any
-  parent: Any
-  kept: Any
-  stage: Any
-  best: Best
-  shown: Any
+from vtts_jax.core import Algorithm, Best, ConfigError, Cost, Generator, Step, Verifier
+from vtts_jax.step import (
+  Job,
+  StepTrace,
+  advance,
+  begin,
+  encode,
+  finish,
+  in_chunks,
+  settle,
+  show,
+  signals,
+)
 
 
 @dataclasses.dataclass
@@ -63,11 +39,12 @@ class SearchResult:
   Attributes:
     ids: `[P]`, global prompt ids.
     images: `[P, H, W, 3]`, float32 in [0, 1], of the best candidates.
-    best: slim states `[P, ...]`, stages done `[P]`, scores `{name: [P]}` and total `[P]`. A prompt none of whose
-      candidates had finite scores has total -inf; `failed` lists them.
+    best: slim states `[P, ...]`, stages done `[P]`, scores `{name: [P]}` and total `[P]`. A prompt
+      none of whose candidates had finite scores has total -inf; `failed` lists them.
     steps: one `StepTrace` a step.
     costs: cost per prompt of each step; the last entry also has the final render.
-    seconds: 'compile' and 'run', summed over the batches; 'prompts' counts what was run, padding included.
+    seconds: 'compile' and 'run', summed over the batches; 'prompts' counts what was run, padding
+      included.
   """
 
   ids: np.ndarray
@@ -87,109 +64,6 @@ class SearchResult:
     return {name: sum(step.bad[name] for step in self.steps) for name in self.steps[0].bad}
 
 
-# ------------------------------------------------------------------------------------------ one step
-
-
-def encode(job: Job, params, prompts):
-  """Prompt arrays to the contexts of generator and verifier, once per prompt."""
-  return (job.gen.encode(params['generator'], prompts['generator']),
-          job.ver.encode(params['verifier'], prompts['verifier']))
-
-
-def begin(job: Job, params, ctx, keys, initial) -> SearchState:
-  """The state before the first step; prompt keys `[B]`, initial tokens `[B, t]`."""
-  told = job.algo.init(job.gen, params['generator'], ctx, keys, initial)
-  empty = job.gen.slim(job.gen.init(params['generator'], ctx, keys[:, None]))
-  none = jnp.full(keys.shape, NEG_INF)
-  best = Best(jax.tree.map(lambda x: x[:, 0], empty), jnp.zeros(keys.shape, jnp.int32),
-              {name: none for name in job.ver.names}, none)
-  return SearchState(told.frontier, told.keys, told.scores, best, told.inner)
-
-
-def look(job: Job, params, ctx, vctx, cands: core.Candidates):
-  """Renders and scores the candidates in chunks, so that no more images than `render_chunk` exist at a time."""
-  def one(shown):
-    images = show(job, params, ctx, shown, cands.stage)
-    return job.ver.score(params['verifier'], vctx, images, **signals(job, shown, cands.stage))
-  return in_chunks(job, one, cands.shown)
-
-
-def show(job: Job, params, ctx, shown, stage):
-  """Images `[B, M, H, W, 3]` of slim states, or None where the verifier looks at none."""
-  if 'images' not in job.ver.uses:
-    return None
-  return job.gen.render(params['generator'], ctx, shown, stage)
-
-
-def signals(job: Job, shown, stage) -> dict[str, Any]:
-  """What the generator tells the verifier besides images."""
-  if 'log_prob' not in job.ver.uses:
-    return {}
-  return {'log_prob': job.gen.log_prob(shown), 'length': stage}
-
-
-def in_chunks(job: Job, function, shown):
-  """`function` of slim states `[B, M, ...]`, applied to `render_chunk` of the M at a time by a compiled loop."""
-  batch, m = jax.tree.leaves(shown)[0].shape[:2]
-  chunk = min(job.render_chunk or m, m)
-  if chunk == m:
-    return function(shown)
-  pieces = -(-m // chunk)
-  index = jnp.minimum(jnp.arange(pieces * chunk), m - 1).reshape(pieces, chunk)
-  out = jax.lax.map(lambda i: function(core.take(shown, jnp.broadcast_to(i, (batch, chunk)))), index)
-  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :m], out)
-
-
-def judge(job: Job, state: SearchState, cands: core.Candidates, scores):
-  """Totals `[B, M]`, the best including these candidates, and the count of bad scores by name."""
-  finite = {name: jnp.isfinite(value) for name, value in scores.items()}
-  valid = functools.reduce(jnp.logical_and, finite.values())
-  pool = {name: jnp.concatenate([jnp.where(valid, scores[name], 0), state.best.scores[name][:, None]], axis=1)
-          for name in job.ver.names}
-  had = jnp.isfinite(state.best.total)
-  valid_pool = jnp.concatenate([valid, had[:, None]], axis=1)
-  pool = {name: jnp.where(valid_pool, value, 0) for name, value in pool.items()}
-  totals = jnp.where(valid_pool, job.ver.total(pool, valid_pool), NEG_INF)
-  totals, before = totals[:, :-1], totals[:, -1]
-
-  final = jnp.logical_or(job.gen.anytime, cands.stage >= job.gen.num_stages)
-  offered = jnp.where(final, totals, NEG_INF)
-  winner = jnp.argmax(offered, axis=1)
-  value = offered.max(axis=1)
-  new = Best(jax.tree.map(lambda x: x[:, 0], core.take(cands.shown, winner[:, None])),
-             jnp.broadcast_to(cands.stage, winner.shape),
-             {name: jnp.take_along_axis(scores[name], winner[:, None], axis=1)[:, 0] for name in job.ver.names},
-             value)
-  old = state.best._replace(total=before)
-  best = core.where(value > before, new, old)
-  bad = {name: (~ok).sum(axis=1) for name, ok in finite.items()}
-  return totals, best, bad
-
-
-def settle(job: Job, params, ctx, state, cands, scores, step: Step) -> tuple[SearchState, StepTrace]:
-  """`tell`, with what every algorithm shares: elitism and the exclusion of bad scores."""
-  totals, best, bad = judge(job, state, cands, scores)
-  told = job.algo.tell(job.gen, params['generator'], ctx, state, cands, totals, step)
-  shown = cands.shown if job.trace else ()
-  seen = best if job.trace else best._replace(state=())
-  stage = jnp.broadcast_to(cands.stage, best.stage.shape)
-  trace = StepTrace(totals, scores, bad, cands.parent, told.kept, stage, seen, shown)
-  return SearchState(told.frontier, told.keys, told.scores, best, told.inner), trace
-
-
-def advance(job: Job, params, ctx, vctx, state: SearchState, step: Step):
-  """One whole step: the function that both drivers run."""
-  cands = job.algo.ask(job.gen, params['generator'], ctx, state, step)
-  scores = look(job, params, ctx, vctx, cands)
-  return settle(job, params, ctx, state, cands, scores, step)
-
-
-def finish(job: Job, params, ctx, best: Best):
-  """Images `[B, H, W, 3]` of the best candidates."""
-  state = jax.tree.map(lambda x: x[:, None], best.state)
-  return job.gen.render(params['generator'], ctx, state, best.stage[:, None])[:, 0]
-
-
 def fused(job: Job, params, prompts, ids, root, initial):
   """A whole search as one function of arrays: (best, images, traces)."""
   ctx, vctx = encode(job, params, prompts)
@@ -206,11 +80,13 @@ def fused(job: Job, params, prompts, ids, root, initial):
   return state.best, finish(job, params, ctx, state.best), tuple(traces)
 
 
-# ---------------------------------------------------------------------------------- compiled programs
+# ---------------------------------------------------------------------------------- compiled
+# programs
 
 
 class Program:
-  """A function compiled ahead of time for each shape it meets, with the compile time kept apart from the rest."""
+  """A function compiled ahead of time for each shape it meets, with the compile time kept apart
+  from the rest."""
 
   made = 0  # programs compiled by this process; tests count them
   compile_seconds = 0.0  # and how long that took
@@ -238,22 +114,30 @@ def _program(job: Job, name: str, mesh: Mesh | None, static: tuple[int, int] = (
 
   def propose(params, ctx, state, i):
     cands = job.algo.ask(job.gen, params['generator'], ctx, state, step(i))
-    out = in_chunks(job, lambda shown: (show(job, params, ctx, shown, cands.stage),
-                                        signals(job, shown, cands.stage)), cands.shown)
+    out = in_chunks(
+      job,
+      lambda shown: (show(job, params, ctx, shown, cands.stage), signals(job, shown, cands.stage)),
+      cands.shown,
+    )
     return cands._replace(stage=jnp.broadcast_to(cands.stage, cands.parent.shape[:1])), out
 
   def conclude(params, ctx, state, cands, scores, i):
     return settle(job, params, ctx, state, cands._replace(stage=cands.stage[0]), scores, step(i))
 
   function, specs = {
-      'fused': (functools.partial(fused, job), (whole, data, data, whole, data)),
-      'encode': (functools.partial(encode, job), (whole, data)),
-      'begin': (lambda p, c, i, r, t: begin(job, p, c, core.prompt_keys(r, i), t),
-                (whole, data, data, whole, data)),
-      'advance': (lambda p, c, v, s, i: advance(job, p, c, v, s, step(i)), (whole, data, data, data, whole)),
-      'propose': (propose, (whole, data, data, whole)),
-      'conclude': (conclude, (whole, data, data, data, data, whole)),
-      'finish': (functools.partial(finish, job), (whole, data, data)),
+    'fused': (functools.partial(fused, job), (whole, data, data, whole, data)),
+    'encode': (functools.partial(encode, job), (whole, data)),
+    'begin': (
+      lambda p, c, i, r, t: begin(job, p, c, core.prompt_keys(r, i), t),
+      (whole, data, data, whole, data),
+    ),
+    'advance': (
+      lambda p, c, v, s, i: advance(job, p, c, v, s, step(i)),
+      (whole, data, data, data, whole),
+    ),
+    'propose': (propose, (whole, data, data, whole)),
+    'conclude': (conclude, (whole, data, data, data, data, whole)),
+    'finish': (functools.partial(finish, job), (whole, data, data)),
   }[name]
   if mesh is not None:
     function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=data, check_vma=False)
@@ -261,7 +145,9 @@ def _program(job: Job, name: str, mesh: Mesh | None, static: tuple[int, int] = (
 
 
 def stepped(job: Job, params, prompts, ids, root, initial, mesh=None, on_step=None):
-  """The same search as a Python loop: for host verifiers, live progress, and models that fill the device."""
+  """The same search as a Python loop: for host verifiers, live progress, and models that fill the
+  device."""
+
   def call(name, *args, static=(0, 1)):
     return _program(job, name, mesh, static)(*args)
 
@@ -284,32 +170,51 @@ def stepped(job: Job, params, prompts, ids, root, initial, mesh=None, on_step=No
   return state.best, call('finish', params, ctx, state.best), tuple(traces)
 
 
-# --------------------------------------------------------------------------------------------- search
+# ---------------------------------------------------------------------------------------------
+# search
 
 
 def bill(algo: Algorithm, gen: Generator, ver: Verifier) -> tuple[Cost, ...]:
-  """Cost per prompt of each step, with the final render of the best in the last; sums to the whole bill."""
+  """Cost per prompt of each step, with the final render of the best in the last; sums to the whole
+  bill."""
   costs = list(algo.costs(gen, ver))
   costs[-1] = costs[-1] + gen.cost('render')
   return tuple(costs)
 
 
 def check_budget(cost: Cost, budget: Mapping[str, float] | None) -> None:
-  """Raises `ConfigError` with the whole bill where `cost` is above a limit of `budget` (0 or absent: no limit)."""
+  """Raises `ConfigError` with the whole bill where `cost` is above a limit of `budget` (0 or
+  absent: no limit)."""
   allowed = cost.asdict()
   for name, limit in (budget or {}).items():
     if name not in allowed:
       raise ConfigError(f'budget.{name}={limit}: no such limit; allowed: {", ".join(allowed)}')
     if limit and allowed[name] > limit:
       lines = ', '.join(f'{k} {v:,.0f}' for k, v in allowed.items())
-      raise ConfigError(f'budget.{name}={limit:,.0f} per prompt is below what the search spends ({lines}); '
-                        'raise it or shrink the search')
+      raise ConfigError(
+        f'budget.{name}={limit:,.0f} per prompt is below what the search spends ({lines}); '
+        'raise it or shrink the search'
+      )
 
 
-def search(algo: Algorithm, gen: Generator, ver: Verifier, params, prompts: Sequence[str], key: jax.Array, *,
-           ids: Sequence[int] | None = None, initial=None, mesh: Mesh | None = None, mode: str = 'fused',
-           batch: int = 0, render_chunk: int = 0, trace: bool = False, on_step: Callable | None = None,
-           budget: Mapping[str, float] | None = None) -> SearchResult:
+def search(
+  algo: Algorithm,
+  gen: Generator,
+  ver: Verifier,
+  params,
+  prompts: Sequence[str],
+  key: jax.Array,
+  *,
+  ids: Sequence[int] | None = None,
+  initial=None,
+  mesh: Mesh | None = None,
+  mode: str = 'fused',
+  batch: int = 0,
+  render_chunk: int = 0,
+  trace: bool = False,
+  on_step: Callable | None = None,
+  budget: Mapping[str, float] | None = None,
+) -> SearchResult:
   """Searches a picture for each prompt.
 
   Args:
@@ -317,15 +222,19 @@ def search(algo: Algorithm, gen: Generator, ver: Verifier, params, prompts: Sequ
     params: `{'generator': gen.load(), 'verifier': ver.load()}`.
     prompts: P texts.
     key: root key (`jax.random.key(seed)`).
-    ids: global prompt ids `[P]`, 0 .. P-1 by default. Results of a prompt depend on its id, not on its place.
-    initial: tokens `[P, t]` that every candidate starts from; t must equal the algorithm's `initial`.
+    ids: global prompt ids `[P]`, 0 .. P-1 by default. Results of a prompt depend on its id, not on
+      its place.
+    initial: tokens `[P, t]` that every candidate starts from; t must equal the algorithm's
+      `initial`.
     mesh: prompts are split over its 'data' axis.
-    mode: 'fused' (one program) or 'stepped' (a loop over compiled steps; chosen for host verifiers).
+    mode: 'fused' (one program) or 'stepped' (a loop over compiled steps; chosen for host
+      verifiers).
     batch: prompts run at a time; 0 for all. Rounded up to the mesh and padded.
     render_chunk: candidates per prompt rendered and scored at a time; 0 for all.
     trace: keep every slim state looked at (`StepTrace.shown`) and the best after each step.
     on_step: called with (step, StepTrace) after each step; stepped only.
-    budget: limits per prompt, by the names of `Cost`; a search above one is refused before anything is compiled.
+    budget: limits per prompt, by the names of `Cost`; a search above one is refused before
+      anything is compiled.
 
   Raises:
     ConfigError: settings that do not fit, before any compile.
@@ -341,7 +250,9 @@ def search(algo: Algorithm, gen: Generator, ver: Verifier, params, prompts: Sequ
   given = 0 if initial is None else np.shape(initial)[1]
   if given != algo.initial:
     raise ConfigError(f'search.initial={algo.initial}: {given} initial tokens were passed')
-  initial = np.zeros((len(prompts), 0), np.int32) if initial is None else np.asarray(initial, np.int32)
+  initial = (
+    np.zeros((len(prompts), 0), np.int32) if initial is None else np.asarray(initial, np.int32)
+  )
   if given and (initial.min() < 0 or initial.max() >= gen.vocab):
     raise ConfigError(f'initial tokens: must be in 0 .. {gen.vocab - 1}')
 
@@ -355,7 +266,9 @@ def search(algo: Algorithm, gen: Generator, ver: Verifier, params, prompts: Sequ
   parts, ran, compiled_before = [], 0.0, Program.compile_seconds
   for low in range(0, len(prompts), size):
     rows = np.minimum(np.arange(low, low + size), len(prompts) - 1)
-    local = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], (arrays, ids.astype(np.uint32), initial))
+    local = jax.tree.map(
+      lambda x, rows=rows: np.asarray(x)[rows], (arrays, ids.astype(np.uint32), initial)
+    )
     if mesh is not None:
       local = jax.device_put(local, jax.sharding.NamedSharding(mesh, PartitionSpec('data')))
     start, before = time.perf_counter(), Program.compile_seconds
@@ -368,7 +281,11 @@ def search(algo: Algorithm, gen: Generator, ver: Verifier, params, prompts: Sequ
     count = min(size, len(prompts) - low)
     parts.append(jax.tree.map(lambda x, count=count: x[:count], out))
   best, images, traces = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-  seconds = {'compile': Program.compile_seconds - compiled_before, 'run': ran, 'prompts': float(len(parts) * size)}
+  seconds = {
+    'compile': Program.compile_seconds - compiled_before,
+    'run': ran,
+    'prompts': float(len(parts) * size),
+  }
   return SearchResult(ids, images, best, traces, costs, seconds)
 
 
@@ -384,4 +301,6 @@ def validate(algo, gen, ver, mode: str = 'fused', on_step=None) -> None:
   if mode == 'fused' and on_step:
     raise ConfigError("on_step: needs mode='stepped'")
   if 'log_prob' in ver.uses and type(gen).log_prob is Generator.log_prob:
-    raise ConfigError(f'verifier {type(ver).__name__}: needs log-probabilities, which {type(gen).__name__} lacks')
+    raise ConfigError(
+      f'verifier {type(ver).__name__}: needs log-probabilities, which {type(gen).__name__} lacks'
+    )

@@ -1,7 +1,8 @@
 """Drawing tokens from logits: temperature, top-k, top-p, with and without replacement.
 
-Every draw is an argmax over logits plus Gumbel noise of an explicit key, so that the first of K draws without
-replacement, the draw with replacement and a plain draw from the same key are the same token.
+Every draw is an argmax over logits plus Gumbel noise of an explicit key, so that the first of K
+draws without replacement, the draw with replacement and a plain draw from the same key are the
+same token.
 Letters: R rows of any shape, K draws, V vocabulary.
 """
 
@@ -21,11 +22,14 @@ def check(temperature: float, top_k: int, top_p: float, vocab: int) -> None:
     raise ConfigError(f'generator.top_p={top_p}: must be in (0, 1]')
 
 
-def adjust(logits: jax.Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
-  """Logits `[..., V]` after temperature, then top-k, then nucleus (top-p) truncation; removed ones are -inf.
+def adjust(
+  logits: jax.Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> jax.Array:
+  """Logits `[..., V]` after temperature, then top-k, then nucleus (top-p) truncation; removed ones
+  are -inf.
 
-  Top-p keeps the smallest set of most probable tokens whose mass reaches p, and always the most probable one
-  (Holtzman et al. 2020, arXiv 1904.09751).
+  Top-p keeps the smallest set of most probable tokens whose mass reaches p, and always the most
+  probable one (Holtzman et al. 2020, arXiv 1904.09751).
   """
   logits = logits / temperature
   if top_k:
@@ -53,8 +57,8 @@ def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
 def draw_distinct(logits: jax.Array, keys: jax.Array, k: int) -> jax.Array:
   """K different tokens for each row, in order of drawing without replacement: int32 `[..., K]`.
 
-  Gumbel top-k (Kool et al. 2019, arXiv 1903.06059). Where fewer than K tokens have any probability the rest are the
-  next by index, as a truncated distribution has no more to give.
+  Gumbel top-k (Kool et al. 2019, arXiv 1903.06059). Where fewer than K tokens have any probability
+  the rest are the next by index, as a truncated distribution has no more to give.
   """
   return jax.lax.top_k(logits + gumbel(keys, logits.shape[-1]), k)[1].astype(jnp.int32)
 

@@ -1,6 +1,7 @@
 """Selection on scores: the only place that sorts or calls `top_k`.
 
-Runs under `shard_map` over prompts, so nothing here ever crosses devices. Letters: B prompts, M scored, N kept.
+Runs under `shard_map` over prompts, so nothing here ever crosses devices. Letters: B prompts, M
+scored, N kept.
 """
 
 import jax
@@ -10,10 +11,11 @@ from vtts_jax.core import NEG_INF
 
 
 def top(totals: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-  """Indices and totals `[B, N]` of the n best of `totals [B, M]`, best first, the earlier one on ties.
+  """Indices and totals `[B, N]` of the n best of `totals [B, M]`, best first, the earlier one on
+  ties.
 
-  A total of -inf (NaN or infinite score) is never kept while a finite one exists: where fewer than n are finite the
-  finite ones are repeated from the best on.
+  A total of -inf (NaN or infinite score) is never kept while a finite one exists: where fewer than
+  n are finite the finite ones are repeated from the best on.
   """
   values, index = jax.lax.top_k(totals, n)
   usable = jnp.maximum((values > NEG_INF).sum(axis=1, keepdims=True), 1)
@@ -30,7 +32,8 @@ def ranks(values: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def min_max(values: jax.Array, valid: jax.Array) -> jax.Array:
-  """Values `[B, M]` scaled to [0, 1] over the valid entries of each prompt; 0.5 where these are all equal."""
+  """Values `[B, M]` scaled to [0, 1] over the valid entries of each prompt; 0.5 where these are
+  all equal."""
   low = jnp.where(valid, values, jnp.inf).min(axis=1, keepdims=True)
   high = jnp.where(valid, values, -jnp.inf).max(axis=1, keepdims=True)
   span = high - low

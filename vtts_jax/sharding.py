@@ -13,7 +13,8 @@ AXES = ('data', 'model')
 
 
 def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh ('data', 'model') over `devices` (this process's by default) with `model` of them per replica.
+  """A mesh ('data', 'model') over `devices` (this process's by default) with `model` of them per
+  replica.
 
   Raises:
     ConfigError: `model` does not divide the number of devices.
@@ -25,9 +26,12 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def place(params, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = ()):
-  """Shardings for a parameter tree: the first rule whose regex is found in the path 'a/b/c' wins, else replicated."""
+  """Shardings for a parameter tree: the first rule whose regex is found in the path 'a/b/c' wins,
+  else replicated."""
+
   def one(path, leaf):
     name = '/'.join(str(getattr(p, 'key', getattr(p, 'idx', p))) for p in path)
     spec = next((s for pattern, s in rules if re.search(pattern, name)), PartitionSpec())
     return NamedSharding(mesh, spec)
+
   return jax.tree_util.tree_map_with_path(one, params)

@@ -1,8 +1,9 @@
 """Beam search over stages: extend, branch, look at (partial) pictures, keep the best prefixes.
 
-The search of SoTo ("(1D) Ordered Tokens Enable Efficient Test-Time Search", arXiv 2604.15453; published defaults
-width 5, branch 10, geometric schedule), with lookahead (Snell et al., 2408.03314) as a setting. Candidates of one
-beam differ only in the last stage of a chunk when `branch_at='last'`, so a candidate costs one stage, not a chunk.
+The search of SoTo ("(1D) Ordered Tokens Enable Efficient Test-Time Search", arXiv 2604.15453;
+published defaults width 5, branch 10, geometric schedule), with lookahead (Snell et al.,
+2408.03314) as a setting. Candidates of one beam differ only in the last stage of a chunk when
+`branch_at='last'`, so a candidate costs one stage, not a chunk.
 
 Letters: B prompts, N beams, K children of each, M = N * K candidates, T stages.
 """
@@ -11,7 +12,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vtts_jax import core, select
+from vtts_jax import components, core, select
 from vtts_jax.search import settings
 
 
@@ -21,9 +22,11 @@ class Beam(core.Algorithm):
 
   Attributes:
     width: beams kept; an integer, or a tuple with one entry a step.
-    branch: children of each beam; an integer or a tuple with one entry a step. With branch 1 the beam is best-of-N.
+    branch: children of each beam; an integer or a tuple with one entry a step. With branch 1 the
+      beam is best-of-N.
     roots: beams at the start; 0 for the (first) width. The published loop has 1.
-    schedule: 'geometric', 'linear', 'fixed' or a tuple of cumulative stage counts; see `settings.cuts`.
+    schedule: 'geometric', 'linear', 'fixed' or a tuple of cumulative stage counts; see
+      `settings.cuts`.
     size: base of 'geometric', stages a step of 'linear'.
     steps: at most so many steps; 0 for as many as the schedule has.
     branch_at: 'last' draws K children at the last stage of a chunk, 'first' draws K whole chunks.
@@ -61,11 +64,14 @@ class Beam(core.Algorithm):
     settings.flag('replace', self.replace)
     settings.flag('complete', self.complete)
     if isinstance(self.schedule, str):
-      settings.one_of('schedule', self.schedule, (*settings.SCHEDULES, 'a list of cumulative stage counts'))
+      settings.one_of(
+        'schedule', self.schedule, (*settings.SCHEDULES, 'a list of cumulative stage counts')
+      )
     if self.branch_at == 'first' and not self.replace:
       raise core.ConfigError("search.replace=False: needs search.branch_at='last'")
 
-  # ------------------------------------------------------------------------------------- static shapes
+  # ------------------------------------------------------------------------------------- static
+  # shapes
 
   def plan(self, gen) -> tuple['Chunk', ...]:
     """What each step does, all of it known before anything runs."""
@@ -88,12 +94,19 @@ class Beam(core.Algorithm):
   def check(self, gen):
     chunks = self.plan(gen)
     if not self.replace and max(c.branch for c in chunks) > gen.vocab:
-      raise core.ConfigError(f'search.replace=False with search.branch={self.branch}: {type(gen).__name__} has '
-                             f'{gen.vocab} choices a stage; allowed: True, or a smaller branch')
-    if not gen.anytime and chunks[-1].begin + chunks[-1].size < gen.num_stages and not chunks[-1].look:
       raise core.ConfigError(
-          f'search.complete=False: the schedule ends at stage {chunks[-1].begin + chunks[-1].size} of '
-          f'{gen.num_stages} and an unfinished sample of {type(gen).__name__} is no picture; allowed: True')
+        f'search.replace=False with search.branch={self.branch}: {type(gen).__name__} has '
+        f'{gen.vocab} choices a stage; allowed: True, or a smaller branch'
+      )
+    if (
+      not gen.anytime
+      and chunks[-1].begin + chunks[-1].size < gen.num_stages
+      and not chunks[-1].look
+    ):
+      raise core.ConfigError(
+        f'search.complete=False: the schedule ends at stage {chunks[-1].begin + chunks[-1].size} of '
+        f'{gen.num_stages} and an unfinished sample of {type(gen).__name__} is no picture; allowed: True'
+      )
 
   def phases(self, gen):
     runs, shapes = [], [dataclasses.replace(c, begin=0) for c in self.plan(gen)]
@@ -105,7 +118,8 @@ class Beam(core.Algorithm):
         runs.append((i, 1))
     return tuple(runs)
 
-  # --------------------------------------------------------------------------------------- ask and tell
+  # --------------------------------------------------------------------------------------- ask and
+  # tell
 
   def init(self, gen, params, ctx, keys, initial):
     beams = self.plan(gen)[0].beams
@@ -116,7 +130,9 @@ class Beam(core.Algorithm):
 
   def ask(self, gen, params, ctx, state, step):
     chunk, begin = self._at(gen, step)
-    index = jnp.broadcast_to(jnp.arange(chunk.beams * max(chunk.branch, 1)), (state.keys.shape[0], chunk.proposed))
+    index = jnp.broadcast_to(
+      jnp.arange(chunk.beams * max(chunk.branch, 1)), (state.keys.shape[0], chunk.proposed)
+    )
     parent = index // max(chunk.branch, 1)
     last = begin + chunk.size - 1
     if chunk.branch == 0:  # the completion after the last step
@@ -124,7 +140,9 @@ class Beam(core.Algorithm):
       drawn, keys, source = gen.slim(donor), state.keys, index
     elif self.branch_at == 'first':
       keys = core.child_keys(state.keys, begin, chunk.branch).reshape(index.shape)
-      donor = gen.extend(params, ctx, core.repeat(state.frontier, chunk.branch), keys, begin, chunk.size)
+      donor = gen.extend(
+        params, ctx, core.repeat(state.frontier, chunk.branch), keys, begin, chunk.size
+      )
       drawn, source = gen.slim(donor), index
     else:
       trunk = state.frontier
@@ -137,7 +155,9 @@ class Beam(core.Algorithm):
     if chunk.look:
       state_of = gen.fatten(params, ctx, drawn, last + 1, like=core.take(donor, source))
       shown = gen.slim(gen.extend(params, ctx, state_of, keys, last + 1, chunk.look, greedy=True))
-    return core.Candidates(shown, jnp.int32(last + 1 + chunk.look), parent, (drawn, keys, donor, source))
+    return core.Candidates(
+      shown, jnp.int32(last + 1 + chunk.look), parent, (drawn, keys, donor, source)
+    )
 
   def tell(self, gen, params, ctx, state, cands, totals, step):
     chunk, begin = self._at(gen, step)
@@ -162,13 +182,16 @@ class Beam(core.Algorithm):
     if chunk.branch == 0 or self.branch_at == 'first':
       cost += chunk.proposed * gen.cost('extend', begin, chunk.size)
     else:
-      cost += chunk.beams * (gen.cost('extend', begin, chunk.size - 1) + gen.cost('fork', last, chunk.branch))
+      cost += chunk.beams * (
+        gen.cost('extend', begin, chunk.size - 1) + gen.cost('fork', last, chunk.branch)
+      )
     return cost + chunk.proposed * gen.cost('extend', last + 1, chunk.look), chunk.proposed
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """One step: stages `begin .. begin + size - 1` of `beams` beams, `branch` children each, `look` stages ahead."""
+  """One step: stages `begin .. begin + size - 1` of `beams` beams, `branch` children each, `look`
+  stages ahead."""
 
   begin: int
   size: int
@@ -183,4 +206,4 @@ class Chunk:
 
 
 def build(**given) -> Beam:
-  return core.build_dataclass(Beam, **given)
+  return components.build_dataclass(Beam, **given)

@@ -1,13 +1,15 @@
-"""Best-of-N: draw N complete samples, keep the one that scores best ("random search" of Ma et al., 2501.09732).
+"""Best-of-N: draw N complete samples, keep the one that scores best ("random search" of Ma et al.,
+2501.09732).
 
-Candidate i depends only on (seed, prompt id, i), so one run at N contains every smaller budget as its prefix.
+Candidate i depends only on (seed, prompt id, i), so one run at N contains every smaller budget as
+its prefix.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 
-from vtts_jax import core
+from vtts_jax import components, core
 from vtts_jax.search import settings
 
 
@@ -17,8 +19,9 @@ class BestOfN(core.Algorithm):
 
   Attributes:
     n: samples.
-    round: samples drawn at a time, to bound memory; must divide n; 0 draws all at once. Totals that are relative
-      to the candidates at hand (`verifiers.ensemble`) compare each round with the best so far.
+    round: samples drawn at a time, to bound memory; must divide n; 0 draws all at once. Totals
+      that are relative to the candidates at hand (`verifiers.ensemble`) compare each round with
+      the best so far.
     initial: stages that are given and not drawn; their tokens are an argument of `search`.
   """
 
@@ -45,7 +48,9 @@ class BestOfN(core.Algorithm):
 
   def init(self, gen, params, ctx, keys, initial):
     empty = jnp.zeros((keys.shape[0], 0))
-    return core.Told((), keys[:, None][:, :0], empty, empty.astype(jnp.int32), inner=(keys, initial))
+    return core.Told(
+      (), keys[:, None][:, :0], empty, empty.astype(jnp.int32), inner=(keys, initial)
+    )
 
   def ask(self, gen, params, ctx, state, step):
     prompt_keys, initial = state.inner
@@ -65,4 +70,4 @@ class BestOfN(core.Algorithm):
 
 
 def build(**given) -> BestOfN:
-  return core.build_dataclass(BestOfN, **given)
+  return components.build_dataclass(BestOfN, **given)

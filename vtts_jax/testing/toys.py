@@ -1,4 +1,5 @@
-"""Small parts with known answers, to try algorithms and laws on: a token and a flow generator, two verifiers."""
+"""Small parts with known answers, to try algorithms and laws on: a token and a flow generator, two
+verifiers."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ def _hashes(texts) -> np.ndarray:
 
 
 class TokenState(NamedTuple):
-  """Tokens `[B, N, T]`, log-probability `[B, N]`, and as its cache the running sum of token values `[B, N]`."""
+  """Tokens `[B, N, T]`, log-probability `[B, N]`, and as its cache the running sum of token values
+  `[B, N]`."""
 
   tokens: jax.Array
   logp: jax.Array
@@ -24,9 +26,11 @@ class TokenState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens(core.Generator):
-  """T tokens of V values; the next one depends on the prompt, the position and a cached sum of all before.
+  """T tokens of V values; the next one depends on the prompt, the position and a cached sum of all
+  before.
 
-  A picture is a column of T bars, one a token, as bright as the token's value; bars not yet drawn are grey.
+  A picture is a column of T bars, one a token, as bright as the token's value; bars not yet drawn
+  are grey.
   """
 
   length: int = 6
@@ -63,8 +67,13 @@ class Tokens(core.Generator):
   def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
     def one(state, t):
       logits = self.logits(ctx, state, t)
-      token = jnp.argmax(logits, -1).astype(jnp.int32) if greedy else sampling.draw(logits, core.fold(keys, t))
+      token = (
+        jnp.argmax(logits, -1).astype(jnp.int32)
+        if greedy
+        else sampling.draw(logits, core.fold(keys, t))
+      )
       return self._push(state, token, logits, t), None
+
     return jax.lax.scan(one, state, stage + jnp.arange(count))[0]
 
   def fork(self, params, ctx, state, keys, stage, k, *, replace=True):
@@ -74,7 +83,9 @@ class Tokens(core.Generator):
     else:
       tokens = sampling.draw_distinct(logits, core.fold(keys[:, :, 0], stage), k)
     tokens = tokens.reshape(tokens.shape[0], -1)
-    return self.slim(self._push(core.repeat(state, k), tokens, core.repeat(logits, k), stage)), state
+    return self.slim(
+      self._push(core.repeat(state, k), tokens, core.repeat(logits, k), stage)
+    ), state
 
   def force(self, params, ctx, state, tokens):
     for t in range(tokens.shape[2]):
@@ -103,7 +114,8 @@ class Tokens(core.Generator):
 
 @dataclasses.dataclass(frozen=True)
 class Flow(core.Generator):
-  """A stochastic flow of `steps` steps from noise to a prompt's colour; its picture is the predicted end point."""
+  """A stochastic flow of `steps` steps from noise to a prompt's colour; its picture is the
+  predicted end point."""
 
   steps: int = 4
   noise: float = 0.3
@@ -135,6 +147,7 @@ class Flow(core.Generator):
       eps = draw(core.fold(keys, t).reshape(-1)).reshape(x.shape)
       scale = 0.0 if greedy else self.noise * (self.steps - 1 - t) / self.steps
       return x + (self._end(ctx, x) - x) / (self.steps - t) + scale * eps, None
+
     return jax.lax.scan(one, state, stage + jnp.arange(count))[0]
 
   def render(self, params, ctx, state, stage):

@@ -1,0 +1,87 @@
+"""Components by name: a module path and its settings, no registry.
+
+A component is a module with a `build(**settings)`; the package's own are listed by reading their
+docstrings, so that `vtts list` imports nothing.
+"""
+
+import ast
+import dataclasses
+import importlib
+import pathlib
+from typing import Any
+
+from vtts_jax.core import ConfigError
+
+FOLDERS = ('generators', 'verifiers', 'search')
+
+
+def load(name: str, **settings):
+  """Builds a component by its module path, e.g. `load('search.beam', width=5)`.
+
+  A name that starts with one of the package's folders is `vtts_jax.<name>`; any other is imported
+  as it stands, so a component of yours needs no registration: one module with a
+  `build(**settings)`.
+
+  Raises:
+    ConfigError: unknown component, unknown setting or a value that the component refuses.
+  """
+  inside = name.split('.')[0] in FOLDERS
+  path = f'vtts_jax.{name}' if inside else name
+  try:
+    module = importlib.import_module(path)
+  except ModuleNotFoundError as err:
+    if err.name and (path == err.name or path.startswith(err.name + '.')):
+      raise ConfigError(
+        f'unknown component {name!r}; allowed: {", ".join(components())}, or the import path '
+        'of a module of yours that has a build()'
+      ) from None
+    raise
+  if not hasattr(module, 'build'):
+    raise ConfigError(f'component {name!r} has no build(); allowed: {", ".join(components())}')
+  return module.build(**settings)
+
+
+def components() -> dict[str, str]:
+  """Names of the package's own components, each with the first line of its docstring."""
+  root = pathlib.Path(__file__).parent
+  found = {}
+  for folder in FOLDERS:
+    for file in sorted((root / folder).glob('*.py')):
+      tree = ast.parse(file.read_text(encoding='utf-8'))
+      if any(
+        isinstance(node, ast.FunctionDef | ast.Assign) and _defines(node, 'build')
+        for node in tree.body
+      ):
+        found[f'{folder}.{file.stem}'] = (ast.get_docstring(tree) or '').split('\n')[0]
+  return found
+
+
+def _defines(node, name):
+  if isinstance(node, ast.FunctionDef):
+    return node.name == name
+  return any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+
+
+def settings_of(cls) -> dict[str, Any]:
+  """Names and defaults of a component's settings, for `--help` and for error messages."""
+  return {f.name: f.default for f in dataclasses.fields(cls)}
+
+
+def build_dataclass(cls, **settings):
+  """A component from its settings; lists become tuples, an unknown setting is a `ConfigError`."""
+  known = settings_of(cls)
+  made = {}
+  for name, value in settings.items():
+    if name not in known:
+      raise ConfigError(
+        f'{cls.__module__.removeprefix("vtts_jax.")}: unknown setting {name}={value!r}; '
+        f'allowed: {", ".join(known)}'
+      )
+    made[name] = _frozen(value)
+  return cls(**made)
+
+
+def _frozen(value):
+  if isinstance(value, list | tuple):
+    return tuple(_frozen(v) for v in value)
+  return value

@@ -1,0 +1,129 @@
+"""Scores from outside XLA: a Python callable, or a batch HTTP endpoint; scored between ask and
+tell.
+
+The endpoint gets one POST a batch: JSON `{"prompts": [...], "images": [<base64 PNG>, ...]}`, and
+answers `{"scores": [...]}`, one finite or null number an image (null: could not be scored, never
+selected).
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vtts_jax import components, core
+
+
+@dataclasses.dataclass(frozen=True)
+class Host(core.Verifier):
+  """A scorer on the host; searches with it are stepped.
+
+  Attributes:
+    score_fn: called with (prompts, images `[R, H, W, 3]` float32 in [0, 1]), returns R scores,
+      larger is better.
+    url: or an endpoint as described above; exactly one of the two.
+    name: what the score is called.
+    batch: images in one call.
+    timeout: seconds for one request.
+    retries: further tries after a failed request, waiting 1, 2, 4, ... times `backoff` seconds.
+    backoff: seconds.
+  """
+
+  score_fn: Callable[[Sequence[str], np.ndarray], Sequence[float]] | None = None
+  url: str = ''
+  name: str = 'host'
+  batch: int = 64
+  timeout: float = 60.0
+  retries: int = 3
+  backoff: float = 1.0
+
+  jittable = False
+
+  def __post_init__(self):
+    if (self.score_fn is None) == (not self.url):
+      raise core.ConfigError(
+        'verifiers.host: give exactly one of score_fn (Python) and url (an http endpoint)'
+      )
+    if self.url and not self.url.startswith(('http://', 'https://')):
+      raise core.ConfigError(f'verifier.url={self.url!r}: must start with http:// or https://')
+    for field, low in (('batch', 1), ('retries', 0), ('timeout', 0), ('backoff', 0)):
+      if not getattr(self, field) >= low:
+        raise core.ConfigError(f'verifier.{field}={getattr(self, field)}: must be at least {low}')
+
+  @property
+  def names(self):
+    return (self.name,)
+
+  def tokenize(self, texts):
+    raw = [np.frombuffer(t.encode('utf-8'), np.uint8) for t in texts]
+    width = max((len(r) for r in raw), default=0)
+    return {
+      'utf8': np.stack([np.pad(r, (0, width - len(r))) for r in raw]),
+      'bytes': np.array([len(r) for r in raw], np.int32),
+    }
+
+  def score(self, params, vctx, images, **signals):
+    images = np.asarray(images)
+    b, m = images.shape[:2]
+    utf8, lengths = np.asarray(vctx['utf8']), np.asarray(vctx['bytes'])
+    prompts = [utf8[i, : lengths[i]].tobytes().decode('utf-8') for i in range(b) for _ in range(m)]
+    flat = images.reshape(b * m, *images.shape[2:])
+    scores = []
+    for low in range(0, b * m, self.batch):
+      part = prompts[low : low + self.batch]
+      got = (self.score_fn or self._post)(part, flat[low : low + self.batch])
+      got = np.asarray([np.nan if s is None else s for s in got], np.float32)
+      if got.shape != (len(part),):
+        raise ValueError(
+          f'verifier {self.name}: {len(part)} images were sent and {got.shape} scores came back'
+        )
+      scores.append(got)
+    return {self.name: np.concatenate(scores).reshape(b, m)}
+
+  def _post(self, prompts, images):
+    body = json.dumps({'prompts': prompts, 'images': [_png(i) for i in images]}).encode()
+    request = urllib.request.Request(self.url, body, {'Content-Type': 'application/json'})
+    for attempt in range(self.retries + 1):
+      try:
+        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+          return json.load(answer)['scores']
+      except (
+        urllib.error.URLError,
+        TimeoutError,
+        ConnectionError,
+        json.JSONDecodeError,
+        KeyError,
+      ) as err:
+        if isinstance(err, urllib.error.HTTPError) and err.code < 500 and err.code != 429:
+          raise RuntimeError(
+            f'verifier {self.name}: {self.url} refused the request: {err}'
+          ) from err
+        last = err
+        if attempt < self.retries:
+          time.sleep(self.backoff * 2**attempt)
+    raise RuntimeError(
+      f'verifier {self.name}: {self.url} failed {self.retries + 1} times; the last: {last!r}. '
+      'Raise verifier.retries or verifier.timeout, or mend the endpoint'
+    ) from last
+
+  def cost(self, op):
+    return core.Cost(verify=float(op == 'score'))
+
+
+def _png(image: np.ndarray) -> str:
+  from PIL import Image
+
+  pixels = np.clip(np.rint(np.nan_to_num(image) * 255), 0, 255).astype(np.uint8)
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, 'png')
+  return base64.b64encode(buffer.getvalue()).decode()
+
+
+def build(**given) -> Host:
+  return components.build_dataclass(Host, **given)
