@@ -327,7 +327,7 @@ def _masks():
       for p in range(36):
         y, x = LATTICE[p // 6], LATTICE[p % 6]
         dy, dx = np.meshgrid(grid - y, grid - x, indexing='ij')
-      out[s, z, p] = coverage(shape, radius, dy, dx).ravel()
+        out[s, z, p] = coverage(shape, radius, dy, dx).ravel()
   return out
 
 
@@ -368,7 +368,7 @@ def negatives(scenes, seed, index, split='train'):
 
   The wrong caption is one of the grammar and, with `split='train'`, never holds a held-out
   combination (one that only ever occurs as wrong would give itself away); 'held' allows any. A
-  single object's wrong count is `two circles`. A pure function of (seed, `index [R]`, scenes).
+  single object's wrong count is `two circles`. Pure in (seed, `index [R]`, scenes).
   """
   _check('split', split, SPLITS)
   index, old = np.asarray(index), scenes.captions
