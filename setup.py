@@ -8,10 +8,9 @@ setup(
     description='Visual test-time scaling via search, in JAX/Flax, for TPUs',
     long_description=open('README.md', encoding='utf-8').read(),
     long_description_content_type='text/markdown',
-    license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['vtts_jax', 'vtts_jax.*']),
-    package_data={'vtts_jax': ['assets/**/*', 'report/*.j2', 'report.html.j2']},
+    package_data={'vtts_jax': ['assets/*', 'assets/scenes/*']},
     install_requires=[
         'jax>=0.10',
         'flax>=0.12',

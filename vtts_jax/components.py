@@ -18,27 +18,35 @@ FOLDERS = ('generators', 'verifiers', 'search')
 def load(name: str, **settings):
   """Builds a component by its module path, e.g. `load('search.beam', width=5)`.
 
-  A name that starts with one of the package's folders is `vtts_jax.<name>`; any other is imported
-  as it stands, so a component of yours needs no registration: one module with a
-  `build(**settings)`.
-
   Raises:
     ConfigError: unknown component, unknown setting or a value that the component refuses.
   """
-  inside = name.split('.')[0] in FOLDERS
+  return module(name, 'build').build(**settings)
+
+
+def module(name: str, needs: str):
+  """The module of a component, which must define `needs` ('build', 'prompts' or 'score').
+
+  A name that starts with one of the package's folders is `vtts_jax.<name>`; any other is imported
+  as it stands, so a part of yours needs no registration: one module, found on the Python path.
+
+  Raises:
+    ConfigError: there is no such module, or it lacks what is needed.
+  """
+  inside = name.split('.')[0] in (*FOLDERS, 'data', 'metrics')
   path = f'vtts_jax.{name}' if inside else name
+  allowed = f'allowed: {", ".join(components())}, or a module of yours with a {needs}()'
+  if needs != 'build':
+    allowed = f'allowed: a module with a {needs}()'
   try:
-    module = importlib.import_module(path)
+    found = importlib.import_module(path)
   except ModuleNotFoundError as err:
     if err.name and (path == err.name or path.startswith(err.name + '.')):
-      raise ConfigError(
-        f'unknown component {name!r}; allowed: {", ".join(components())}, or the import path '
-        'of a module of yours that has a build()'
-      ) from None
+      raise ConfigError(f'unknown component {name!r}; {allowed}') from None
     raise
-  if not hasattr(module, 'build'):
-    raise ConfigError(f'component {name!r} has no build(); allowed: {", ".join(components())}')
-  return module.build(**settings)
+  if not hasattr(found, needs):
+    raise ConfigError(f'component {name!r} has no {needs}(); {allowed}')
+  return found
 
 
 def components() -> dict[str, str]:
@@ -60,6 +68,21 @@ def _defines(node, name):
   if isinstance(node, ast.FunctionDef):
     return node.name == name
   return any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+
+
+def describe(name: str) -> str:
+  """A component's docstring and that of the class that its settings are fields of."""
+  module = importlib.import_module(f'vtts_jax.{name}')
+  classes = [
+    c
+    for c in vars(module).values()
+    if dataclasses.is_dataclass(c) and c.__module__ == module.__name__
+  ]
+  lines = [module.__doc__ or '']
+  for cls in classes[:1]:
+    lines += ['Settings:'] + [f'  {k} = {v!r}' for k, v in settings_of(cls).items()]
+    lines += ['', cls.__doc__ or '']
+  return '\n'.join(lines)
 
 
 def settings_of(cls) -> dict[str, Any]:

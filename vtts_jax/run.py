@@ -37,7 +37,7 @@ class SearchResult:
   """What a search found, as numpy arrays over P prompts.
 
   Attributes:
-    ids: `[P]`, global prompt ids.
+    prompts, ids: P texts and their global ids `[P]`.
     images: `[P, H, W, 3]`, float32 in [0, 1], of the best candidates.
     best: slim states `[P, ...]`, stages done `[P]`, scores `{name: [P]}` and total `[P]`. A prompt
       none of whose candidates had finite scores has total -inf; `failed` lists them.
@@ -47,6 +47,7 @@ class SearchResult:
       included.
   """
 
+  prompts: list[str]
   ids: np.ndarray
   images: np.ndarray
   best: Best
@@ -286,7 +287,7 @@ def search(
     'run': ran,
     'prompts': float(len(parts) * size),
   }
-  return SearchResult(ids, images, best, traces, costs, seconds)
+  return SearchResult(list(prompts), ids, images, best, traces, costs, seconds)
 
 
 def validate(algo, gen, ver, mode: str = 'fused', on_step=None) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import core, sampling
+from vtts_jax import components, core, sampling
 
 
 def _hashes(texts) -> np.ndarray:
@@ -200,3 +200,23 @@ class Brightness(core.Verifier):
 
   def cost(self, op):
     return core.Cost(verify=float(op == 'score'))
+
+
+PARTS = {'tokens': Tokens, 'flow': Flow, 'target': Target, 'brightness': Brightness}
+
+
+def build(part: str, **settings):
+  """A toy as a component: `{'name': 'vtts_jax.testing.toys', 'part': 'tokens', 'length': 6}`."""
+  return components.build_dataclass(PARTS[part], **settings)
+
+
+def prompts(count: int) -> list[dict]:
+  """A prompt set of two categories."""
+  return [{'prompt': f'prompt {i}', 'tag': 'even' if i % 2 == 0 else 'odd'} for i in range(count)]
+
+
+def score(images: np.ndarray, metadata) -> np.ndarray:
+  """A metric: is an image nearer than 0.1 (mean squared) to what its prompt asks for?"""
+  ver = Target(rows=images.shape[1])
+  want = np.asarray(ver.encode({}, ver.tokenize([m['prompt'] for m in metadata])))
+  return ((images - want[:, :, None, None]) ** 2).mean((1, 2, 3)) < 0.1

@@ -1,0 +1,185 @@
+"""The command line: `vtts run`, `vtts report`, `vtts list`."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+HELP = """\
+vtts: visual test-time scaling via search, in JAX
+
+  vtts run --config=FILE[:ARGS] [--config.KEY=VALUE ...]   run a study; the same command resumes it
+  vtts report RUN                                          write RUN/report.html, curve.png,
+  grid.png vtts list                                                generators, verifiers and
+  algorithms
+
+  vtts run --config=configs/scenes.py:demo                 the embedded study in two minutes, no
+  download vtts run --config=configs/scenes.py:beam,runlocal --config.search.width=8
+  vtts run --config=FILE --help                            every setting of a config with its value
+
+Settings of a component are those of its dataclass: `vtts list NAME` prints them."""
+
+
+def cli(argv: list[str] | None = None) -> int:
+  """Entry point of the console script; returns the exit code (2 for a setting that cannot be
+  run)."""
+  argv = sys.argv[1:] if argv is None else argv
+  commands = {'run': command_run, 'report': command_report, 'list': command_list}
+  if not argv or argv[0] in ('-h', '--help', 'help'):
+    print(HELP)
+    return 0
+  from vtts_jax.core import ConfigError
+
+  if argv[0] not in commands:
+    return _fail(f'unknown command {argv[0]!r}; allowed: {", ".join(commands)}')
+  try:
+    return commands[argv[0]](argv[1:])
+  except ConfigError as err:
+    return _fail(f'{argv[0]}: {err}')
+
+
+def _fail(message: str) -> int:
+  print(f'vtts: {message}', file=sys.stderr)
+  return 2
+
+
+# -----------------------------------------------------------------------------------------------
+# run
+
+
+def command_run(argv: list[str]) -> int:
+  config = read_config(argv)
+  if config is None:
+    return 0
+  from vtts_jax import progress, report, study
+  from vtts_jax.store import Store
+
+  built = study.arms(config)
+  import jax
+
+  process, processes = jax.process_index(), jax.process_count()
+  store = Store(config['workdir'], config, environment(), process, processes)
+  show = progress.Progress(config, built, store, quiet=process != 0)
+  with show:
+    study.execute(config, built, store, on_batch=show.batch)
+  if process == 0:
+    report.write(store.root)
+    progress.table(store.root)
+  return 0
+
+
+def read_config(argv: list[str]) -> dict | None:
+  """The config that the flags ask for, as a plain dictionary; None when only help was wanted.
+
+  Raises:
+    ConfigError: no or an unreadable config file, an unknown key, a value of the wrong type.
+  """
+  from absl import flags
+  from ml_collections import config_flags
+
+  from vtts_jax.core import ConfigError
+
+  if not any(a.startswith('--config=') for a in argv) and '--config' not in argv:
+    raise ConfigError('--config=FILE[:ARGS] is missing, e.g. --config=configs/scenes.py:demo')
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values)
+  wants_help = any(a in ('-h', '--help') for a in argv)
+  argv = [a for a in argv if a not in ('-h', '--help')]
+  try:
+    rest = values(['vtts run', *argv])
+    config = holder.value
+  except flags.UnrecognizedFlagError as err:
+    raise ConfigError(f'unknown flag --{err.flagname}{_allowed(argv, err.flagname)}') from None
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as err:
+    raise ConfigError(f'{" ".join(argv)}: {str(err).strip() or repr(err)}') from None
+  if len(rest) > 1:
+    raise ConfigError(f'unknown argument {rest[1]!r}; settings are given as --config.KEY=VALUE')
+  config = config.to_dict()
+  if wants_help:
+    print(config.pop('help', ''))
+    print(json.dumps(config, indent=1))
+    return None
+  config.pop('help', None)
+  return json.loads(json.dumps(config))
+
+
+def _allowed(argv: list[str], flag: str) -> str:
+  """The keys that stand beside the unknown one, read from the config without its overrides."""
+  from absl import flags
+  from ml_collections import config_flags
+
+  if not flag.startswith('config.'):
+    return '; allowed: --config=FILE[:ARGS] and --config.KEY=VALUE'
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values)
+  values(['vtts run', *(a for a in argv if a.startswith('--config='))])
+  node = holder.value
+  for key in flag.split('.')[1:-1]:
+    node = node.get(key) if hasattr(node, 'get') else None
+    if node is None:
+      return ''
+  keys = ', '.join(node.keys()) if hasattr(node, 'keys') else 'nothing below it'
+  return f'; allowed in {".".join(flag.split(".")[:-1])}: {keys}'
+
+
+def environment() -> dict[str, str]:
+  """What ran: git revision, versions, device kind."""
+  import jax
+
+  root = Path(__file__).parent
+  revision = subprocess.run(
+    ['git', 'rev-parse', 'HEAD'], cwd=root, capture_output=True, text=True, check=False
+  ).stdout.strip()
+  return {
+    'vtts_jax': metadata.version('vtts_jax'),
+    'revision': revision or 'unknown',
+    'jax': jax.__version__,
+    'flax': metadata.version('flax'),
+    'python': platform.python_version(),
+    'device': f'{jax.local_device_count()} x {jax.devices()[0].device_kind}',
+    'host': f'{platform.machine()}, {os.cpu_count()} cores',
+  }
+
+
+# ------------------------------------------------------------------------------------ report and
+# list
+
+
+def command_report(argv: list[str]) -> int:
+  from vtts_jax import progress, report
+  from vtts_jax.core import ConfigError
+
+  if len(argv) != 1:
+    raise ConfigError('give one run directory: vtts report runs/NAME')
+  if not (Path(argv[0]) / 'config.json').exists():
+    raise ConfigError(f'{argv[0]} is no run directory: it has no config.json')
+  report.write(argv[0])
+  progress.table(argv[0])
+  return 0
+
+
+def command_list(argv: list[str]) -> int:
+  from rich.console import Console
+  from rich.table import Table
+
+  from vtts_jax import components
+  from vtts_jax.core import ConfigError
+
+  known = components.components()
+  if argv:
+    if argv[0] not in known:
+      raise ConfigError(f'unknown component {argv[0]!r}; allowed: {", ".join(known)}')
+    print(components.describe(argv[0]))
+    return 0
+  table = Table('component', 'what it is', box=None, pad_edge=False)
+  for name, line in known.items():
+    table.add_row(name, line)
+  Console(width=None if sys.stdout.isatty() else 140).print(table)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(cli())

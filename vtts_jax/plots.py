@@ -1,0 +1,107 @@
+"""The figures: scaling curves, the grid of pictures by budget, the genealogy of a winner."""
+
+import io
+import math
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+COLOURS = ('#1f6fb4', '#d9622b', '#2e9f4e', '#8a55b5', '#b8952a', '#c2407e', '#3aa6a6', '#666666')
+AXES = (('generator', 'network evaluations (NFE)'), ('flops', 'FLOPs'), ('seconds', 'seconds'))
+
+
+def _png(figure: Figure) -> bytes:
+  buffer = io.BytesIO()
+  FigureCanvasAgg(figure).print_png(buffer)
+  return buffer.getvalue()
+
+
+def curves(families, seconds) -> bytes:
+  """Accuracy with its interval against NFE, FLOPs and seconds per prompt, one line a family."""
+  figure = Figure(figsize=(13, 4.4), dpi=110, layout='constrained')
+  axes = figure.subplots(1, 3, sharey=True)
+  for axis, (key, label) in zip(axes, AXES):
+    for i, family in enumerate(families):
+      x = seconds.get(family.name) if key == 'seconds' else [p.cost[key] for p in family.points]
+      if not x or len(x) != len(family.points):
+        continue
+      x = np.maximum(np.asarray(x, float), 1e-9)
+      mean, low, high = np.array([p.accuracy for p in family.points]).T
+      style = {'color': COLOURS[i % len(COLOURS)], 'ls': ('-', '--', ':')[i // len(COLOURS) % 3]}
+      axis.fill_between(x, low, high, color=style['color'], alpha=0.12, lw=0)
+      axis.plot(x, mean, marker='o', ms=4, lw=1.8, label=family.name, **style)
+      if len(x) == 1:
+        axis.errorbar(x, mean, [mean - low, high - mean], capsize=3, **style)
+    axis.set_xscale('log')
+    axis.set_xlabel(f'{label} per prompt')
+    axis.grid(alpha=0.25)
+    axis.spines[['top', 'right']].set_visible(False)
+  axes[0].set_ylabel('accuracy')
+  figure.legend(
+    *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False
+  )
+  return _png(figure)
+
+
+def grid(grids, most: int = 6) -> bytes:
+  """Pictures by budget: one block an arm, one row a prompt, framed green (right) or red (wrong)."""
+  blocks = [(name, columns, entries[:most]) for name, columns, entries in grids]
+  rows = sum(len(b[2]) for b in blocks)
+  wide = max(len(b[1]) for b in blocks)
+  figure = Figure(figsize=(3.4 + 0.85 * wide, 0.95 * rows + 0.55 * len(blocks)), dpi=100)
+  height, width = figure.get_figheight(), figure.get_figwidth()
+  top = height
+  for name, columns, entries in blocks:
+    top -= 0.5
+    figure.text(0.1 / width, (top + 0.12) / height, name, weight='bold', size=11)
+    for j, column in enumerate(columns):
+      x = 3.4 + 0.85 * j + 0.4
+      figure.text(x / width, (top + 0.12) / height, column, ha='center', size=8, color='#555555')
+    for prompt, images in entries:
+      top -= 0.95
+      figure.text(0.1 / width, (top + 0.45) / height, _wrap(prompt), va='center', size=9)
+      for j, (pixels, right) in enumerate(images):
+        box = ((3.4 + 0.85 * j) / width, (top + 0.08) / height, 0.78 / width, 0.78 / height)
+        axis = figure.add_axes(box, xticks=[], yticks=[])
+        axis.imshow(pixels, interpolation='nearest')
+        for spine in axis.spines.values():
+          spine.set(color='#2e9f4e' if right else '#cc4b3b', linewidth=2.5)
+  return _png(figure)
+
+
+def _wrap(text: str, width: int = 38) -> str:
+  words, lines = text.split(), ['']
+  for word in words:
+    if len(lines[-1]) + len(word) > width:
+      lines.append('')
+    lines[-1] = f'{lines[-1]} {word}'.strip()
+  return '\n'.join(lines)
+
+
+def genealogy(trace) -> bytes:
+  """One column a step, the candidates best first, lines to parents, the winner's ancestors
+  framed."""
+  images, totals, parent, winner = (trace[k] for k in ('images', 'totals', 'parent', 'winner'))
+  steps, columns = totals.shape
+  shown = max(int(np.isfinite(t).sum()) for t in totals)
+  figure = Figure(figsize=(1.25 * max(steps, 3) + 0.6, 0.95 * max(shown, 2) + 0.6), dpi=100)
+  axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+  axis.set(xlim=(-0.6, max(steps, 3) - 0.4), ylim=(-max(shown, 2) + 0.3, 0.95))
+  axis.axis('off')
+  zoom = 52 / images.shape[2]
+  for s in range(steps):
+    axis.text(s, 0.72, f'{int(trace["stage"][s])} stages', ha='center', size=8, color='#555555')
+    for j in range(columns):
+      if not math.isfinite(totals[s, j]):
+        continue
+      up, own = int(parent[s, j]), winner[s] == j
+      if s and up >= 0:
+        line = {'color': '#d9622b', 'lw': 2.4} if own else {'color': '#bbbbbb', 'lw': 0.9}
+        axis.plot((s - 1 + 0.28, s - 0.28), (-up, -j), zorder=1, **line)
+      picture = OffsetImage(images[s, j], zoom=zoom, interpolation='nearest')
+      frame = {'edgecolor': '#d9622b' if own else '#999999', 'linewidth': 2.6 if own else 0.6}
+      axis.add_artist(AnnotationBbox(picture, (s, -j), pad=0.1, bboxprops=frame))
+      axis.text(s, -j - 0.42, f'{totals[s, j]:.2f}', ha='center', va='center', size=7)
+  return _png(figure)

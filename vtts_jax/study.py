@@ -1,0 +1,327 @@
+"""A study: arms (generator x verifier x search) over prompts and seeds, with held-out measurements.
+
+An arm is the base config with some of its settings replaced. For each (arm, seed, batch of prompts)
+the search runs, then every snapshot of its result (best-of-N: each smaller budget; other
+algorithms: each step) is rendered, scored by the verifiers of `config.measure` and graded by
+`config.metric`, none of which the search has seen; then the lines are written.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vtts_jax import components, core, run, sharding
+from vtts_jax.core import ConfigError, Cost
+from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.store import Store
+from vtts_jax.verifiers import ensemble
+
+PARTS = ('generator', 'verifier', 'search')
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One arm, built: its name, its parts, the driver's settings and its bill per prompt."""
+
+  name: str
+  gen: core.Generator
+  ver: core.Verifier
+  algo: core.Algorithm
+  measure: core.Verifier
+  mode: str
+  batch: int
+  render_chunk: int
+  cost: Cost
+
+
+def arms(config: Mapping[str, Any]) -> list[Arm]:
+  """Builds and checks every arm before anything is compiled.
+
+  Raises:
+    ConfigError: an unknown component or setting, an impossible value, parts that do not fit, or a
+      search whose bill is above `config.budget`; the message starts with the arm.
+  """
+  made = []
+  for name, changes in (config['arms'] or {'': {}}).items():
+    settings = merge(config, changes)
+    try:
+      gen, ver, algo = (build(settings[part], part) for part in PARTS)
+      measure = ensemble.build(members=settings['measure'], mode='minmax')
+      run.validate(algo, gen, ver, settings['mode'])
+      run.validate(algo, gen, measure, 'stepped')
+      cost = sum(run.bill(algo, gen, ver), Cost())
+      run.check_budget(cost, settings['budget'])
+      for field in ('batch', 'render_chunk'):
+        if settings[field] < 0:
+          raise ConfigError(f'{field}={settings[field]}: must be >= 0')
+    except ConfigError as err:
+      raise ConfigError(f'arm {name}: {err}' if name else str(err)) from None
+    mode, batch, chunk = (settings[k] for k in ('mode', 'batch', 'render_chunk'))
+    made.append(Arm(name or 'main', gen, ver, algo, measure, mode, batch, chunk, cost))
+  return made
+
+
+def merge(base: Mapping, changes: Mapping) -> dict:
+  """`base` with nested `changes`; a changed `name` of a component replaces all of its settings."""
+  out = dict(base)
+  for key, value in changes.items():
+    if key not in base:
+      raise ConfigError(f'arms: unknown setting {key!r}; allowed: {", ".join(base)}')
+    if not isinstance(value, Mapping) or (key in PARTS and 'name' in value):
+      out[key] = value
+    else:
+      out[key] = {**base[key], **value}
+  return out
+
+
+def build(settings: Mapping, part: str):
+  """A component from its settings, `name` among them."""
+  settings = dict(settings)
+  if 'name' not in settings:
+    raise ConfigError(f'{part}.name: missing; allowed: {", ".join(components.components())}')
+  name = settings.pop('name')
+  try:
+    return components.load(name, **settings)
+  except ConfigError as err:
+    raise ConfigError(f'{part}: {err}') from None
+
+
+def prompts(config: Mapping[str, Any]) -> list[dict]:
+  """The prompt set: a list of GenEval-style metadata, each with its global `id`."""
+  settings = dict(config['prompts'])
+  name = settings.pop('name')
+  try:
+    entries = components.module(name, 'prompts').prompts(**settings)
+  except (TypeError, ValueError) as err:
+    raise ConfigError(f'prompts: {err}') from None
+  return [{'id': i, **entry} for i, entry in enumerate(entries)]
+
+
+@functools.cache
+def parameters(part) -> Any:
+  """Loaded once for each component, on the device."""
+  return jax.tree.map(jnp.asarray, part.load())
+
+
+# ---------------------------------------------------------------------------------------- snapshots
+
+
+def snapshots(arm: Arm, result: run.SearchResult):
+  """The best candidates at each budget: (costs, slim states `[P, S, ...]`, stages and totals `[P,
+  S]`).
+
+  Best-of-N holds every smaller budget as its prefix; of the others, the best after each step.
+  """
+  algo, gen, ver = arm.algo, arm.gen, arm.ver
+  if is_ladder(algo):
+    step = result.steps[0]
+    sizes = sorted({2**i for i in range(algo.n.bit_length())} | {algo.n})
+    sizes = [n for n in sizes if n <= algo.n]
+    costs = [sum(run.bill(dataclasses.replace(algo, n=n), gen, ver), Cost()) for n in sizes]
+    valid = np.isfinite(step.totals)
+    picks, totals = [], []
+    for n in sizes:
+      scores = {k: np.where(valid, v, 0)[:, :n] for k, v in step.scores.items()}
+      total = np.where(valid[:, :n], np.asarray(ver.total(scores, valid[:, :n])), -np.inf)
+      picks.append(total.argmax(axis=1))
+      totals.append(total.max(axis=1))
+    index = np.stack(picks, axis=1)
+    states = jax.tree.map(lambda x: x[np.arange(len(x))[:, None], index], step.shown)
+    stages = np.full(index.shape, gen.num_stages, np.int32)
+    return costs, states, stages, np.stack(totals, axis=1)
+  costs = np.cumsum([dataclasses.astuple(c) for c in result.costs], axis=0)
+  final = dataclasses.astuple(gen.cost('render'))
+  costs[:-1] += final  # stopping there would render the best once more
+  bests = [step.best for step in result.steps]
+  states = jax.tree.map(lambda *x: np.stack(x, axis=1), *(b.state for b in bests))
+  stages = np.stack([b.stage for b in bests], axis=1)
+  return [Cost(*c) for c in costs.tolist()], states, stages, np.stack([b.total for b in bests], 1)
+
+
+def searched(ver) -> str:
+  """Names of the scores that are searched on, joined by '+'."""
+  if isinstance(ver, ensemble.Ensemble):
+    return '+'.join(name for name, weight in ver.weights if weight)
+  return ver.names[0]
+
+
+def is_ladder(algo) -> bool:
+  """Whether one run holds every smaller budget as its prefix (candidates known from a single
+  step)."""
+  return isinstance(algo, BestOfN) and algo.per_step == algo.n
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def observe(gen, measure, params, prompts, states, stages):
+  """Renders and measures snapshots: images `[P, S, H, W, 3]` and `{name: [P, S]}`."""
+  ctx = gen.encode(params['generator'], prompts['generator'])
+  images = gen.render(params['generator'], ctx, states, stages)
+  signals = {}
+  if 'log_prob' in measure.uses:
+    signals = {'log_prob': gen.log_prob(states), 'length': stages}
+  vctx = measure.encode(params['measure'], prompts['measure'])
+  return images, measure.score(params['measure'], vctx, images, **signals)
+
+
+def genealogy(arm: Arm, result: run.SearchResult, row: int) -> dict[str, np.ndarray]:
+  """Arrays that tell how one prompt's winner came about.
+
+  Returns:
+    `images [S, M', H, W, 3]` uint8 of the M' best candidates looked at in each of S steps,
+    `totals [S, M']`, `parent [S, M']` (column of the parent in the step before, -1 for none) and
+    `winner [S]` (column of the returned candidate's ancestor, -1 where it has none).
+  """
+  columns = 8
+  kept_before, shown, totals, parents, links = None, [], [], [], []
+  for step in result.steps:
+    order = np.argsort(-step.totals[row], kind='stable')
+    kept = list(dict.fromkeys(step.kept[row].tolist()))
+    order = np.array((kept + [i for i in order.tolist() if i not in set(kept)])[:columns])
+    came = step.parent[row][order]
+    if kept_before is not None and len(kept_before):
+      parents.append([kept_before[p] if p >= 0 else -1 for p in came])
+    else:
+      parents.append([-1] * len(order))
+    position = {c: i for i, c in enumerate(order.tolist())}
+    kept_before = [position.get(c, -1) for c in step.kept[row].tolist()]
+    links.append(order)
+    state = jax.tree.map(lambda x, order=order: x[row : row + 1, order], step.shown)
+    shown.append((state, int(step.stage[row])))
+    totals.append(step.totals[row][order])
+  params, ctx = parameters(arm.gen), _context(arm, row, result)
+  images = [np.asarray(arm.gen.render(params, ctx, s, t))[0] for s, t in shown]
+  winner = np.full(len(totals), -1)
+  best = float(result.best.total[row])
+  last = next((i for i, t in enumerate(totals) if len(t) and t.max() == best), len(totals) - 1)
+  column = int(np.argmax(totals[last]))
+  for i in range(last, -1, -1):
+    winner[i] = column
+    column = parents[i][column]
+    if column < 0:
+      break
+  width = max(len(t) for t in totals)
+  pad = lambda rows, fill: np.stack(
+    [
+      np.concatenate([r, np.full((width - len(r), *np.shape(r)[1:]), fill, np.asarray(r).dtype)])
+      for r in map(np.asarray, rows)
+    ]
+  )
+  pixels = [np.clip(np.rint(i * 255), 0, 255).astype(np.uint8) for i in images]
+  return {
+    'images': pad(pixels, 255),
+    'totals': pad(totals, -np.inf),
+    'parent': pad(parents, -1),
+    'winner': winner,
+    'stage': np.array([t for _, t in shown]),
+  }
+
+
+def _context(arm, row, result):
+  text = result.prompts[row : row + 1]
+  return arm.gen.encode(parameters(arm.gen), arm.gen.tokenize(text))
+
+
+# -------------------------------------------------------------------------------------------
+# running
+
+
+def execute(config: Mapping[str, Any], built: list[Arm], store: Store, on_batch=None) -> int:
+  """Runs what is not done yet; returns how many lines were written.
+
+  Prompts are cut into the same batches in every session, so a batch that was cut off is run again
+  whole and gives the same numbers; only its missing lines are written.
+  """
+  entries = prompts(config)
+  metric = components.module(config['metric'], 'score')
+  mesh = sharding.make_mesh() if len(jax.local_devices()) > 1 else None
+  written = 0
+  for arm in built:
+    size = arm.batch or len(entries)
+    for seed in config['seeds']:
+      for number, low in enumerate(range(0, len(entries), size)):
+        if number % store.processes != store.process:
+          continue
+        batch = entries[low : low + size]
+        todo = [e for e in batch if (arm.name, seed, e['id']) not in store.done]
+        if todo:
+          begun = time.perf_counter()
+          rows, timing = _batch(config, arm, seed, batch, size, mesh, metric, store)
+          wanted = {e['id'] for e in todo}
+          rows = [r for r in rows if r['id'] in wanted]
+          store.timing.append([{**timing, 'total_seconds': time.perf_counter() - begun}])
+          store.results.append(rows)
+          written += len(rows)
+        if on_batch:
+          on_batch(arm, seed, batch, len(todo))
+  return written
+
+
+def _batch(config, arm, seed, batch, size, mesh, metric, store):
+  texts = [e['prompt'] for e in batch]
+  params = {'generator': parameters(arm.gen), 'verifier': parameters(arm.ver)}
+  result = run.search(
+    arm.algo,
+    arm.gen,
+    arm.ver,
+    params,
+    texts,
+    jax.random.key(seed),
+    ids=[e['id'] for e in batch],
+    mesh=mesh,
+    mode=arm.mode,
+    batch=size,
+    render_chunk=arm.render_chunk,
+    trace=True,
+  )
+  costs, states, stages, totals = snapshots(arm, result)
+  arrays = {'generator': arm.gen.tokenize(texts), 'measure': arm.measure.tokenize(texts)}
+  pad = lambda x: np.asarray(x)[np.minimum(np.arange(size), len(batch) - 1)]
+  arrays, states, stages = jax.tree.map(pad, (arrays, states, stages))
+  held = {'generator': params['generator'], 'measure': parameters(arm.measure)}
+  images, measured = jax.tree.map(
+    np.asarray, observe(arm.gen, arm.measure, held, arrays, states, stages)
+  )
+  images = np.where(np.isfinite(images), images, 0)
+  count = len(costs)
+  correct = metric.score(
+    images[: len(batch)].reshape(-1, *images.shape[2:]), [e for e in batch for _ in range(count)]
+  ).reshape(len(batch), count)
+  rows = []
+  for i, entry in enumerate(batch):
+    name = f'{arm.name}/{seed}/{entry["id"]:05d}'
+    found = bool(np.isfinite(totals[i, -1]))
+    row = {'arm': arm.name, 'seed': seed, 'id': entry['id'], 'prompt': entry['prompt']}
+    row |= {'tag': entry.get('tag', ''), 'found': found}
+    row['bad'] = {k: int(v[i]) for k, v in result.bad.items() if v[i]}
+    row['searched'] = searched(arm.ver)
+    row['ladder'] = is_ladder(arm.algo)
+    row['stage'] = int(result.best.stage[i])
+    row['scores'] = {k: _number(v[i]) for k, v in result.best.scores.items()}
+    row['curve'] = [
+      {
+        **costs[j].asdict(),
+        'total': _number(totals[i, j]),
+        'correct': int(correct[i, j]) if np.isfinite(totals[i, j]) else 0,
+        'measured': {k: _number(v[i, j]) for k, v in measured.items()},
+      }
+      for j in range(count)
+    ]
+    if found:
+      row['image'] = store.save_image(name, images[i, -1])
+    if i < config['traces'] and entry['id'] < config['traces'] and seed == config['seeds'][0]:
+      row['grid'] = [store.save_image(f'{name}-{j}', images[i, j]) for j in range(count)]
+      row['trace'] = store.save_trace(name, genealogy(arm, result, i))
+    rows.append(row)
+  timing = {'arm': arm.name, 'seed': seed, 'first_id': batch[0]['id'], **result.seconds}
+  return rows, timing
+
+
+def _number(value) -> float | None:
+  """JSON has no NaN: what is not finite is null."""
+  return float(value) if np.isfinite(value) else None
