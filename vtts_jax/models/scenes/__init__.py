@@ -1,0 +1,54 @@
+"""The embedded scene models, trained by `vtts_jax.train` and shipped in `vtts_jax/assets/scenes`.
+
+A weights file names its module (`kind`), the module's `Config`, and its card, so loading needs no
+registry: `load('prior_1d')` reads `prior_1d.safetensors` and calls `prior.build(Config(...))`.
+"""
+
+import functools
+import importlib
+import json
+
+from etils import epath
+
+from vtts_jax import weights
+
+ASSETS = epath.resource_path('vtts_jax') / 'assets' / 'scenes'
+
+
+def names():
+  """The shipped models, sorted."""
+  return sorted(p.name.removesuffix('.safetensors') for p in ASSETS.glob('*.safetensors'))
+
+
+def card(name):
+  """What the file of model `name` says of itself: kind, config, metrics, seed, command, defaults.
+
+  Raises:
+    ValueError: no such model; the shipped ones are listed.
+  """
+  if name not in names():
+    raise ValueError(f'name={name!r} is no shipped scene model; allowed are {", ".join(names())}')
+  text = weights.metadata(ASSETS / f'{name}.safetensors')
+  return {k: v if k in ('kind', 'command') else json.loads(v) for k, v in text.items()}
+
+
+def cards():
+  """{name: card} of every shipped model."""
+  return {name: card(name) for name in names()}
+
+
+def config(name):
+  """The `Config` of model `name`."""
+  said = card(name)
+  module = importlib.import_module(f'vtts_jax.models.scenes.{said["kind"]}')
+  values = {k: tuple(v) if isinstance(v, list) else v for k, v in said['config'].items()}
+  return module.Config(**values)
+
+
+@functools.cache
+def load(name):
+  """(graphdef, params) of model `name`, float32, cached per process; do not modify the arrays."""
+  module = importlib.import_module(f'vtts_jax.models.scenes.{card(name)["kind"]}')
+  made = config(name)
+  graphdef, template = weights.abstract(lambda: module.build(made))
+  return graphdef, weights.load(ASSETS / f'{name}.safetensors', template)
