@@ -1,0 +1,209 @@
+"""A text-conditioned autoregressive transformer over the 32 tokens of a scene tokenizer.
+
+Pre-norm blocks, relu, learned positions. Every layer attends jointly to the words of the prompt,
+whose keys and values are computed once per prompt and shared by its candidates, and to the row's
+own tokens, whose keys and values live in a cache that is an argument and a result. The all-padding
+prompt has every word masked: the unconditional stream of classifier-free guidance is one more row
+of B.
+
+Letters: B prompts · N candidates · T tokens · W words of a prompt · V codes · D width · h heads ·
+d = D / h.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vtts_jax.models.scenes.layers import MLP, RMSNorm, table
+
+NEVER = -1e9  # score of a masked position; finite, so that a fully masked row stays a number
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes. `codes` is V and the id of the begin token; `words` the vocabulary; 0 is padding."""
+
+  tokens: int = 32
+  codes: int = 256
+  width: int = 128
+  layers: int = 4
+  heads: int = 4
+  expand: int = 2
+  words: int = 38
+  text_length: int = 12
+  text_width: int = 64
+  text_layers: int = 2
+
+  def __post_init__(self):
+    for name in ('width', 'text_width'):
+      if getattr(self, name) % self.heads:
+        raise ValueError(f'{name}={getattr(self, name)}: must be a multiple of heads={self.heads}')
+
+
+class Block(nnx.Module):
+  def __init__(self, width, heads, expand, *, text_width=0, rngs):
+    self.heads = heads
+    self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+    self.qkv = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
+    self.out = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+    self.mlp = MLP(width, expand * width, width, rngs=rngs)
+    if text_width:
+      self.text_kv = nnx.Linear(text_width, 2 * width, use_bias=False, rngs=rngs)
+
+  def project(self, x):
+    """`[..., D]` -> q, k, v `[..., h, d]`; q already scaled."""
+    y = self.qkv(self.norm1(x))
+    q, k, v = jnp.split(y.reshape(*y.shape[:-1], 3 * self.heads, -1), 3, -2)
+    return q * q.shape[-1] ** -0.5, k, v
+
+  def finish(self, x, mixed):
+    """Adds the attention result `[..., h, d]` and the MLP to `x [..., D]`."""
+    x = x + self.out(mixed.reshape(x.shape))
+    return x + self.mlp(self.norm2(x))
+
+
+class Prior(nnx.Module):
+  """See the methods; `prior(text_ids, tokens)` is teacher forcing."""
+
+  def __init__(self, config, *, rngs):
+    c = self.config = config
+    self.words = table(rngs, c.words, c.text_width, scale=1.0)
+    self.word_place = table(rngs, c.text_length, c.text_width, scale=0.5)
+    self.text_blocks = nnx.List(
+      [Block(c.text_width, c.heads, c.expand, rngs=rngs) for _ in range(c.text_layers)]
+    )
+    self.text_norm = RMSNorm(c.text_width)
+    self.codes = table(rngs, c.codes + 1, c.width, scale=0.5)
+    self.place = table(rngs, c.tokens, c.width, scale=0.5)
+    self.blocks = nnx.List(
+      [
+        Block(c.width, c.heads, c.expand, text_width=c.text_width, rngs=rngs)
+        for _ in range(c.layers)
+      ]
+    )
+    self.norm = RMSNorm(c.width)
+    self.head = nnx.Linear(c.width, c.codes, rngs=rngs)
+
+  def text(self, text_ids):
+    """Prompts `[B, W]` int32 -> tuple over layers of {'k', 'v': `[B, W, h, d]`, 'mask': `[B, W]`}.
+
+    'mask' is what a word adds to an attention score: 0, or NEVER for padding.
+    """
+    mask = jnp.where(text_ids == 0, NEVER, 0.0)  # [B, W]
+    x = self.words[...][text_ids] + self.word_place[...]
+    for block in self.text_blocks:
+      q, k, v = block.project(x)
+      scores = jnp.einsum('bqhd,bkhd->bhqk', q, k) + mask[:, None, None]
+      x = block.finish(x, jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores), v))
+    x = self.text_norm(x)
+    out = []
+    for block in self.blocks:
+      kv = block.text_kv(x).reshape(*text_ids.shape, 2 * self.config.heads, -1)
+      k, v = jnp.split(kv, 2, -2)
+      out.append({'k': k, 'v': v, 'mask': mask})
+    return tuple(out)
+
+  def init_cache(self, b, n):
+    """Zeros: tuple over layers of {'k', 'v': `[B, N, T, h, d]`}."""
+    c = self.config
+    zeros = lambda: jnp.zeros((b, n, c.tokens, c.heads, c.width // c.heads))
+    return tuple({'k': zeros(), 'v': zeros()} for _ in self.blocks)
+
+  def step(self, text_kv, cache, tokens, position):
+    """Feeds the token of sequence position `position`; returns the logits of token t = `position`.
+
+    Args:
+      text_kv: from `text`.
+      cache: from `init_cache`, `prefill` or an earlier step.
+      tokens: `[B, N]` int32, the begin id V at position 0, token t - 1 at position t.
+      position: int or int32 scalar, may be traced, 0 <= position < T.
+
+    Returns:
+      (logits `[B, N, V]` float32, cache).
+    """
+    x = self.codes[...][tokens] + self.place[...][position]  # [B, N, D]
+    hidden = jnp.where(jnp.arange(self.config.tokens) > position, NEVER, 0.0)  # [T]
+    new = []
+    for block, text, own in zip(self.blocks, text_kv, cache):
+      q, k, v = block.project(x)
+      put = lambda old, now: jax.lax.dynamic_update_index_in_dim(old, now, position, 2)
+      own = {'k': put(own['k'], k), 'v': put(own['v'], v)}
+      new.append(own)
+      to_text = jnp.einsum('bnhd,bwhd->bnhw', q, text['k']) + text['mask'][:, None, None]
+      # a product and a sum: as a batched matrix-vector product XLA copies the cache (CPU, measured)
+      to_own = (q[:, :, None] * own['k']).sum(-1) + hidden[:, None]  # [B, N, T, h]
+      weights = _softmax_pair(to_text, to_own.swapaxes(2, 3))
+      mixed = jnp.einsum('bnhw,bwhd->bnhd', weights[0], text['v'])
+      mixed += (weights[1].swapaxes(2, 3)[..., None] * own['v']).sum(2)
+      x = block.finish(x, mixed)
+    return self.head(self.norm(x)), tuple(new)
+
+  def prefill(self, text_kv, tokens, length):
+    """The cache after stepping positions 0 .. `length` - 1, in one parallel pass.
+
+    Those steps fed the begin token and `tokens[..., :length - 1]`; to go on, feed token `length` -
+    1 at position `length`. Args: tokens `[B, N, T]` int32 (what stands at `length` - 1 and later
+    does not matter), `length` scalar, may be traced, 0 <= length <= T.
+    """
+    _, pairs = self._parallel(text_kv, tokens)
+    there = (jnp.arange(self.config.tokens) < length)[:, None, None]
+    return tuple({'k': jnp.where(there, k, 0.0), 'v': jnp.where(there, v, 0.0)} for k, v in pairs)
+
+  def __call__(self, text_ids, tokens):
+    """Teacher forcing: prompts `[B, W]`, tokens `[B, T]` -> logits `[B, T, V]`, row t for token
+    t.
+    """
+    x, _ = self._parallel(self.text(text_ids), tokens[:, None])
+    return self.head(self.norm(x[:, 0]))
+
+  def _parallel(self, text_kv, tokens):
+    """All positions at once: `[B, N, T]` -> (`[B, N, T, D]`, list of (k, v) `[B, N, T, h, d]`)."""
+    begin = jnp.full_like(tokens[..., :1], self.config.codes)
+    x = self.codes[...][jnp.concatenate([begin, tokens[..., :-1]], -1)] + self.place[...]
+    later = np.where(np.tril(np.ones((self.config.tokens,) * 2, bool)), 0.0, NEVER)
+    later = later.astype(np.float32)
+    pairs = []
+    for block, text in zip(self.blocks, text_kv):
+      q, k, v = block.project(x)
+      pairs.append((k, v))
+      to_text = jnp.einsum('bnthd,bwhd->bnhtw', q, text['k']) + text['mask'][:, None, None, None]
+      to_own = jnp.einsum('bnthd,bnshd->bnhts', q, k) + later
+      weights = _softmax_pair(to_text, to_own)
+      mixed = jnp.einsum('bnhtw,bwhd->bnthd', weights[0], text['v'])
+      x = block.finish(x, mixed + jnp.einsum('bnhts,bnshd->bnthd', weights[1], v))
+    return x, pairs
+
+
+def _softmax_pair(a, b):
+  """One softmax over the last axes of both, returned in two parts."""
+  top = jax.lax.stop_gradient(jnp.maximum(a.max(-1, keepdims=True), b.max(-1, keepdims=True)))
+  a, b = jnp.exp(a - top), jnp.exp(b - top)
+  scale = 1 / (a.sum(-1, keepdims=True) + b.sum(-1, keepdims=True))
+  return a * scale, b * scale
+
+
+def build(config, seed=0):
+  """A `Prior` with random parameters."""
+  return Prior(config, rngs=nnx.Rngs(seed))
+
+
+def flops_text(config):
+  """Floating-point operations of `text` per prompt: matrix products only, a multiply-add is 2."""
+  c, w = config, config.text_length
+  block = 2 * w * (4 + 2 * c.expand) * c.text_width**2 + 4 * w * w * c.text_width
+  return c.text_layers * block + c.layers * 4 * w * c.text_width * c.width
+
+
+def flops_step(config):
+  """Of `step` per row (one token of one candidate): attention runs over the whole static cache."""
+  c = config
+  block = 2 * (4 + 2 * c.expand) * c.width**2 + 4 * (c.text_length + c.tokens) * c.width
+  return c.layers * block + 2 * c.width * c.codes
+
+
+def flops_prefill(config):
+  """Of `prefill` per row: T steps without the head."""
+  return config.tokens * (flops_step(config) - 2 * config.width * config.codes)
