@@ -205,5 +205,7 @@ def flops_step(config):
 
 
 def flops_prefill(config):
-  """Of `prefill` per row: T steps without the head."""
-  return config.tokens * (flops_step(config) - 2 * config.width * config.codes)
+  """Of `prefill` per row: T steps without the head and without what follows the last keys."""
+  c = config
+  unused = 2 * (1 + 2 * c.expand) * c.width**2 + 4 * (c.text_length + c.tokens) * c.width
+  return c.tokens * (flops_step(c) - 2 * c.width * c.codes - unused)
