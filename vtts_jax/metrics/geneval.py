@@ -1,8 +1,9 @@
 """GenEval's rules: is a prompt's metadata satisfied by a list of detections?
 
 Ghosh et al., GenEval (2023), section 3 and github.com/djghosh13/geneval (MIT), whose metadata
-format and conventions these are; the code is our own. A detector and a colour classifier come before: here
-a detection is {'class': str, 'color': str, 'box': [x0, y0, x1, y1]} with y downwards, best first.
+format and conventions these are; the code is our own. A detector and a colour classifier come
+before: here a detection is {'class': str, 'color': str, 'box': [x0, y0, x1, y1]}, y downwards, best
+first.
 """
 
 import math
@@ -31,8 +32,8 @@ def evaluate(metadata, detections):
   """Judges one image.
 
   `include` asks for at least `count` objects of a class (the best `count` are looked at), all of
-  the asked colour, and all in the asked relation to all objects of an earlier entry; `exclude` forbids
-  `count` or more of a class. Returns (correct: bool, reason: str, empty when correct).
+  the asked colour, and all in the asked relation to all objects of an earlier entry; `exclude`
+  forbids `count` or more of a class. Returns (correct: bool, reason: str, empty when correct).
   """
   found, groups, reasons = {}, [], []
   for d in detections:
@@ -72,3 +73,9 @@ def summarize(tags, correct):
   means = {tag: sum(v) / len(v) for tag, v in by_tag.items()}
   images = sum(map(sum, by_tag.values())) / max(1, sum(map(len, by_tag.values())))
   return {'overall': sum(means.values()) / max(1, len(means)), 'images': images, 'by_tag': means}
+
+
+def overall(correct, tags):
+  """GenEval's headline number: (unweighted mean of the categories, {tag: mean})."""
+  got = summarize(tags, correct)
+  return got['overall'], got['by_tag']
