@@ -72,7 +72,7 @@ def main():
     loop.export(
       os.path.join(args.out, 'flow.safetensors'), params, kind='flow',
       config=dataclasses.asdict(config), seed=args.seed, step=step,
-      defaults={'guidance': best, 'steps': 24},
+      guidance=best, steps=24,
       metrics={'pass_at_1': found[best], 'by_guidance': found},
       command=f'python -m vtts_jax.train.flow --steps={args.steps}')
 

@@ -53,7 +53,7 @@ def sample(graphdef, params, text_ids, key, scale, temperature):
     logits = logits[B:] + scale * (logits[:B] - logits[B:])
     token = jax.random.categorical(jax.random.fold_in(key, position), logits / temperature)
     return (cache, token.astype(jnp.int32)), token[:, 0]
-  start = (model.init_cache(2 * B, 1), jnp.zeros((B, 1), jnp.int32))
+  start = (model.init_cache(2 * B, 1), jnp.full((B, 1), model.config.codes, jnp.int32))
   return jax.lax.scan(body, start, jnp.arange(model.config.tokens))[1].T
 
 
@@ -116,7 +116,7 @@ def main():
     loop.export(
       os.path.join(args.out, f'prior_{args.order}.safetensors'), params, kind='prior',
       config=dataclasses.asdict(config), tokenizer=name, seed=seed, step=step,
-      defaults={'guidance': best, 'temperature': 1.0},
+      guidance=best,
       metrics={'nats_per_token': round(float(each.mean()), 4), 'pass_at_1': found[best],
                'by_guidance': found},
       command=f'python -m vtts_jax.train.prior --order={args.order} --steps={args.steps} '
