@@ -165,15 +165,19 @@ class Prior(nnx.Module):
     x = self.codes[...][jnp.concatenate([begin, tokens[..., :-1]], -1)] + self.place[...]
     later = np.where(np.tril(np.ones((self.config.tokens,) * 2, bool)), 0.0, NEVER)
     later = later.astype(np.float32)
+    b, n = tokens.shape[:2]
+    words = text_kv[0]['mask'][:, None]
+    mask = jnp.broadcast_to(words, (b, later.shape[0], words.shape[-1]))
+    mask = jnp.concatenate([mask, jnp.broadcast_to(later, (b, *later.shape))], -1)[:, None, None]
     pairs = []
     for block, text in zip(self.blocks, text_kv):
       q, k, v = block.project(x)
       pairs.append((k, v))
-      to_text = jnp.einsum('bnthd,bwhd->bnhtw', q, text['k']) + text['mask'][:, None, None, None]
-      to_own = jnp.einsum('bnthd,bnshd->bnhts', q, k) + later
-      weights = _softmax_pair(to_text, to_own)
-      mixed = jnp.einsum('bnhtw,bwhd->bnthd', weights[0], text['v'])
-      x = block.finish(x, mixed + jnp.einsum('bnhts,bnshd->bnthd', weights[1], v))
+      spread = lambda y: jnp.broadcast_to(y[:, None], (b, n, *y.shape[1:]))
+      k = jnp.concatenate([spread(text['k']), k], 2)  # [B, N, W + T, h, d]
+      v = jnp.concatenate([spread(text['v']), v], 2)
+      weights = jax.nn.softmax(jnp.einsum('bnthd,bnshd->bnhts', q, k) + mask)
+      x = block.finish(x, jnp.einsum('bnhts,bnshd->bnthd', weights, v))
     return x, pairs
 
 
