@@ -71,22 +71,29 @@ def _defines(node, name):
 
 
 def describe(name: str) -> str:
-  """A component's docstring and that of the class that its settings are fields of."""
-  module = importlib.import_module(f'vtts_jax.{name}')
-  classes = [
+  """A component's docstring, its settings with their defaults, and what they mean."""
+  cls = _class_of(name)
+  lines = [module(name, 'build').__doc__ or '', 'Settings:']
+  lines += [f'  {key} = {value!r}' for key, value in settings_of(cls).items()]
+  return '\n'.join([*lines, '', cls.__doc__ or ''])
+
+
+def defaults(name: str, **settings) -> dict[str, Any]:
+  """A config section for a component: its name, its defaults, and what `settings` change."""
+  return {'name': name, **settings_of(_class_of(name)), **settings}
+
+
+def _class_of(name: str):
+  found = module(name, 'build')
+  return next(
     c
-    for c in vars(module).values()
-    if dataclasses.is_dataclass(c) and c.__module__ == module.__name__
-  ]
-  lines = [module.__doc__ or '']
-  for cls in classes[:1]:
-    lines += ['Settings:'] + [f'  {k} = {v!r}' for k, v in settings_of(cls).items()]
-    lines += ['', cls.__doc__ or '']
-  return '\n'.join(lines)
+    for c in vars(found).values()
+    if dataclasses.is_dataclass(c) and c.__module__ == found.__name__
+  )
 
 
 def settings_of(cls) -> dict[str, Any]:
-  """Names and defaults of a component's settings, for `--help` and for error messages."""
+  """Names and defaults of a component's settings."""
   return {f.name: f.default for f in dataclasses.fields(cls)}
 
 

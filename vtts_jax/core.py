@@ -176,8 +176,8 @@ class Generator:
     raise NotImplementedError
 
   def cost(self, op: str, stage: int = 0, count: int = 1) -> Cost:
-    """Cost of one call for one candidate: op is 'encode' (per prompt), 'extend', 'fork', 'fatten'
-    or 'render'."""
+    """Cost of one call for one candidate: op is 'encode' (per prompt), 'extend', 'fork', 'force',
+    'fatten' (without `like`) or 'render'."""
     raise NotImplementedError
 
   def slim(self, state) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 COLOURS = ('#1f6fb4', '#d9622b', '#2e9f4e', '#8a55b5', '#b8952a', '#c2407e', '#3aa6a6', '#666666')
 AXES = (('generator', 'network evaluations (NFE)'), ('flops', 'FLOPs'), ('seconds', 'seconds'))
@@ -35,6 +36,9 @@ def curves(families, seconds) -> bytes:
       if len(x) == 1:
         axis.errorbar(x, mean, [mean - low, high - mean], capsize=3, **style)
     axis.set_xscale('log')
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=''))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(f'{label} per prompt')
     axis.grid(alpha=0.25)
     axis.spines[['top', 'right']].set_visible(False)

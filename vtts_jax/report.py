@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from vtts_jax import plots, stats
+from vtts_jax import plots, stats, study
 from vtts_jax.core import ConfigError
 from vtts_jax.store import read_results, read_timing, write_atomic
 
@@ -34,7 +34,7 @@ def write(root) -> epath.Path:
     write_atomic(root / 'grid.png', plots.grid(grids))
   searched = {r['arm']: r['searched'] for r in rows}
   measures = list(arms[0].points[0].measured)
-  matrix, warnings = _matrix(arms, searched, measures)
+  matrix, warnings = _matrix(arms, _bases(arms, about['config']), searched, measures)
   page = _template().render(
     title=about['config']['name'],
     lines=len(rows),
@@ -109,11 +109,25 @@ def _bill_row(arm, seconds):
   return {'name': arm.name, 'cells': cells}
 
 
-def _matrix(arms, searched, measures):
+def _bases(arms, config) -> dict[str, stats.Point]:
+  """What each arm is compared with: one sample of its generator where the run has one, else its own
+  first step."""
+  generator = {
+    name or 'main': study.merge(config, changes)['generator']
+    for name, changes in (config['arms'] or {'': {}}).items()
+  }
+  bases = {}
+  for arm in arms:
+    same = [a for a in arms if a.ladder and generator[a.name] == generator[arm.name]]
+    bases[arm.name] = (same or [arm])[0].points[0]
+  return bases
+
+
+def _matrix(arms, bases, searched, measures):
   """Rows of the verifier x metric matrix, and a warning for each sign of verifier hacking."""
   rows, warnings = [], []
   for arm in arms:
-    first, last = arm.points[0], arm.points[-1]
+    first, last = bases[arm.name], arm.points[-1]
     change = last.accuracy.mean - first.accuracy.mean
     cells = [{'text': f'{100 * change:+.1f}', 'own': False, 'kind': _kind(change, 0.01)}]
     falls, own_gain = [], 0.0

@@ -37,7 +37,7 @@ def write_atomic(path: epath.Path, data: bytes) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:8]}'
   temporary.write_bytes(data)
-  temporary.rename(path)
+  temporary.replace(path)
 
 
 class Lines:

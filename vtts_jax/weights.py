@@ -1,7 +1,7 @@
 """Parameters: NNX modules split once into plain dicts, and safetensors files of flat dotted keys.
 
-The one place where a module becomes (graphdef, params) and back. Files never hold pickles; a key that
-is missing, unused, or of the wrong shape or kind is an error that names both sides.
+The one place where a module becomes (graphdef, params) and back. Files never hold pickles; a key
+that is missing, unused, or of the wrong shape or kind is an error that names both sides.
 """
 
 import json
@@ -27,7 +27,7 @@ def merge(graphdef, params):
 
 
 def abstract(build):
-  """(graphdef, params as ShapeDtypeStructs) of the module `build()` returns, without computing it."""
+  """(graphdef, params as ShapeDtypeStructs) of the module that `build()` returns."""
   return split(nnx.eval_shape(build))
 
 
@@ -65,7 +65,7 @@ def save(path, params, metadata=None, dtype=None):
 
 
 def metadata(path):
-  """The metadata of a safetensors file, {str: str}. Raises FileNotFoundError, ValueError (foreign)."""
+  """The metadata of a safetensors file, {str: str}; errors as in `load`."""
   with _open(path) as file:
     return dict(file.metadata() or {})
 
@@ -100,7 +100,7 @@ def load(path, template):
           != jnp.issubdtype(have[key].dtype, jnp.floating)):
       problems.append(f'{key}: file has dtype {have[key].dtype}, model wants {want[key].dtype}')
   if problems:
-    raise ValueError(f'weights at path={str(path)!r} do not fit the model:\n  ' + '\n  '.join(problems))
+    raise ValueError('\n  '.join([f'weights at path={str(path)!r} do not fit:', *problems]))
   leaves, structure = jax.tree_util.tree_flatten(template)
   new = [jnp.asarray(have[k], leaf.dtype) for k, leaf in zip(want, leaves)]
   return jax.tree_util.tree_unflatten(structure, new)

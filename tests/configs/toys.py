@@ -1,6 +1,6 @@
 """Toy arms for the tests of the command line: seconds to run, nothing to load.
 
-    vtts run --config=tests/configs/toys.py
+vtts run --config=tests/configs/toys.py
 """
 
 from ml_collections import ConfigDict

@@ -88,4 +88,4 @@ def start(gen, params, ctx, keys, initial):
 
 def start_cost(gen, initial: int) -> Cost:
   """Cost of `start` for one candidate."""
-  return gen.cost('fatten', 0, initial) if initial else Cost()
+  return gen.cost('force', 0, initial) if initial else Cost()

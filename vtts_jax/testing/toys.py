@@ -108,7 +108,7 @@ class Tokens(core.Generator):
     return state.logp
 
   def cost(self, op, stage=0, count=1):
-    evals = {'extend': count, 'fork': 1, 'fatten': count}.get(op, 0)
+    evals = {'extend': count, 'fork': 1, 'force': count}.get(op, 0)
     return core.Cost(generator=evals, render=float(op == 'render'), flops=self.vocab * evals)
 
 

@@ -1,0 +1,106 @@
+"""The embedded scene world: searches that run on a laptop, with no download.
+
+    vtts run --config=configs/scenes.py:demo          accuracy rising with budget      < 2 min, 2
+    cores vtts run --config=configs/scenes.py:study         the comparison of docs/scenes-study.md
+    vtts run --config=configs/scenes.py:verifiers     each verifier searched on and measured with
+    vtts run --config=configs/scenes.py:beam          one search: bon, beam, lookahead or uniform
+    vtts run --config=configs/scenes.py:beam,2d       the same on grid tokens
+    vtts run --config=configs/scenes.py:study,runlocal   anything, shrunk to a minute
+
+What comes out: runs/scenes-<what>-<hash>/ with report.html, curve.png, grid.png and one line per
+(arm, seed, prompt). Every setting can be changed: --config.search.width=8, --config.seeds='(0,)'.
+"""
+
+from ml_collections import ConfigDict
+
+from vtts_jax.components import defaults
+
+MEASURED = {
+  'clip_a': {'name': 'verifiers.scenes_clip', 'which': 'a'},
+  'clip_b': {'name': 'verifiers.scenes_clip', 'which': 'b'},
+  'detector': {'name': 'verifiers.scenes_detector'},
+  'quality': {'name': 'verifiers.scenes_quality'},
+  'likelihood': {'name': 'verifiers.likelihood'},
+}
+ORDERS = ('1d', '2d')
+BON = {'search': {'name': 'search.best_of_n', 'n': 64}}
+
+
+def beam(**settings):
+  return {'search': {'name': 'search.beam', 'width': 4, 'branch': 8, **settings}}
+
+
+def grid(**settings):
+  """Grid tokens are searched in rows: linear chunks of 4 tokens, as published (32 of 256)."""
+  return beam(schedule='linear', size=4, **settings)
+
+
+SINGLE = {
+  'bon': BON,
+  'beam': beam(),
+  'lookahead': beam(lookahead=-1),
+  'uniform': beam(schedule='fixed'),
+}
+
+
+def get_config(arg: str = 'demo') -> ConfigDict:
+  what, *options = (arg or 'demo').split(',')
+  if what not in ('demo', 'study', 'verifiers', *SINGLE):
+    raise ValueError(
+      f'configs/scenes.py:{what}: must be demo, study, verifiers, {", ".join(SINGLE)}'
+    )
+  for option in options:
+    if option not in ('runlocal', '1d', '2d'):
+      raise ValueError(f'configs/scenes.py:{arg}: option {option!r}: must be runlocal, 1d or 2d')
+  order = '2d' if '2d' in options else '1d'
+  config = {
+    'name': f'scenes-{what}' + (f'-{order}' if what in SINGLE else ''),
+    'workdir': 'runs',
+    'prompts': {'name': 'data.scenes', 'split': 'held', 'count': 240, 'seed': 0},
+    'generator': defaults('generators.scenes_ar', order=order),
+    'verifier': {'name': 'verifiers.scenes_clip', 'which': 'a'},
+    'measure': MEASURED,
+    'metric': 'metrics.scenes',
+    'search': defaults(SINGLE.get(what, BON)['search']['name']),
+    'arms': {},
+    'seeds': (0, 1, 2),
+    'batch': 24,
+    'render_chunk': 0,
+    'mode': 'fused',
+    'budget': {'generator': 0.0, 'render': 0.0, 'verify': 0.0, 'flops': 0.0},
+    'traces': 6,
+  }
+  if what in SINGLE:
+    config['search'].update(SINGLE[what]['search'])
+    if what == 'uniform':
+      config['generator']['prior'] = 'uniform'
+  elif what == 'demo':
+    config['prompts']['count'], config['seeds'] = 60, (0,)
+    config['arms'] = {'best-of-n': BON, 'beam': beam()}
+  elif what == 'study':
+    config['arms'] = study_arms()
+  elif what == 'verifiers':
+    config['arms'] = {name: {'verifier': settings} for name, settings in MEASURED.items()}
+    members = {k: MEASURED[k] for k in ('clip_a', 'clip_b', 'quality')}
+    rank = {'name': 'verifiers.ensemble', 'members': members, 'mode': 'rank'}
+    config['arms']['ensemble'] = {'verifier': rank}
+  if 'runlocal' in options:
+    config['prompts']['count'], config['seeds'], config['batch'] = 12, (0,), 12
+  return ConfigDict(config)
+
+
+def study_arms() -> dict:
+  """Token order x search at several budgets, with the trained prior and without any."""
+  arms = {}
+  for order in ORDERS:
+    base = {'generator': {'order': order}}
+    chunks = beam if order == '1d' else grid
+    arms[f'{order} best-of-n'] = base | BON
+    for width in (2, 4, 8):
+      arms[f'{order} beam/{width}'] = base | chunks(width=width)
+    for width in (2, 4):
+      arms[f'{order} lookahead/{width}'] = base | chunks(width=width, lookahead=-1)
+    free = {'generator': {'order': order, 'prior': 'uniform'}}
+    arms[f'{order} uniform best-of-n'] = free | BON
+    arms[f'{order} uniform beam'] = free | beam(schedule='fixed')
+  return arms

@@ -1,0 +1,221 @@
+"""Autoregressive scene tokens, 1D ordered or 2D grid, with guidance and a KV cache; or no model at
+all.
+
+A stage is a token. The prompt's keys and values are computed once per prompt and shared by all of
+its candidates; each candidate keeps its own tokens' and, with classifier-free guidance, a second
+stream's.
+Letters: B prompts, N candidates, K children, T tokens, V codes.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vtts_jax import components, core, sampling, weights
+from vtts_jax.data import scenes
+from vtts_jax.models import scenes as models
+from vtts_jax.models.scenes import prior, tokenizer
+
+ORDERS = ('1d', '2d')
+_config, _card = functools.cache(models.config), functools.cache(models.card)
+
+
+class State(NamedTuple):
+  """Tokens `[B, N, T]` int32 (those not drawn yet are 0), log-probability `[B, N]`, caches by
+  stream.
+
+  The log-probability is that of the drawn tokens under the guided distribution at temperature 1.
+  After s stages the caches hold sequence positions 0 .. s - 1 (BOS and the first s - 1 tokens).
+  """
+
+  tokens: jax.Array
+  logp: jax.Array
+  cache: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenesAR(core.Generator):
+  """The embedded generators.
+
+  Attributes:
+    order: '1d' (every prefix decodes to a picture) or '2d' (raster grid).
+    prior: 'ar' or 'uniform' (tokens drawn without a model, at no network evaluation).
+    guidance: classifier-free guidance scale >= 0; 1 runs a single stream, 0 ignores the prompt, -1
+      is the scale that the weights were shipped with.
+    temperature, top_k, top_p: see `sampling`; top_k 0 is off.
+  """
+
+  order: str = '1d'
+  prior: str = 'ar'
+  guidance: float = -1.0
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if self.order not in ORDERS:
+      raise core.ConfigError(f'generator.order={self.order!r}: must be one of {ORDERS}')
+    if self.prior not in ('ar', 'uniform'):
+      raise core.ConfigError(f"generator.prior={self.prior!r}: must be 'ar' or 'uniform'")
+    if not (self.guidance >= 0 or self.guidance == -1):
+      raise core.ConfigError(
+        f'generator.guidance={self.guidance}: must be >= 0, or -1 (as shipped)'
+      )
+    sampling.check(self.temperature, self.top_k, self.top_p, self.vocab)
+
+  # ------------------------------------------------------------------------------------ static
+  # facts
+
+  @property
+  def _config(self):
+    return _config(f'tokenizer_{self.order}')
+
+  @property
+  def num_stages(self):
+    return self._config.tokens
+
+  @property
+  def vocab(self):
+    return self._config.codes
+
+  @property
+  def image_shape(self):
+    return (scenes.SIZE, scenes.SIZE, 3)
+
+  @property
+  def anytime(self):
+    return self.order == '1d'
+
+  @property
+  def scale(self) -> float:
+    """The guidance scale in force."""
+    if self.prior == 'uniform':
+      return 1.0
+    return self.guidance if self.guidance >= 0 else _card(f'prior_{self.order}')['guidance']
+
+  @property
+  def streams(self) -> tuple[str, ...]:
+    """Which conditionings run: with the prompt, without it, or both for guidance."""
+    if self.prior == 'uniform':
+      return ()
+    return {0.0: ('null',), 1.0: ('prompt',)}.get(float(self.scale), ('prompt', 'null'))
+
+  def _model(self, params, part):
+    return weights.merge(models.load(f'{part}_{self.order}')[0], params[part])
+
+  # ----------------------------------------------------------------------------------------
+  # protocol
+
+  def load(self):
+    parts = ('tokenizer', 'prior') if self.prior == 'ar' else ('tokenizer',)
+    return {part: models.load(f'{part}_{self.order}')[1] for part in parts}
+
+  def tokenize(self, texts):
+    try:
+      return {'text': scenes.tokenize(texts)}
+    except ValueError as err:
+      raise core.ConfigError(str(err)) from None
+
+  def encode(self, params, prompt):
+    text = prompt['text']
+    inputs = {'prompt': text, 'null': jnp.zeros_like(text)}
+    model = self._model(params, 'prior') if self.streams else None
+    return {stream: model.text(inputs[stream]) for stream in self.streams} | {'rows': text[:, 0]}
+
+  def init(self, params, ctx, keys):
+    model = self._model(params, 'prior') if self.streams else None
+    cache = {stream: model.init_cache(*keys.shape) for stream in self.streams}
+    tokens = jnp.zeros((*keys.shape, self.num_stages), jnp.int32)
+    return State(tokens, jnp.zeros(keys.shape), cache)
+
+  def _next(self, params, ctx, state, stage):
+    """Guided logits `[B, N, V]` of the token of `stage`, and the caches with the one before it."""
+    if not self.streams:
+      return jnp.zeros((*state.logp.shape, self.vocab)), state.cache
+    before = jnp.maximum(stage - 1, 0)
+    previous = jax.lax.dynamic_index_in_dim(state.tokens, before, axis=2, keepdims=False)
+    previous = jnp.where(stage == 0, self.vocab, previous)
+    model = self._model(params, 'prior')
+    out = {s: model.step(ctx[s], state.cache[s], previous, stage) for s in self.streams}
+    cache = {s: kv for s, (_, kv) in out.items()}
+    if len(out) == 1:
+      return next(iter(out.values()))[0], cache
+    null = out['null'][0]
+    return null + self.scale * (out['prompt'][0] - null), cache
+
+  def _push(self, state, cache, logits, token, stage):
+    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], stage, axis=2)
+    return State(tokens, state.logp + sampling.log_prob(logits, token), cache)
+
+  def _adjust(self, logits):
+    return sampling.adjust(logits, self.temperature, self.top_k, self.top_p)
+
+  def _run(self, params, ctx, state, stage, count, choose):
+    """`count` stages from `stage`; `choose(logits, t)` says which token comes next."""
+
+    def one(state, t):
+      logits, cache = self._next(params, ctx, state, t)
+      return self._push(state, cache, logits, choose(logits, t), t), None
+
+    return jax.lax.scan(one, state, stage + jnp.arange(count))[0]
+
+  def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
+    def choose(logits, t):
+      if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      return sampling.draw(self._adjust(logits), core.fold(keys, t))
+
+    return self._run(params, ctx, state, stage, count, choose)
+
+  def force(self, params, ctx, state, tokens):
+    return self._run(params, ctx, state, 0, tokens.shape[2], lambda _, t: tokens[:, :, t])
+
+  def fork(self, params, ctx, state, keys, stage, k, *, replace=True):
+    logits, cache = self._next(params, ctx, state, stage)
+    if replace:
+      drawn = sampling.draw(self._adjust(logits)[:, :, None], core.fold(keys, stage))
+    else:
+      drawn = sampling.draw_distinct(self._adjust(logits), core.fold(keys[:, :, 0], stage), k)
+    children = core.repeat(self.slim(state), k)
+    flat = drawn.reshape(drawn.shape[0], -1)
+    children = self._push(children, (), core.repeat(logits, k), flat, stage)
+    return children, state._replace(cache=cache)
+
+  def slim(self, state):
+    return state._replace(cache=())
+
+  def fatten(self, params, ctx, slim, stage, like=None):
+    if like is not None:
+      return slim._replace(cache=like.cache)
+    model = self._model(params, 'prior') if self.streams else None
+    cache = {s: model.prefill(ctx[s], slim.tokens, stage) for s in self.streams}
+    return slim._replace(cache=cache)
+
+  def render(self, params, ctx, state, stage):
+    rows = state.tokens.reshape(-1, self.num_stages)
+    keep = jnp.broadcast_to(stage, state.tokens.shape[:2]).reshape(-1)
+    images = self._model(params, 'tokenizer').decode(rows, keep)
+    return images.reshape(*state.tokens.shape[:2], *self.image_shape)
+
+  def log_prob(self, state):
+    return state.logp
+
+  def cost(self, op, stage=0, count=1):
+    if op == 'render':
+      return core.Cost(render=1, flops=tokenizer.flops_decode(self._config))
+    if not self.streams:
+      return core.Cost()
+    config = _config(f'prior_{self.order}')
+    if op == 'encode':
+      return core.Cost(flops=len(self.streams) * prior.flops_text(config))
+    if op == 'fatten':
+      return core.Cost(generator=1, flops=len(self.streams) * prior.flops_prefill(config))
+    evals = {'extend': count, 'force': count, 'fork': 1}[op]
+    return core.Cost(generator=evals, flops=evals * len(self.streams) * prior.flops_step(config))
+
+
+def build(**given) -> ScenesAR:
+  return components.build_dataclass(ScenesAR, **given)
