@@ -1,0 +1,113 @@
+"""Trains a CLIP-like verifier of the scene world: `python -m vtts_jax.train.clip --which=a` (or b).
+
+The two differ in architecture, initialisation and data seeds and in what they see: `a` half spoiled
+and unfinished pictures, `b` clean ones only. Loss: sigmoid over all pictures x captions of a batch,
+labelled by what is true of the scenes (a caption may be true of several), a ranking term against
+two hard negatives each, and the tower's own detection heads, which fade out.
+"""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vtts_jax import weights
+from vtts_jax.data import scenes as world
+from vtts_jax.data import truth
+from vtts_jax.models.scenes import clip, judge
+from vtts_jax.train import loop, spoil
+
+RECIPES = {  # config, seed
+  'a': (clip.Config(), 41),
+  'b': (clip.Config(tower='conv', text='gated', width=64, keep=16, hidden=160, words=20), 53),
+}
+NEGATIVES = 2
+
+
+def batch(seed, rows):
+  """Pictures `[R, ...]`, ids `[R + 2 R, 12]`, labels `[R, 3 R]`, detection targets."""
+  scenes = world.sample(seed, rows)
+  wrong = [world.negatives(scenes, seed + 1 + i, rows)[0] for i in range(NEGATIVES)]
+  said = world.Captions(*map(np.concatenate, zip(scenes.captions, *wrong)))
+  ids = world.tokenize(world.texts(said))
+  labels = truth.holds(said, scenes).astype(np.float32)
+  return world.render(scenes), ids, labels, judge.targets(scenes)
+
+
+def loss(model, images, ids, labels, targets, progress):
+  """(scalar, {name: scalar})."""
+  embedded, kind, colour = model.detections(images)
+  logits = model.logits(embedded[:, None], model.text(ids)[None])  # [R, 3 R]
+  mean = lambda x, w: (x * w).sum() / jnp.maximum(w.sum(), 1)
+  true = mean(jax.nn.softplus(-logits), labels)
+  false = mean(jax.nn.softplus(logits), 1 - labels)
+  own = jnp.stack(jnp.split(logits, 1 + NEGATIVES, -1))  # [3, R, R]
+  own = jnp.diagonal(own, axis1=1, axis2=2)  # [3, R]
+  rank = jax.nn.softplus(own[1:] - own[:1]).mean()
+  detect, _ = judge.loss(kind, colour, targets)
+  total = true + false + 2 * rank + (1.5 * (1 - progress) + 0.1) * detect
+  return total, {'loss': total, 'true': true, 'false': false, 'rank': rank, 'detect': detect,
+                 'pairs': (own[1:] < own[:1]).mean()}
+
+
+def measure(graphdef, params, count=3072, chunk=64, change=None):
+  """Accuracy on held-out hard negatives, over all and by aspect; `change(images)` spoils them."""
+  scenes = world.sample(61, np.arange(count), 'held')
+  wrong, aspect = world.negatives(scenes, 62, np.arange(count), 'held')
+  images = world.render(scenes)
+  images = images if change is None else np.asarray(change(images))
+  ids = [world.tokenize(world.texts(c)) for c in (scenes.captions, wrong)]
+
+  @jax.jit
+  def score(params, images, right, false):
+    model = weights.merge(graphdef, params)
+    x = model.image(images)
+    return model.logits(x, model.text(right)), model.logits(x, model.text(false))
+
+  parts = [score(params, *(v[i:i + chunk] for v in (images, *ids)))
+           for i in range(0, count, chunk)]
+  right, false = (np.concatenate(part) for part in zip(*parts))
+  better = right > false
+  out = {'pairs': float(better.mean())}
+  for k, name in enumerate(world.ASPECTS):
+    out[f'pairs_{name}'] = float(better[aspect == k].mean())
+  out['true_above_half'] = float((right > 0).mean())
+  out['false_below_half'] = float((false < 0).mean())
+  return out
+
+
+def main():
+  args = loop.flags(steps=4000, batch=64, rate=2e-3, seed=-1, which='a').parse_args()
+  if args.which not in RECIPES:
+    raise SystemExit(f'--which={args.which}: allowed are {", ".join(RECIPES)}')
+  config, seed = RECIPES[args.which]
+  seed = seed if args.seed < 0 else args.seed
+  name = f'clip_{args.which}'
+  graphdef, params = weights.split(clip.build(config, seed))
+  ways = (spoil.mild, spoil.smear, spoil.unfinished, spoil.holes)
+
+  def objective(params, data, key, progress):
+    images, *rest = data
+    if args.which == 'a':
+      k = jax.random.split(key)
+      clean = jax.random.bernoulli(k[0], 0.5, (len(images), 1, 1, 1))
+      images = jnp.where(clean, images, spoil.one_of(images, k[1], ways))
+    return loss(weights.merge(graphdef, params), images, *rest, progress)
+
+  params = loop.rounded(loop.train(
+    objective, params, lambda t: batch(seed, np.arange(t * args.batch, (t + 1) * args.batch)),
+    steps=args.steps, rate=args.rate, seed=seed, ema=0.99, folder=os.path.join(args.workdir, name)))
+  metrics = measure(graphdef, params)
+  for way in ways:
+    spoiled = jax.jit(lambda x, way=way: way(x, jax.random.key(63)))
+    metrics[f'pairs_{way.__name__}'] = measure(graphdef, params, change=spoiled)['pairs']
+  print(metrics)
+  loop.export(os.path.join(args.out, f'{name}.safetensors'), params, kind='clip',
+              config=dataclasses.asdict(config), metrics=metrics, seed=seed, steps=args.steps,
+              command=f'python -m vtts_jax.train.clip --which={args.which}')
+
+
+if __name__ == '__main__':
+  main()
