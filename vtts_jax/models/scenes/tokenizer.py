@@ -1,11 +1,12 @@
 """Image tokenizers of the scene world: 1D ordered and 2D grid, same decoder, tokens and codes.
 
-Both quantise with FSQ (Mentzer et al. 2023, arXiv 2309.15505, levels 4 x 4 x 4 x 4 = 256 codes). The 1D
-encoder mixes the whole picture into every token and is trained with nested dropout (Rippel et al.
-2014, FlexTok 2502.13967), so that every prefix decodes, coarse to fine. The 2D encoder sees a patch
-and its neighbours; its tokens are the patches in raster order. A missing token is a learned vector.
+Both quantise with FSQ (Mentzer et al. 2023, arXiv 2309.15505; levels 4 x 4 x 4 x 4 = 256 codes).
+The eye of both reads 4 x 4 pixel cells with weights shared over places. The 1D encoder then mixes the
+whole picture into every token and is trained with nested dropout (Rippel et al. 2014, FlexTok
+2502.13967), so that every prefix decodes, coarse to fine. A 2D token is a patch of two cells in
+raster order and sees 24 x 20 pixels around it. A missing token is a learned vector.
 
-Letters: R images · K tokens · V codes · P = patch values · D width · Q FSQ dimensions.
+Letters: R images · K tokens · V codes · Q FSQ dimensions · C = 64 cells · D width.
 """
 
 import dataclasses
@@ -15,31 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.models.scenes.layers import MLP, Mixer, patches, table, unpatch
+from vtts_jax.models.scenes.layers import MLP, Mixer, Near, RMSNorm, patches, table, unpatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   order: str = '1d'  # or '2d'
   image: int = 32
-  patch: tuple = (4, 8)  # rows, columns of pixels
+  cell: int = 4  # pixels
+  tokens: int = 32  # a 2D token is cells / tokens neighbouring cells of a row
   levels: tuple = (4, 4, 4, 4)
-  width: int = 64
+  near: int = 48  # channels of a cell
+  width: int = 64  # of a token
   hidden: int = 64  # of token mixing
-  encoder: int = 3  # blocks
-  decoder: int = 5
+  encoder: int = 2  # mixers, 1D only
+  decoder: int = 3
 
   def __post_init__(self):
     if self.order not in ('1d', '2d'):
       raise ValueError(f"order={self.order!r}: allowed are '1d', '2d'")
+    if self.cells % self.tokens:
+      raise ValueError(f'tokens={self.tokens} must divide the number of cells, {self.cells}')
 
   @property
-  def grid(self):
-    return self.image // self.patch[0], self.image // self.patch[1]
-
-  @property
-  def tokens(self):
-    return self.grid[0] * self.grid[1]
+  def cells(self):
+    return (self.image // self.cell) ** 2
 
   @property
   def codes(self):
@@ -49,29 +50,45 @@ class Config:
 class Tokenizer(nnx.Module):
   def __init__(self, config, *, rngs):
     c = self.config = config
-    values = c.patch[0] * c.patch[1] * 3
-    local = dict(grid=c.grid, reach=1) if c.order == '2d' else {}
-    self.enter = MLP(values, 2 * c.width, c.width, rngs=rngs)
-    self.where = table(rngs, c.tokens, 1, c.width)
-    blocks = c.encoder if c.order == '1d' else 1  # a 2D token sees its patch and the 8 around it
-    self.encoder = nnx.List([Mixer(c.tokens, c.hidden, c.width, rngs=rngs, **local)
-                             for _ in range(blocks)])
+    values, group = 3 * c.cell**2, c.cells // c.tokens
+    self.see = nnx.Linear(values, c.near, rngs=rngs)
+    self.look = nnx.List([Near(c.near, c.near, rngs=rngs) for _ in range(2)])
+    if c.order == '1d':
+      self.gather = table(rngs, c.tokens, c.cells, scale=c.cells**-0.5)
+      self.where = table(rngs, c.cells, 1, c.width, scale=0.3)
+      self.enter = nnx.Linear(c.near, c.width, rngs=rngs)
+      self.encoder = nnx.List([Mixer(c.tokens, c.hidden, c.width, rngs=rngs)
+                               for _ in range(c.encoder)])
+    else:
+      self.enter = MLP(group * c.near, 2 * c.width, c.width, rngs=rngs)
+    self.norm = RMSNorm(c.width)
     self.to_code = nnx.Linear(c.width, len(c.levels), rngs=rngs)
-    self.from_code = nnx.Linear(len(c.levels), c.width, rngs=rngs)
+    self.from_code = MLP(len(c.levels), c.width, c.width, rngs=rngs)
     self.missing = table(rngs, c.width)
     self.place = table(rngs, c.tokens, 1, c.width, scale=0.3)
     self.decoder = nnx.List([Mixer(c.tokens, c.hidden, c.width, rngs=rngs)
                              for _ in range(c.decoder)])
-    self.leave = MLP(c.width, 2 * c.width, values, rngs=rngs)
+    self.scatter = table(rngs, c.cells, c.tokens, scale=c.tokens**-0.5)
+    self.paint = nnx.Linear(c.width, c.near, rngs=rngs)
+    self.draw_near = nnx.List([Near(c.near, c.near, rngs=rngs) for _ in range(2)])
+    self.leave = nnx.Linear(c.near, values, rngs=rngs)
 
   def bound(self, images):
     """Before rounding: `[R, H, W, 3]` -> `[K, R, Q]`, each in (-0.5, level - 0.5)."""
-    c = self.config
-    x = self.enter(patches(2 * images - 1, *c.patch)) + self.where[...]  # [K, R, D]
-    for block in self.encoder:
-      x = block(x)
+    c, R = self.config, len(images)
+    x = jax.nn.relu(self.see(patches(2 * images - 1, c.cell, c.cell)))  # [C, R, near]
+    for near in self.look:
+      x = x + jax.nn.relu(near(x))
+    if c.order == '1d':
+      x = self.enter(x) + self.where[...]
+      x = (self.gather[...] @ x.reshape(c.cells, -1)).reshape(c.tokens, R, c.width)
+      for block in self.encoder:
+        x = block(x)
+    else:
+      x = x.reshape(c.tokens, -1, R, c.near).swapaxes(1, 2).reshape(c.tokens, R, -1)
+      x = self.enter(x)
     levels = jnp.array(c.levels, jnp.float32)
-    return jax.nn.sigmoid(self.to_code(x)) * levels - 0.5
+    return jax.nn.sigmoid(self.to_code(self.norm(x))) * levels - 0.5
 
   def round(self, z):
     """Nearest codes with a straight-through gradient, `[K, R, Q]`."""
@@ -98,7 +115,11 @@ class Tokenizer(nnx.Module):
     x = jnp.where(there[..., None], x, self.missing[...]) + self.place[...]
     for block in self.decoder:
       x = block(x)
-    return unpatch(self.leave(x) + 0.5, *c.patch, c.image)
+    x = (self.scatter[...] @ x.reshape(c.tokens, -1)).reshape(c.cells, -1, c.width)
+    x = jax.nn.relu(self.paint(x))  # [C, R, near]
+    for near in self.draw_near:
+      x = x + jax.nn.relu(near(x))
+    return unpatch(self.leave(x) + 0.5, c.cell, c.cell, c.image)
 
   def encode(self, images):
     """`[R, H, W, 3]` float32 in [0, 1] -> ids `[R, K]` int32."""
@@ -120,7 +141,7 @@ def build(config, seed=0):
 def flops_decode(config):
   """Matmul FLOPs of `decode` per image."""
   c = config
-  values = c.patch[0] * c.patch[1] * 3
-  block = 4 * c.tokens * c.hidden * c.width + 8 * c.tokens * c.width**2
-  return (2 * c.tokens * len(c.levels) * c.width + c.decoder * block
-          + 4 * c.tokens * c.width * (c.width + values))
+  mixer = 4 * c.tokens * c.hidden * c.width + 8 * c.tokens * c.width**2
+  read = 2 * c.tokens * c.width * (len(c.levels) + c.width)
+  cells = c.tokens * c.width + c.width * c.near + 2 * 9 * c.near**2 + c.near * 3 * c.cell**2
+  return read + c.decoder * mixer + 2 * c.cells * cells
