@@ -1,0 +1,143 @@
+"""The shipped scene verifiers: protocol, cost, and what they know, on held-out scenes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vtts_jax import core
+from vtts_jax.components import load
+from vtts_jax.data import scenes as world
+from vtts_jax.data import truth
+from vtts_jax.metrics import geneval
+from vtts_jax.models.scenes import judge
+from vtts_jax.testing import laws
+
+PAIRS = 600
+VERIFIERS = {
+  'clip_a': ('verifiers.scenes_clip', {'which': 'a'}),
+  'clip_b': ('verifiers.scenes_clip', {'which': 'b'}),
+  'detector': ('verifiers.scenes_detector', {}),
+  'quality': ('verifiers.scenes_quality', {}),
+}
+
+
+def _verifier(name):
+  path, settings = VERIFIERS[name]
+  return load(path, **settings)
+
+
+@functools.cache
+def _pairs():
+  """Held-out pictures, right and wrong captions, what is wrong: each aspect as often."""
+  scenes = world.sample(301, np.arange(6 * PAIRS), 'held')
+  wrong, aspect = world.negatives(scenes, 302, np.arange(6 * PAIRS), 'held')
+  order = np.concatenate([np.flatnonzero(aspect == k)[:PAIRS // 5] for k in range(5)])
+  assert len(order) == PAIRS
+  take = lambda tree: type(tree)(*(f.take(order) if isinstance(f, world.Captions) else f[order]
+                                   for f in tree))
+  scenes = take(scenes)
+  return (world.render(scenes), world.texts(scenes.captions), world.texts(wrong.take(order)),
+          aspect[order])
+
+
+def _scores(verifier, images, texts):
+  """`[R]`: each picture under its own caption, in one call of fixed shape."""
+  params = verifier.load()
+
+  @jax.jit
+  def score(prompt, images):
+    found = verifier.score(params, verifier.encode(params, prompt), images[:, None])
+    return found[verifier.names[0]][:, 0]
+
+  prompt = jax.tree.map(jnp.asarray, verifier.tokenize(texts))
+  return np.asarray(score(prompt, images))
+
+
+@pytest.mark.parametrize('name', VERIFIERS)
+def test_protocol(name):
+  images, texts, *_ = _pairs()
+  laws.check_verifier(_verifier(name), texts[:2], images[:6].reshape(2, 3, 32, 32, 3))
+
+
+@pytest.mark.parametrize('name', VERIFIERS)
+def test_cost_is_what_is_compiled(name):
+  verifier = _verifier(name)
+  params = verifier.load()
+  prompt = jax.tree.map(jnp.asarray, verifier.tokenize(['a photo of a red ring'] * 2))
+  vctx = verifier.encode(params, prompt)
+  images = jnp.full((2, 8, 32, 32, 3), 0.5)
+
+  def flops(f, *args):
+    return jax.jit(f).lower(params, *args).compile().cost_analysis()['flops']
+
+  score = flops(verifier.score, vctx, images) / 16
+  assert verifier.cost('score').verify == 1
+  assert score == pytest.approx(verifier.cost('score').flops, rel=0.08)
+  if name.startswith('clip'):
+    encode = flops(verifier.encode, prompt) / 2
+    assert encode == pytest.approx(verifier.cost('encode').flops, rel=0.08)
+
+
+@pytest.mark.parametrize('name', ['clip_a', 'clip_b', 'detector'])
+def test_tells_a_caption_from_one_wrong_in_a_detail(name):
+  images, right, wrong, aspect = _pairs()
+  verifier = _verifier(name)
+  better = _scores(verifier, images, right) > _scores(verifier, images, wrong)
+  assert better.mean() >= 0.90
+  for k, what in enumerate(world.ASPECTS):
+    assert better[aspect == k].mean() >= 0.90, what
+
+
+def test_quality_prefers_the_clean_picture():
+  images, texts, *_ = _pairs()
+  verifier = _verifier('quality')
+  clean = _scores(verifier, images[:200], texts[:200])
+  noise = np.random.default_rng(0).normal(0, 0.15, images[:200].shape).astype(np.float32)
+  mixed = (images[:200] + np.roll(images[:200], 1, 0)) / 2
+  assert (clean >= 0).all() and (clean <= 1).all()
+  for spoiled in (images[:200] + noise, mixed):
+    assert (clean > _scores(verifier, spoiled, texts[:200])).mean() >= 0.95
+
+
+def test_parse_reads_the_whole_grammar():
+  for tag in world.TAGS:
+    for split in world.SPLITS:
+      captions = world.grammar(tag, split)
+      got = judge.parse(world.texts(captions))
+      want = np.stack([getattr(captions, f) for f in judge.FIELDS], 1)
+      np.testing.assert_array_equal(got, want)
+  for text in ('a photo of', 'a photo of a red', 'a photo of a circle and a red ring',
+               'circle', 'a photo of two ring', 'a photo of a ring above', 'a of photo a ring'):
+    with pytest.raises(ValueError, match='not a sentence of the scene world'):
+      judge.parse([text])
+
+
+def test_satisfaction_is_genevals_rule_on_certain_detections():
+  scenes = world.sample(7, np.arange(200))
+  wrong, _ = world.negatives(scenes, 8, np.arange(200))
+  kind, colour = judge.targets(scenes)
+  sure = lambda x, n: np.log(np.eye(n, dtype=np.float32)[x] * 0.998 + 1e-3)[:, None]
+  for captions in (scenes.captions, wrong):
+    targets = judge.parse(world.texts(captions))
+    log = judge.satisfaction(sure(kind, 6), sure(colour, 8), targets)[:, 0]
+    want = [geneval.evaluate(m, o)[0]
+            for m, o in zip(world.metadata(captions), world.objects(scenes))]
+    np.testing.assert_array_equal(np.asarray(log) > np.log(0.5), want)
+
+
+def test_truth_is_genevals_rule_on_the_objects():
+  scenes = world.sample(9, np.arange(60))
+  wrong, _ = world.negatives(scenes, 8, np.arange(60))
+  said = world.Captions(*map(np.concatenate, zip(scenes.captions, wrong)))
+  want = [[geneval.evaluate(m, o)[0] for m in world.metadata(said)] for o in world.objects(scenes)]
+  np.testing.assert_array_equal(truth.holds(said, scenes), want)
+
+
+def test_settings_that_do_not_exist_are_refused():
+  with pytest.raises(core.ConfigError, match="which='c'"):
+    load('verifiers.scenes_clip', which='c')
+  with pytest.raises(core.ConfigError, match='unknown setting'):
+    load('verifiers.scenes_quality', size=3)
