@@ -49,7 +49,7 @@ def save(path, params, metadata=None, dtype=None):
     array = np.asarray(leaf)
     if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
       array = array.astype(dtype)
-    arrays[key] = np.ascontiguousarray(array)
+    arrays[key] = np.asarray(array, order='C')  # keeps 0-d
   text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
   folder = os.path.dirname(os.path.abspath(path))
   os.makedirs(folder, exist_ok=True)

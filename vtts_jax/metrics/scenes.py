@@ -106,6 +106,8 @@ def _detect(images):
   owner = np.zeros(number, np.int64)
   owner[of] = row
   keep = np.flatnonzero(area >= MIN_AREA)
+  if not len(keep):
+    return out
   corner = (low[keep] + high[keep] + 1) // 2 - WINDOW // 2  # [C, 2]
   pad = WINDOW
   span = np.arange(WINDOW) + pad
@@ -129,14 +131,14 @@ def _detect(images):
   return [sorted(found, key=lambda d: -d['score']) for found in out]
 
 
-def correct(images, metadata):
+def score(images, metadata):
   """Which of `images [R, 32, 32, 3]` satisfy their metadata (R dictionaries): `[R]` bool."""
   if len(images) != len(metadata):
     raise ValueError(f'{len(images)} images but {len(metadata)} metadata entries; give one each')
   return np.array([geneval.evaluate(m, d)[0] for m, d in zip(metadata, detect(images))], bool)
 
 
-def score(images, metadata):
+def report(images, metadata):
   """{'correct': `[R]` bool, 'overall', 'images', 'by_tag'}, see `geneval.summarize`."""
-  ok = correct(images, metadata)
+  ok = score(images, metadata)
   return {'correct': ok, **geneval.summarize([m['tag'] for m in metadata], ok)}

@@ -40,7 +40,7 @@ def measure(graphdef, params, count=1536, batch=64):
   metrics['pairs'] = float((right > false).mean())
   for k, name in enumerate(world.ASPECTS):
     metrics[f'pairs_{name}'] = float((right > false)[aspect == k].mean())
-  truth = [oracle.correct(images, world.metadata(c)) for c in (scenes.captions, wrong)]
+  truth = [oracle.score(images, world.metadata(c)) for c in (scenes.captions, wrong)]
   metrics['agreement'] = float(np.mean([((s > np.log(0.5)) == t).mean()
                                         for s, t in zip((right, false), truth)]))
   return metrics
