@@ -1,7 +1,7 @@
 """Trains the detector behind the tokenizers' perceptual loss: `python -m vtts_jax.train.detector`.
 
-About two minutes on a core. Data: training scenes, half of them with noise, blur or faded contrast, so
-that features stay meaningful on the half-finished pictures a tokenizer draws.
+About two minutes on a core. Data: training scenes, half of them with noise, blur or faded contrast,
+so that features stay meaningful on the half-finished pictures a tokenizer draws.
 """
 
 import dataclasses

@@ -64,7 +64,7 @@ def main():
       images = np.concatenate([
         sample(graphdef, params, text[i:i + 60], jax.random.key(i), scale)
         for i in range(0, len(text), 60)])
-      result = oracle.score(images, metadata)
+      result = oracle.report(images, metadata)
       found[scale] = round(result['overall'], 4)
       print(f'guidance {scale}: pass@1 {found[scale]}',
             {k: round(v, 3) for k, v in result['by_tag'].items()}, flush=True)

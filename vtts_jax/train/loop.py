@@ -1,4 +1,4 @@
-"""One training loop for everything small that we train: AdamW, warm-up and cosine, EMA, exact resume.
+"""One training loop for everything small that we train: AdamW, warm-up, cosine, EMA, exact resume.
 
 A batch is a pure function of the step, randomness is `fold_in(key(seed), step)`, and a checkpoint
 (Orbax) holds parameters, averages and optimiser state: a run that is killed and started again
@@ -22,7 +22,7 @@ ASSETS = epath.resource_path('vtts_jax') / 'assets' / 'scenes'
 
 
 def flags(steps, batch=64, rate=1e-3, **more):
-  """The parser all training scripts share; `more` adds `--name` with a default (its type counts)."""
+  """The parser all scripts share; `more` adds `--name` with a default (its type counts)."""
   parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   common = {'steps': steps, 'batch': batch, 'rate': rate, 'seed': 0, 'workdir': 'checkpoints',
             'out': str(ASSETS)}
@@ -45,7 +45,8 @@ def train(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, clip=1
     every, log: steps between checkpoints and between lines of output.
     evaluate: called as `evaluate(averages, step)` at each checkpoint, for instance to export.
   """
-  schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(warmup, steps // 2), steps, rate / 100)
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, rate, min(warmup, steps // 2), steps, rate / 100)
   tx = optax.chain(optax.clip_by_global_norm(clip),
                    optax.adamw(schedule, b2=0.99, weight_decay=decay))
   root = jax.random.key(seed)
@@ -99,7 +100,7 @@ def rounded(params, dtype=jnp.float16):
 
 
 def export(path, params, *, kind, config, **card):
-  """Writes float16 weights whose metadata rebuild the model: kind (module name), config, and a card.
+  """Writes float16 weights whose metadata rebuild the model: kind (module name), config, card.
 
   Args:
     kind: module below `vtts_jax.models.scenes` that holds `Config` and `build`.

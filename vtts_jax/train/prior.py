@@ -1,8 +1,8 @@
 """Trains the AR prior on the tokens of a tokenizer: `python -m vtts_jax.train.prior --order=1d`.
 
-Scenes are tokenised once (kept beside the checkpoints, by the tokenizer's content hash). Captions are
-dropped with probability 0.1 (for guidance). At the end: nats per token on held-out captions, and
-pass@1 by the oracle for several guidance scales, the best of which becomes the shipped default.
+Scenes are tokenised once (kept beside the checkpoints, by the tokenizer's content hash). Captions
+are dropped with probability 0.1 (for guidance). At the end: nats per token on held-out captions,
+and pass@1 by the oracle for several guidance scales, the best of which becomes the shipped default.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ import numpy as np
 from vtts_jax import weights
 from vtts_jax.data import scenes as world
 from vtts_jax.metrics import scenes as oracle
-from vtts_jax.models.scenes import ASSETS, config as config_of, load, prior
+from vtts_jax.models.scenes import ASSETS, load, prior
+from vtts_jax.models.scenes import config as config_of
 from vtts_jax.train import loop
 
 
 def tokenise(name, seed, count, split, folder, chunk=256):
-  """(text ids `[count, Tt]`, image ids `[count, K]` uint8 or uint16) of a scene data set, cached."""
+  """(text ids `[count, Tt]` uint8, image ids `[count, K]` uint16) of a data set, cached."""
   tag = hashlib.sha256((ASSETS / f'{name}.safetensors').read_bytes()).hexdigest()[:12]
   path = os.path.join(folder, f'tokens_{name}_{split}_{seed}_{count}_{tag}.npz')
   if os.path.exists(path):
@@ -43,7 +44,7 @@ def tokenise(name, seed, count, split, folder, chunk=256):
 
 @functools.partial(jax.jit, static_argnums=0)
 def sample(graphdef, params, text_ids, key, scale, temperature):
-  """One sequence per prompt with guidance `uncond + scale * (cond - uncond)`: `[B, Tt]` -> `[B, T]`."""
+  """`[B, Tt]` -> `[B, T]`, one sequence per prompt, logits `uncond + scale * (cond - uncond)`."""
   model = weights.merge(graphdef, params)
   B = len(text_ids)
   text = model.text(jnp.concatenate([text_ids, jnp.zeros_like(text_ids)]))
@@ -67,7 +68,7 @@ def pass_at_1(graphdef, params, name, metadata, scale, temperature=1.0, seed=0):
     ids = sample(graphdef, params, text[start:start + 120], jax.random.key(seed + start), scale,
                  temperature)
     images.append(decode(decoder, ids))
-  return oracle.score(np.concatenate(images), metadata)
+  return oracle.report(np.concatenate(images), metadata)
 
 
 def main():

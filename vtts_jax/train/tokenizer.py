@@ -1,11 +1,12 @@
 """Trains a scene tokenizer: `python -m vtts_jax.train.tokenizer --order=1d` (or 2d).
 
-Loss: object-weighted L2, L1, gradient L1; a perceptual term from `detector.safetensors` (relative L2
-on its features, cross-entropy to its reading of the true picture); and a probe, a linear layer that
-must tell the objects from the decoder's last hidden state. The probe is what makes shapes come: 1,000
-steps with it equal about 4,000 without. Nested dropout: with probability 0.7 (1D; 0.3 for 2D) only
-the first k tokens are seen, short prefixes more often; the perceptual term counts little there, so
-that what is missing is drawn blurred and not as a texture that pleases the detector.
+Loss: object-weighted L2, L1, gradient L1; a perceptual term from `detector.safetensors` (relative
+L2 on its features, cross-entropy to its reading of the true picture); and a probe, a linear layer
+that must tell the objects from the decoder's last hidden state. The probe is what makes shapes
+come: 1,000 steps with it equal about 4,000 without. Nested dropout: with probability 0.7 (1D; 0.3
+for 2D) only the first k tokens are seen, short prefixes more often; the perceptual term counts
+little there, so that what is missing is drawn blurred and not as a texture that pleases the
+detector.
 """
 
 import dataclasses
@@ -54,15 +55,14 @@ def perceptual_loss(net, out, images):
 
 
 class Probe(nnx.Module):
-  """Reads objects off the decoder's hidden state, two 4 x 4 cells per token. Used in training only."""
+  """Reads objects off the cells the decoder is about to paint. Used in training only."""
 
   def __init__(self, width, *, rngs):
-    self.read = nnx.Linear(width, 32, rngs=rngs)
+    self.read = nnx.Linear(width, 16, rngs=rngs)
 
   def __call__(self, hidden):
-    """`[K, R, D]` -> logits on the 8 x 8 grid of cells, as of the detector."""
-    out = self.read(hidden).reshape(8, 4, -1, 2, 16).transpose(2, 0, 1, 3, 4)
-    out = out.reshape(-1, 8, 8, 16)
+    """`[C, R, D]` -> logits on the 8 x 8 grid of cells, as of the detector."""
+    out = self.read(hidden).swapaxes(0, 1).reshape(-1, 8, 8, 16)
     return {'object': out[..., 0], 'shape': out[..., 1:6], 'colour': out[..., 6:14],
             'size': out[..., 14:]}
 
@@ -79,7 +79,7 @@ def measure(graphdef, params, config, count=256, kept=KEPT):
     drawn = np.concatenate([decode(params, ids[i:i + 64], k) for i in range(0, count, 64)])
     error = ((drawn - images) ** 2).mean((1, 2, 3))
     out[k] = {'psnr': round(float(np.mean(-10 * np.log10(np.maximum(error, 1e-10)))), 2),
-              'oracle': round(oracle.score(drawn, metadata)['overall'], 4)}
+              'oracle': round(oracle.report(drawn, metadata)['overall'], 4)}
   entropy = []
   for t in range(config.tokens):
     share = np.bincount(ids[:, t], minlength=config.codes) / len(ids)
@@ -94,7 +94,7 @@ def main():
   config = tokenizer.Config(order=args.order)
   seed = args.seed + (1 if args.order == '1d' else 2)
   graphdef, params = weights.split(tokenizer.build(config, seed))
-  probe, probe_params = weights.split(Probe(config.width, rngs=nnx.Rngs(seed)))
+  probe, probe_params = weights.split(Probe(config.near, rngs=nnx.Rngs(seed)))
   judge, judge_params = load('detector')
   chance = 0.7 if args.order == '1d' else 0.3
 

@@ -1,8 +1,8 @@
 """A dense detector on the scene lattice; its one use is the tokenizers' perceptual loss.
 
-Convolutions to an 8 x 8 grid of 4-pixel cells; the centre of an object lies in the middle of a cell. A
-cell says: object here (1), shape (5), colour (8), size (2). The detector used as verifier is another
-model with another seed, and the oracle (`metrics/scenes.py`) learns nothing.
+Convolutions to an 8 x 8 grid of 4-pixel cells; the centre of an object lies in the middle of a
+cell. A cell says: object here (1), shape (5), colour (8), size (2). The detector used as verifier
+is another model with another seed, and the oracle (`metrics/scenes.py`) learns nothing.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ class Detector(nnx.Module):
     self.heads = nnx.Linear(c, 16, rngs=rngs)
 
   def features(self, images):
-    """`[R, 32, 32, 3]` -> the three activations `[R, 16, 16, a]`, `[R, 8, 8, b]`, `[R, 8, 8, c]`."""
+    """`[R, 32, 32, 3]` -> activations `[R, 16, 16, a]`, `[R, 8, 8, b]`, `[R, 8, 8, c]`."""
     x = jax.nn.relu(self.stem(2 * images - 1))
     y = jax.nn.relu(self.second(x))
     return x, y, jax.nn.relu(self.third(y))
 
   def __call__(self, images):
-    """Logits {'object': `[R, 8, 8]`, 'shape': `[..., 5]`, 'colour': `[..., 8]`, 'size': `[..., 2]`}."""
+    """Logits: object `[R, 8, 8]`, shape `[..., 5]`, colour `[..., 8]`, size `[..., 2]`."""
     return self.read(self.features(images)[-1])
 
   def read(self, x):
@@ -63,7 +63,7 @@ def targets(scenes):
 
 
 def loss(logits, truth):
-  """Mean cross-entropies: object everywhere (weight 4), the rest where objects are. (sum, infos)."""
+  """Mean cross-entropies: object everywhere (weight 4), the rest where objects are."""
   at = truth['object'].astype(jnp.float32)
   sign = jnp.where(truth['object'] == 1, 1.0, -1.0)
   terms = {'object': 4 * jnp.mean(jax.nn.softplus(-sign * logits['object']))}

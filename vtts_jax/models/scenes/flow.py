@@ -55,7 +55,7 @@ class Flow(nnx.Module):
     return x + self.read(x)
 
   def __call__(self, x, t, emb):
-    """Velocity `[R, H, W, 3]` at pictures `x [R, H, W, 3]` (in -1 .. 1), times `t [R]`, `emb [R, E]`."""
+    """Velocity `[R, H, W, 3]` at `x [R, H, W, 3]` (in -1 .. 1), `t [R]`, `emb [R, E]`."""
     c = self.config
     angle = jnp.asarray(t)[:, None] * np.exp(np.linspace(0, 5, c.embed // 2, dtype=np.float32))
     cond = jax.nn.relu(emb + self.time(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)))

@@ -1,13 +1,12 @@
 """What the scene models share: RMS norm, MLP, and token-major mixers.
 
 Mixers (Tolstikhin et al., MLP-Mixer, 2021) with tokens leading: `[T, R, D]` makes token mixing and
-channel mixing plain two-dimensional matrix products, which is what a CPU does fast. relu, because gelu
-costs twice as much backwards.
+channel mixing plain two-dimensional matrix products, which is what a CPU does fast. relu, because
+gelu costs twice as much backwards.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 
@@ -34,40 +33,39 @@ class MLP(nnx.Module):
 
 
 class Mixer(nnx.Module):
-  """Token mixing T -> hidden -> T, then channel MLP, both residual.
+  """Token mixing T -> hidden -> T, then channel MLP, both residual."""
 
-  `reach > 0` mixes tokens of a `grid` (rows, columns) linearly and only within that many cells.
-  """
-
-  def __init__(self, tokens, hidden, width, *, expand=2, grid=None, reach=0, rngs):
-    self.grid, self.reach = grid, reach
+  def __init__(self, tokens, hidden, width, *, expand=2, rngs):
     self.norm_tokens, self.norm_channels = RMSNorm(width), RMSNorm(width)
-    if reach:
-      self.local = table(rngs, tokens, tokens, scale=0.1)
-    else:
-      self.up = table(rngs, hidden, tokens, scale=tokens**-0.5)
-      self.down = table(rngs, tokens, hidden, scale=0.5 * hidden**-0.5)
+    self.up = table(rngs, hidden, tokens, scale=tokens**-0.5)
+    self.down = table(rngs, tokens, hidden, scale=0.5 * hidden**-0.5)
     self.mlp = MLP(width, expand * width, width, rngs=rngs)
 
   def __call__(self, x, gain=None):  # [T, R, D], gain: (scale, shift) [R, D] of the channel half
     h = self.norm_tokens(x)
-    if self.reach:
-      y, z = (np.arange(x.shape[0]) // self.grid[1], np.arange(x.shape[0]) % self.grid[1])
-      near = np.maximum(abs(y[:, None] - y), abs(z[:, None] - z)) <= self.reach
-      h = jnp.einsum('ut,trd->urd', self.local[...] * near, h)
-    else:
-      h = h.reshape(x.shape[0], -1)  # plain matrices: 1.5 x the speed of the einsums on a CPU
-      h = (self.down[...] @ jax.nn.relu(self.up[...] @ h)).reshape(x.shape)
-    x = x + h
+    h = h.reshape(x.shape[0], -1)  # plain matrices: 1.5 x the speed of the einsums on a CPU
+    x = x + (self.down[...] @ jax.nn.relu(self.up[...] @ h)).reshape(x.shape)
     h = self.norm_channels(x)
     if gain is not None:
       h = h * (1 + gain[0]) + gain[1]
     return x + self.mlp(h.reshape(-1, x.shape[-1])).reshape(x.shape)
 
-  def flops(self, tokens, hidden, width, expand=2):
-    """Matmul FLOPs per image."""
-    mix = tokens * tokens if self.reach else 2 * tokens * hidden
-    return 2 * mix * width + 2 * tokens * 2 * expand * width * width
+
+class Near(nnx.Module):
+  """A 3 x 3 convolution over a square grid of cells as one product, `[T, R, D]` -> `[T, R, E]`.
+
+  The same weights for every cell: what a shape looks like is learned once, not once per place.
+  """
+
+  def __init__(self, inner, outer, *, rngs):
+    self.mix = nnx.Linear(9 * inner, outer, rngs=rngs)
+
+  def __call__(self, x):
+    T, R, D = x.shape
+    side = round(T**0.5)
+    x = jnp.pad(x.reshape(side, side, R, D), ((1, 1), (1, 1), (0, 0), (0, 0)))
+    around = [x[i:i + side, j:j + side] for i in range(3) for j in range(3)]
+    return self.mix(jnp.concatenate(around, -1).reshape(T * R, 9 * D)).reshape(T, R, -1)
 
 
 def patches(images, height, width):

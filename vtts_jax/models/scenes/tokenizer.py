@@ -1,8 +1,8 @@
 """Image tokenizers of the scene world: 1D ordered and 2D grid, same decoder, tokens and codes.
 
 Both quantise with FSQ (Mentzer et al. 2023, arXiv 2309.15505; levels 4 x 4 x 4 x 4 = 256 codes).
-The eye of both reads 4 x 4 pixel cells with weights shared over places. The 1D encoder then mixes the
-whole picture into every token and is trained with nested dropout (Rippel et al. 2014, FlexTok
+The eye of both reads 4 x 4 pixel cells with weights shared over places. The 1D encoder then mixes
+the whole picture into every token and is trained with nested dropout (Rippel et al. 2014, FlexTok
 2502.13967), so that every prefix decodes, coarse to fine. A 2D token is a patch of two cells in
 raster order and sees 24 x 20 pixels around it. A missing token is a learned vector.
 
@@ -53,14 +53,11 @@ class Tokenizer(nnx.Module):
     values, group = 3 * c.cell**2, c.cells // c.tokens
     self.see = nnx.Linear(values, c.near, rngs=rngs)
     self.look = nnx.List([Near(c.near, c.near, rngs=rngs) for _ in range(2)])
+    self.enter = MLP(group * c.near, 2 * c.width, c.width, rngs=rngs)
     if c.order == '1d':
-      self.gather = table(rngs, c.tokens, c.cells, scale=c.cells**-0.5)
-      self.where = table(rngs, c.cells, 1, c.width, scale=0.3)
-      self.enter = nnx.Linear(c.near, c.width, rngs=rngs)
+      self.where = table(rngs, c.tokens, 1, c.width, scale=0.3)
       self.encoder = nnx.List([Mixer(c.tokens, c.hidden, c.width, rngs=rngs)
                                for _ in range(c.encoder)])
-    else:
-      self.enter = MLP(group * c.near, 2 * c.width, c.width, rngs=rngs)
     self.norm = RMSNorm(c.width)
     self.to_code = nnx.Linear(c.width, len(c.levels), rngs=rngs)
     self.from_code = MLP(len(c.levels), c.width, c.width, rngs=rngs)
@@ -68,8 +65,7 @@ class Tokenizer(nnx.Module):
     self.place = table(rngs, c.tokens, 1, c.width, scale=0.3)
     self.decoder = nnx.List([Mixer(c.tokens, c.hidden, c.width, rngs=rngs)
                              for _ in range(c.decoder)])
-    self.scatter = table(rngs, c.cells, c.tokens, scale=c.tokens**-0.5)
-    self.paint = nnx.Linear(c.width, c.near, rngs=rngs)
+    self.paint = nnx.Linear(c.width, group * c.near, rngs=rngs)
     self.draw_near = nnx.List([Near(c.near, c.near, rngs=rngs) for _ in range(2)])
     self.leave = nnx.Linear(c.near, values, rngs=rngs)
 
@@ -79,14 +75,13 @@ class Tokenizer(nnx.Module):
     x = jax.nn.relu(self.see(patches(2 * images - 1, c.cell, c.cell)))  # [C, R, near]
     for near in self.look:
       x = x + jax.nn.relu(near(x))
+    # a token starts from its own cells in either order: from a random mixture learning starts late
+    x = x.reshape(c.tokens, -1, R, c.near).swapaxes(1, 2).reshape(c.tokens * R, -1)
+    x = self.enter(x).reshape(c.tokens, R, c.width)
     if c.order == '1d':
-      x = self.enter(x) + self.where[...]
-      x = (self.gather[...] @ x.reshape(c.cells, -1)).reshape(c.tokens, R, c.width)
+      x = x + self.where[...]
       for block in self.encoder:
         x = block(x)
-    else:
-      x = x.reshape(c.tokens, -1, R, c.near).swapaxes(1, 2).reshape(c.tokens, R, -1)
-      x = self.enter(x)
     levels = jnp.array(c.levels, jnp.float32)
     return jax.nn.sigmoid(self.to_code(self.norm(x))) * levels - 0.5
 
@@ -106,8 +101,8 @@ class Tokenizer(nnx.Module):
     base = np.cumprod((1, *self.config.levels[:-1]))
     return (ids.T[..., None] // base % np.array(self.config.levels)).astype(jnp.float32)
 
-  def draw(self, codes, keep):
-    """Codes `[K, R, Q]` and `keep` (scalar or `[R]`) -> images `[R, H, W, 3]`, not clipped."""
+  def hidden(self, codes, keep):
+    """Codes `[K, R, Q]`, `keep` scalar or `[R]` -> what is in each cell `[C, R, near]`."""
     c = self.config
     half = (jnp.array(c.levels, jnp.float32) - 1) / 2
     x = self.from_code(codes / half - 1)  # [K, R, D]
@@ -115,8 +110,12 @@ class Tokenizer(nnx.Module):
     x = jnp.where(there[..., None], x, self.missing[...]) + self.place[...]
     for block in self.decoder:
       x = block(x)
-    x = (self.scatter[...] @ x.reshape(c.tokens, -1)).reshape(c.cells, -1, c.width)
-    x = jax.nn.relu(self.paint(x))  # [C, R, near]
+    x = self.paint(x).reshape(c.tokens, x.shape[1], -1, c.near)
+    return x.swapaxes(1, 2).reshape(c.cells, -1, c.near)
+
+  def pixels(self, hidden):
+    """`[C, R, near]` -> images `[R, H, W, 3]`, not clipped."""
+    c, x = self.config, jax.nn.relu(hidden)
     for near in self.draw_near:
       x = x + jax.nn.relu(near(x))
     return unpatch(self.leave(x) + 0.5, c.cell, c.cell, c.image)
@@ -131,7 +130,7 @@ class Tokenizer(nnx.Module):
     `keep` is None (all), a scalar, traced or not, or `[R]`; ids past it do not matter.
     """
     keep = self.config.tokens if keep is None else keep
-    return jnp.clip(self.draw(self.codes(ids), keep), 0, 1)
+    return jnp.clip(self.pixels(self.hidden(self.codes(ids), keep)), 0, 1)
 
 
 def build(config, seed=0):
@@ -143,5 +142,5 @@ def flops_decode(config):
   c = config
   mixer = 4 * c.tokens * c.hidden * c.width + 8 * c.tokens * c.width**2
   read = 2 * c.tokens * c.width * (len(c.levels) + c.width)
-  cells = c.tokens * c.width + c.width * c.near + 2 * 9 * c.near**2 + c.near * 3 * c.cell**2
+  cells = c.width * c.near + 2 * 9 * c.near**2 + c.near * 3 * c.cell**2
   return read + c.decoder * mixer + 2 * c.cells * cells
