@@ -77,52 +77,58 @@ def read_config(argv: list[str]) -> dict | None:
   Raises:
     ConfigError: no or an unreadable config file, an unknown key, a value of the wrong type.
   """
+  from vtts_jax.core import ConfigError
+
+  if not any(a.startswith('--config=') for a in argv) and '--config' not in argv:
+    raise ConfigError('--config=FILE[:ARGS] is missing, e.g. --config=configs/scenes.py:demo')
+  wants_help = any(a in ('-h', '--help') for a in argv)
+  argv = [a for a in argv if a not in ('-h', '--help')]
+  plain = _parse([a for a in argv if a.split('=')[0] in ('--config', '-config')])
+  for flag in (a.split('=')[0] for a in argv):
+    _check_key(flag, plain)
+  config = _parse(argv).to_dict()
+  help_text = config.pop('help', '')
+  if wants_help:
+    print(help_text, json.dumps(config, indent=1))
+    return None
+  return json.loads(json.dumps(config))
+
+
+def _parse(argv: list[str]):
   from absl import flags
   from ml_collections import config_flags
 
   from vtts_jax.core import ConfigError
 
-  if not any(a.startswith('--config=') for a in argv) and '--config' not in argv:
-    raise ConfigError('--config=FILE[:ARGS] is missing, e.g. --config=configs/scenes.py:demo')
+  full = ['vtts run', *argv]
   values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_file('config', flag_values=values)
-  wants_help = any(a in ('-h', '--help') for a in argv)
-  argv = [a for a in argv if a not in ('-h', '--help')]
   try:
-    rest = values(['vtts run', *argv])
+    holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=full)
+    rest = values(full)
     config = holder.value
-  except flags.UnrecognizedFlagError as err:
-    raise ConfigError(f'unknown flag --{err.flagname}{_allowed(argv, err.flagname)}') from None
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as err:
-    raise ConfigError(f'{" ".join(argv)}: {str(err).strip() or repr(err)}') from None
+    config.keys()  # a file that failed to load fails here, not at its first use
+  except Exception as err:  # a config file is the user's code: whatever it raises is about the config
+    said = ' '.join(str(err).split()) or repr(err)
+    raise ConfigError(f'{" ".join(argv)}: {said}') from None
   if len(rest) > 1:
     raise ConfigError(f'unknown argument {rest[1]!r}; settings are given as --config.KEY=VALUE')
-  config = config.to_dict()
-  if wants_help:
-    print(config.pop('help', ''))
-    print(json.dumps(config, indent=1))
-    return None
-  config.pop('help', None)
-  return json.loads(json.dumps(config))
+  return config
 
 
-def _allowed(argv: list[str], flag: str) -> str:
-  """The keys that stand beside the unknown one, read from the config without its overrides."""
-  from absl import flags
-  from ml_collections import config_flags
+def _check_key(flag: str, config) -> None:
+  """Raises `ConfigError` where a flag names no setting, with the settings that stand beside it."""
+  from vtts_jax.core import ConfigError
 
-  if not flag.startswith('config.'):
-    return '; allowed: --config=FILE[:ARGS] and --config.KEY=VALUE'
-  values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_file('config', flag_values=values)
-  values(['vtts run', *(a for a in argv if a.startswith('--config='))])
-  node = holder.value
-  for key in flag.split('.')[1:-1]:
-    node = node.get(key) if hasattr(node, 'get') else None
-    if node is None:
-      return ''
-  keys = ', '.join(node.keys()) if hasattr(node, 'keys') else 'nothing below it'
-  return f'; allowed in {".".join(flag.split(".")[:-1])}: {keys}'
+  if not flag.startswith('-') or flag == '--config':
+    return
+  first, *keys = flag.lstrip('-').split('.')
+  if first != 'config':
+    raise ConfigError(f'unknown flag {flag}; allowed: --config=FILE[:ARGS] and --config.KEY=VALUE')
+  for i, key in enumerate(keys):
+    if not hasattr(config, 'keys') or key not in config:
+      beside = ', '.join(config.keys()) if hasattr(config, 'keys') else 'nothing below it'
+      raise ConfigError(f'unknown flag {flag}; allowed in {".".join([first, *keys[:i]])}: {beside}')
+    config = config[key]
 
 
 def environment() -> dict[str, str]:

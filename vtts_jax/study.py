@@ -47,6 +47,8 @@ def arms(config: Mapping[str, Any]) -> list[Arm]:
     ConfigError: an unknown component or setting, an impossible value, parts that do not fit, or a
       search whose bill is above `config.budget`; the message starts with the arm.
   """
+  components.module(config['metric'], 'score')
+  prompts(config)
   made = []
   for name, changes in (config['arms'] or {'': {}}).items():
     settings = merge(config, changes)

@@ -100,10 +100,10 @@ class Host(core.Verifier):
         json.JSONDecodeError,
         KeyError,
       ) as err:
-        if isinstance(err, urllib.error.HTTPError) and err.code < 500 and err.code != 429:
-          raise RuntimeError(
-            f'verifier {self.name}: {self.url} refused the request: {err}'
-          ) from err
+        if isinstance(err, urllib.error.HTTPError):
+          err.close()
+          if err.code < 500 and err.code != 429:  # asking again would not help
+            raise RuntimeError(f'verifier {self.name}: {self.url} refused: {err}') from err
         last = err
         if attempt < self.retries:
           time.sleep(self.backoff * 2**attempt)
