@@ -72,8 +72,8 @@ def pass_at_1(graphdef, params, name, metadata, scale, temperature=1.0, seed=0):
 
 
 def main():
-  args = loop.flags(steps=8000, batch=64, rate=2e-3, order='1d', width=96, layers=4, scenes=196608,
-                    drop=0.1, tokenizer='').parse_args()
+  args = loop.flags(steps=8000, batch=64, rate=2e-3, order='1d', width=96, layers=4, scenes=131072,
+                    drop=0.1, tokenizer='', prompts=600).parse_args()
   name = args.tokenizer or f'tokenizer_{args.order}'
   tokens = config_of(name)
   config = prior.Config(codes=tokens.codes, tokens=tokens.tokens, width=args.width,
@@ -106,7 +106,7 @@ def main():
                                     val_image[i:i + 128].astype(np.int32))
                            for i in range(0, 1024, 128)]).mean(0)
     print(f'val nats/token {each.mean():.4f} by token', each.round(2).tolist(), flush=True)
-    prompts = world.prompts('held', 600 if last else 120)
+    prompts = world.prompts('held', args.prompts if last else 120)
     found = {}
     for scale in (1.0, 1.5, 2.0, 3.0) if last else (1.0, 2.0):
       result = pass_at_1(graphdef, params, name, prompts, scale)
