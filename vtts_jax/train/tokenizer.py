@@ -7,6 +7,11 @@ come: 1,000 steps with it equal about 4,000 without. Nested dropout: with probab
 for 2D) only the first k tokens are seen, short prefixes more often; the perceptual term counts
 little there, so that what is missing is drawn blurred and not as a texture that pleases the
 detector.
+
+After 3 / 8 of the run the 1D encoder also pays for codes that a small causal mixer cannot foretell
+from those before (after LARP, Wang et al. 2024, arXiv 2410.21264): a scene holds at most 50 bits
+or so and 32 tokens hold 256, so the encoder is free to make most of its tokens predictable, and a
+prior on them becomes learnable.
 """
 
 import dataclasses
@@ -21,6 +26,7 @@ from vtts_jax import weights
 from vtts_jax.data import scenes as world
 from vtts_jax.metrics import scenes as oracle
 from vtts_jax.models.scenes import detector, load, tokenizer
+from vtts_jax.models.scenes.layers import MLP, RMSNorm, table
 from vtts_jax.train import loop
 
 KEPT = (1, 2, 4, 6, 8, 12, 16, 24, 32)
@@ -67,6 +73,27 @@ class Probe(nnx.Module):
             'size': out[..., 14:]}
 
 
+class Foreteller(nnx.Module):
+  """Predicts the codes of a token from those before it, by two causal mixers. Training only."""
+
+  def __init__(self, config, *, rngs):
+    k, q, d = config.tokens, len(config.levels), config.width
+    self.enter, self.leave = nnx.Linear(q, d, rngs=rngs), nnx.Linear(d, q, rngs=rngs)
+    self.place = table(rngs, k, 1, d, scale=0.3)
+    self.mix = nnx.List([table(rngs, k, k, scale=k**-0.5) for _ in range(2)])
+    self.mlps = nnx.List([MLP(d, 2 * d, d, rngs=rngs) for _ in range(2)])
+    self.norms = nnx.List([RMSNorm(d) for _ in range(2)])
+
+  def __call__(self, codes):
+    """`[K, R, Q]` -> `[K, R, Q]`."""
+    x = self.enter(codes)
+    x = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]) + self.place[...]
+    for mix, mlp, norm in zip(self.mix, self.mlps, self.norms):
+      x = x + (jnp.tril(mix[...]) @ x.reshape(len(x), -1)).reshape(x.shape)
+      x = x + mlp(norm(x))
+    return self.leave(x)
+
+
 def measure(graphdef, params, config, count=256, kept=KEPT):
   """{tokens kept: {'psnr', 'oracle'}} on held-out scenes; the oracle asks the scene's caption."""
   scenes = world.sample(5, np.arange(count), 'held')
@@ -95,6 +122,7 @@ def main():
   seed = args.seed + (1 if args.order == '1d' else 2)
   graphdef, params = weights.split(tokenizer.build(config, seed))
   probe, probe_params = weights.split(Probe(config.near, rngs=nnx.Rngs(seed)))
+  teller, teller_params = weights.split(Foreteller(config, rngs=nnx.Rngs(seed)))
   judge, judge_params = load('detector')
   chance = 0.7 if args.order == '1d' else 0.3
 
@@ -110,7 +138,8 @@ def main():
     short = jax.random.bernoulli(a, chance, (r,))
     some = jnp.ceil(config.tokens * jax.random.uniform(b, (r,)) ** 1.5)
     keep = jnp.where(short, jnp.maximum(some, 1), config.tokens)
-    hidden = model.hidden(model.round(model.bound(images)), keep)
+    codes = model.round(model.bound(images))
+    hidden = model.hidden(codes, keep)
     out = model.pixels(hidden)
     pixel = pixel_loss(out, images)
     feature, sure = perceptual_loss(net, out, images)
@@ -118,7 +147,13 @@ def main():
     told, _ = detector.loss(weights.merge(probe, params['probe'])(hidden), truth)
     total = (pixel + share * (0.3 * feature + 0.3 * sure)).mean() + 0.3 * told
     mean = lambda x: (share * x).sum() / share.sum()
-    return total, {'pixel': mean(pixel), 'feature': mean(feature), 'sure': mean(sure), 'told': told}
+    info = {'pixel': mean(pixel), 'feature': mean(feature), 'sure': mean(sure), 'told': told}
+    if args.order == '1d':
+      scaled = codes * (2 / (np.array(config.levels, np.float32) - 1)) - 1
+      guess = weights.merge(teller, params['teller'])(scaled)
+      info['foretold'] = jnp.mean((guess - scaled) ** 2)
+      total += 0.2 * jnp.clip((progress - 0.375) / 0.125, 0, 1) * info['foretold']
+    return total, info
 
   name = f'tokenizer_{args.order}'
   path = os.path.join(args.out, f'{name}.safetensors')
@@ -134,6 +169,8 @@ def main():
                 command=command, seed=seed, step=step)
 
   start = {'model': params, 'probe': probe_params}
+  if args.order == '1d':
+    start['teller'] = teller_params
   loop.train(loss, start, batches, steps=args.steps, rate=args.rate, seed=seed,
              folder=f'{args.workdir}/{name}', every=1000, evaluate=evaluate)
 
