@@ -3,8 +3,10 @@ trained with the sigmoid loss of SigLIP, Zhai et al. 2023).
 
 They share a purpose and nothing else: `a` reads pictures through 12 x 12 windows pooled by learned
 spatial filters and captions with attention; `b` reads pictures with a convolution pyramid that is
-flattened and captions with a gated MLP over positions. Each image tower carries its own detection
-heads, used in training only: without them a tower stays at chance on shapes and relations.
+flattened and captions with a gated MLP over seven words at a time. Each image tower carries its
+own detection heads, used in training only: without them a tower stays at chance on shapes and
+relations. What is seen at a place enters the embedding linearly: with an MLP there `b` learnt the
+combinations of the training split by heart (99.8 % of hard negatives there, 89 % held out).
 
 Letters: R rows · P = 36 places · K = 6 classes · Tt = 12 text tokens · D = 128 width of embeddings.
 """
@@ -31,7 +33,7 @@ class Config:
   Attributes:
     tower: 'windows' or 'conv'; text: 'attention' or 'gated'.
     width: of a place in the image tower; keep: its channels that reach the embedding.
-    filters: spatial filters of 'windows'. hidden: of the last MLP. dim: of the embeddings.
+    filters: spatial filters of 'windows'. hidden: of 'gated'. dim: of the embeddings.
     words: width of a word.
   """
 
@@ -40,7 +42,7 @@ class Config:
   width: int = 80
   keep: int = 48
   filters: int = 12
-  hidden: int = 192
+  hidden: int = 128
   dim: int = 128
   words: int = 64
 
@@ -55,7 +57,7 @@ class WindowTower(nnx.Module):
     self.detect = nnx.Linear(w, HEADS, rngs=rngs)
     self.keep = nnx.Linear(w, config.keep, rngs=rngs)
     self.filters = table(rngs, config.filters, PLACES, scale=PLACES**-0.5)
-    self.out = MLP(config.filters * config.keep, config.hidden, config.dim, rngs=rngs)
+    self.out = nnx.Linear(config.filters * config.keep, config.dim, rngs=rngs)
 
   def __call__(self, images):
     x = self.windows(images)  # [P, R, width]
@@ -68,7 +70,7 @@ class WindowTower(nnx.Module):
   def flops(c):
     w = c.width
     place = 2 * PLACES * (2 * w * w + w * c.keep + c.filters * c.keep)
-    return flops_windows(48, w) + place + 2 * c.hidden * (c.filters * c.keep + c.dim)
+    return flops_windows(48, w) + place + 2 * c.filters * c.keep * c.dim
 
 
 class ConvTower(nnx.Module):
@@ -80,14 +82,14 @@ class ConvTower(nnx.Module):
     self.first, self.second, self.third = conv(3, 24, 4, 2), conv(24, 48, 4, 2), conv(48, w, 3, 1)
     self.detect = nnx.Linear(w, HEADS, rngs=rngs)
     self.keep = nnx.Linear(w, config.keep, rngs=rngs)
-    self.out = MLP(PLACES * config.keep, config.hidden, config.dim, rngs=rngs)
+    self.out = nnx.Linear(PLACES * config.keep, config.dim, rngs=rngs)
 
   def __call__(self, images):
     x = images
     for layer in (self.first, self.second, self.third):
       x = jax.nn.relu(layer(x))
     x = x[:, 1:7, 1:7].reshape(len(images), PLACES, -1)  # cells whose middle is on the lattice
-    return self.out(jax.nn.relu(self.keep(x)).reshape(len(images), -1)), self.detect(x)
+    return self.out(jnp.tanh(self.keep(x)).reshape(len(images), -1)), self.detect(x)
 
   @staticmethod
   def flops(c):
@@ -95,7 +97,7 @@ class ConvTower(nnx.Module):
     first = 2 * 62 * 62 * 3 * 24  # 16 places of 4 taps with stride 2 see 62 of 64
     second = 2 * 30 * 30 * 24 * 48
     third = 2 * 22 * 22 * 48 * c.width
-    rest = 2 * PLACES * c.width * c.keep + 2 * c.hidden * (PLACES * c.keep + c.dim)
+    rest = 2 * PLACES * c.keep * (c.width + c.dim)
     return first + second + third + rest
 
 
@@ -130,21 +132,22 @@ class AttentionText(nnx.Module):
 
 
 class GatedText(nnx.Module):
-  """Ids `[R, Tt]` -> `[R, D]`: all words side by side through a gated MLP."""
+  """Ids `[R, Tt]` -> `[R, D]`: a gated MLP over each word and its 3 neighbours a side, summed."""
 
   def __init__(self, config, *, rngs):
     self.embed = table(rngs, len(world.VOCABULARY), config.words, scale=0.3)
-    self.up = nnx.Linear(world.TEXT_LENGTH * config.words, 2 * config.hidden, rngs=rngs)
+    self.up = nnx.Linear(7 * config.words, 2 * config.hidden, rngs=rngs)
     self.out = nnx.Linear(config.hidden, config.dim, rngs=rngs)
 
   def __call__(self, ids):
-    x = self.embed[...][ids].reshape(len(ids), -1)
+    x = jnp.pad(self.embed[...][ids], ((0, 0), (3, 3), (0, 0)))
+    x = jnp.concatenate([x[:, i:i + world.TEXT_LENGTH] for i in range(7)], -1)
     up, gate = jnp.split(self.up(x), 2, -1)
-    return self.out(up * jnp.tanh(gate))
+    return self.out((up * jnp.tanh(gate)).mean(1))
 
   @staticmethod
   def flops(c):
-    return 2 * (world.TEXT_LENGTH * c.words * 2 * c.hidden + c.hidden * c.dim)
+    return 2 * (world.TEXT_LENGTH * 7 * c.words * 2 * c.hidden + c.hidden * c.dim)
 
 
 _TOWER = {'windows': WindowTower, 'conv': ConvTower}
@@ -178,6 +181,10 @@ class Clip(nnx.Module):
   def logits(self, images, texts):
     """Embeddings of broadcastable shapes `[..., D]` -> `[...]`."""
     return jnp.exp(self.scale[...]) * (images * texts).sum(-1) + self.bias[...]
+
+  def table(self, images, texts):
+    """All pairs: `[R, D]`, `[J, D]` -> `[R, J]`."""
+    return jnp.exp(self.scale[...]) * images @ texts.T + self.bias[...]
 
 
 def _unit(x):

@@ -97,7 +97,7 @@ def loss(kind, colour, truth):
   Args: log-probabilities `[R, P, K]`, `[R, P, 8]` and `targets`. Returns (sum, {name: scalar}).
   """
   there = (truth[0] != NOTHING).astype(jnp.float32)
-  pick = lambda log, index: jnp.take_along_axis(log, index[..., None], -1)[..., 0]
+  pick = lambda log, index: (log * jax.nn.one_hot(index, log.shape[-1])).sum(-1)
   objects = jnp.maximum(there.sum(), 1)
   terms = {
     'object': -(pick(kind, truth[0]) * there).sum() / objects,
