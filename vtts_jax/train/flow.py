@@ -32,11 +32,11 @@ def sample(graphdef, params, text_ids, key, scale, steps=24):
 
   x = jax.random.normal(key, (R, size, size, 3))
   x = jax.lax.scan(body, x, jnp.arange(steps) / steps)[0]
-  return jnp.clip((x + 1) / 2, 0, 1)
+  return model.to_images(x)
 
 
 def main():
-  args = loop.flags(steps=6000, batch=64, rate=2e-3, seed=31, drop=0.1).parse_args()
+  args = loop.flags(steps=6000, batch=64, rate=2e-3, seed=31, drop=0.1, prompts=300).parse_args()
   config = flow.Config()
   graphdef, params = weights.split(flow.build(config, args.seed))
   print(f'{weights.size(params):,} parameters', flush=True)
@@ -57,7 +57,7 @@ def main():
 
   def evaluate(params, step):
     params, last = loop.rounded(params), step == args.steps
-    metadata = world.prompts('held', 600 if last else 120)
+    metadata = world.prompts('held', args.prompts if last else 120)
     text = world.tokenize([m['prompt'] for m in metadata])
     found = {}
     for scale in (1.0, 1.5, 2.0, 3.0) if last else (1.5,):

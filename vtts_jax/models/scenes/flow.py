@@ -1,4 +1,7 @@
-"""Text-conditioned flow matching in pixel space (Lipman et al. 2022, arXiv 2210.02747), on mixers.
+"""Text-conditioned flow matching in pixel space (Lipman et al. 2022, arXiv 2210.02747).
+
+Each block looks at the 3 x 3 neighbourhood of its 4 x 4 pixel cell with weights shared over
+places, then mixes all cells; caption and time enter as a scale and shift of channels.
 
 Convention: x_t = (1 - t) noise + t data, so t = 0 is noise, t = 1 the picture, and the velocity
 v = data - noise is integrated upwards; pixels are 2 * image - 1. Guidance: the null prompt (all
@@ -15,17 +18,17 @@ import numpy as np
 from flax import nnx
 
 from vtts_jax.data import scenes as world
-from vtts_jax.models.scenes.layers import MLP, Mixer, RMSNorm, patches, table, unpatch
+from vtts_jax.models.scenes.layers import MLP, Mixer, Near, RMSNorm, patches, table, unpatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   image: int = 32
   patch: int = 4
-  width: int = 96
-  hidden: int = 96
-  blocks: int = 6
-  embed: int = 64
+  width: int = 64
+  hidden: int = 64
+  blocks: int = 4
+  embed: int = 96
   text_length: int = world.TEXT_LENGTH
   words: int = len(world.VOCABULARY)
 
@@ -43,6 +46,7 @@ class Flow(nnx.Module):
     self.time = nnx.Linear(c.embed, c.embed, rngs=rngs)
     self.enter = nnx.Linear(values, c.width, rngs=rngs)
     self.place = table(rngs, c.tokens, 1, c.width, scale=0.3)
+    self.near = nnx.List([Near(c.width, c.width, rngs=rngs) for _ in range(c.blocks)])
     self.blocks = nnx.List([Mixer(c.tokens, c.hidden, c.width, rngs=rngs) for _ in range(c.blocks)])
     self.gains = nnx.List([nnx.Linear(c.embed, 2 * c.width, kernel_init=nnx.initializers.zeros,
                                       rngs=rngs) for _ in range(c.blocks)])
@@ -60,9 +64,14 @@ class Flow(nnx.Module):
     angle = jnp.asarray(t)[:, None] * np.exp(np.linspace(0, 5, c.embed // 2, dtype=np.float32))
     cond = jax.nn.relu(emb + self.time(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)))
     h = self.enter(patches(x, c.patch, c.patch)) + self.place[...]  # [P, R, D]
-    for block, gain in zip(self.blocks, self.gains):
+    for near, block, gain in zip(self.near, self.blocks, self.gains):
+      h = h + jax.nn.relu(near(h))
       h = block(h, jnp.split(gain(cond), 2, -1))
     return unpatch(self.leave(self.norm(h)), c.patch, c.patch, c.image)
+
+  def to_images(self, x):
+    """The state at t = 1 as pictures `[R, H, W, 3]` in [0, 1]."""
+    return jnp.clip((x + 1) / 2, 0, 1)
 
 
 def build(config, seed=0):
@@ -73,5 +82,5 @@ def flops_velocity(config):
   """Matmul FLOPs of one velocity per image, its text being done."""
   c = config
   block = (4 * c.tokens * c.hidden * c.width + 8 * c.tokens * c.width**2
-           + 4 * c.embed * c.width)
+           + 18 * c.tokens * c.width**2 + 4 * c.embed * c.width)
   return c.blocks * block + 4 * c.tokens * c.width * 3 * c.patch**2 + 2 * c.embed**2
