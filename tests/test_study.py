@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -181,3 +182,27 @@ def test_intervals_are_those_of_the_mean_of_category_means():
   error = 0.5 * np.sqrt(sum(m * (1 - m) / n for m, n in zip(means, (40, 160))))
   assert got.low == pytest.approx(got.mean - 1.96 * error, abs=0.012)
   assert got.high == pytest.approx(got.mean + 1.96 * error, abs=0.012)
+
+
+def test_two_processes_share_the_prompts(whole, tmp_path):
+  """Each process takes every second batch and writes its own file; process 0 reports once all are done."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  processes = []
+  for i in range(2):
+    cluster = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2',
+               'JAX_PROCESS_ID': str(i), 'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo'}
+    command = [sys.executable, '-m', 'vtts_jax.main', 'run', *SMALL, '--distributed']
+    processes.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **cluster},
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+  try:
+    outs = [p.communicate(timeout=120) for p in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [p.returncode for p in processes] == [0, 0], outs
+  root, got = lines(tmp_path)
+  assert got == lines(whole[0])[1] and (root / 'report.html').exists()
+  assert all((root / f'results.p0000{i}.jsonl').stat().st_size for i in range(2))
+  assert 'beam/w4' in outs[0][0] and 'beam/w4' not in outs[1][0]

@@ -12,6 +12,7 @@ HELP = """\
 vtts: visual test-time scaling via search, in JAX
 
   vtts run --config=FILE[:ARGS] [--config.KEY=VALUE ...]   run a study; the same command resumes it
+     ... --distributed                                     one process of many (TPU pod, see launch/)
   vtts report RUN                                          write RUN/report.html, curve.png,
   grid.png vtts list                                                generators, verifiers and
   algorithms
@@ -51,7 +52,8 @@ def _fail(message: str) -> int:
 
 
 def command_run(argv: list[str]) -> int:
-  config = read_config(argv)
+  distributed = '--distributed' in argv
+  config = read_config([a for a in argv if a != '--distributed'])
   if config is None:
     return 0
   from vtts_jax import progress, report, study
@@ -60,11 +62,22 @@ def command_run(argv: list[str]) -> int:
   built = study.arms(config)
   import jax
 
+  if distributed:  # on a TPU pod nothing needs to be set; elsewhere these three
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    jax.distributed.initialize(
+      os.environ.get('JAX_COORDINATOR_ADDRESS'),
+      number('JAX_NUM_PROCESSES'),
+      number('JAX_PROCESS_ID'),
+    )
   process, processes = jax.process_index(), jax.process_count()
   store = Store(config['workdir'], config, environment(), process, processes)
   show = progress.Progress(config, built, store, quiet=process != 0)
   with show:
     study.execute(config, built, store, on_batch=show.batch)
+  if distributed:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices('all prompts done')
   if process == 0:
     report.write(store.root)
     progress.table(store.root)
@@ -123,7 +136,7 @@ def _check_key(flag: str, config) -> None:
     return
   first, *keys = flag.lstrip('-').split('.')
   if first != 'config':
-    raise ConfigError(f'unknown flag {flag}; allowed: --config=FILE[:ARGS] and --config.KEY=VALUE')
+    raise ConfigError(f'unknown flag {flag}; allowed: --config=FILE[:ARGS], --config.KEY=VALUE, --distributed')
   for i, key in enumerate(keys):
     if not hasattr(config, 'keys') or key not in config:
       beside = ', '.join(config.keys()) if hasattr(config, 'keys') else 'nothing below it'
