@@ -114,12 +114,14 @@ class AttentionText(nnx.Module):
     self.up = nnx.Linear(w, 4 * w, rngs=rngs)
     self.out = nnx.Linear(2 * w, config.dim, rngs=rngs)
 
-  def __call__(self, ids):
+  def __call__(self, ids, seen=None):
     said = (ids != world.PAD).astype(jnp.float32)  # [R, Tt]
     x = self.embed[...][ids] + self.place[...]
     q, k, v = (y.reshape(*y.shape[:-1], 4, -1) for y in jnp.split(self.qkv(self.norm(x)), 3, -1))
     near = jnp.einsum('rqhc,rkhc->rhqk', q, k) * q.shape[-1] ** -0.5
-    near = jax.nn.softmax(jnp.where(said[:, None, None] > 0, near, -1e9), -1)
+    open_ = said[:, None, None] > 0
+    open_ = open_ if seen is None else open_ & seen[:, None]
+    near = jax.nn.softmax(jnp.where(open_, near, -1e9), -1)
     x = x + self.join(jnp.einsum('rhqk,rkhc->rqhc', near, v).reshape(x.shape))
     up, gate = jnp.split(self.up(self.after(x)), 2, -1)
     x = (up * jnp.tanh(gate) * said[..., None]).sum(1) / jnp.maximum(said.sum(1), 1)[:, None]
@@ -139,9 +141,14 @@ class GatedText(nnx.Module):
     self.up = nnx.Linear(7 * config.words, 2 * config.hidden, rngs=rngs)
     self.out = nnx.Linear(config.hidden, config.dim, rngs=rngs)
 
-  def __call__(self, ids):
+  def __call__(self, ids, seen=None):
+    t = world.TEXT_LENGTH
     x = jnp.pad(self.embed[...][ids], ((0, 0), (3, 3), (0, 0)))
-    x = jnp.concatenate([x[:, i:i + world.TEXT_LENGTH] for i in range(7)], -1)
+    x = [x[:, i:i + t] for i in range(7)]
+    if seen is not None:
+      seen = jnp.pad(seen, ((0, 0), (0, 0), (3, 3)))
+      x = [y * seen[:, jnp.arange(t), jnp.arange(t) + i, None] for i, y in enumerate(x)]
+    x = jnp.concatenate(x, -1)
     up, gate = jnp.split(self.up(x), 2, -1)
     return self.out((up * jnp.tanh(gate)).mean(1))
 
@@ -174,9 +181,9 @@ class Clip(nnx.Module):
     return (_unit(x), jax.nn.log_softmax(heads[..., :split]),
             jax.nn.log_softmax(heads[..., split:]))
 
-  def text(self, ids):
-    """`[R, Tt]` int32 -> `[R, D]`."""
-    return _unit(self.words(ids))
+  def text(self, ids, seen=None):
+    """`[R, Tt]` int32 -> `[R, D]`; `seen [R, Tt, Tt]` says which words a word may look at."""
+    return _unit(self.words(ids, seen))
 
   def logits(self, images, texts):
     """Embeddings of broadcastable shapes `[..., D]` -> `[...]`."""
