@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -260,7 +261,7 @@ def search(
   devices = mesh.shape['data'] if mesh is not None else 1
   size = -(-(batch or len(prompts)) // devices) * devices
   job = Job(algo, gen, ver, render_chunk, trace)
-  arrays = {'generator': gen.tokenize(prompts), 'verifier': ver.tokenize(prompts)}
+  arrays = tokenize(gen, ver, prompts)
   if mesh is not None:
     params = jax.device_put(params, jax.sharding.NamedSharding(mesh, PartitionSpec()))
     key = jax.device_put(key, jax.sharding.NamedSharding(mesh, PartitionSpec()))
@@ -288,6 +289,14 @@ def search(
     'prompts': float(len(parts) * size),
   }
   return SearchResult(list(prompts), ids, images, best, traces, costs, seconds)
+
+
+def tokenize(gen, ver, prompts) -> dict[str, Any]:
+  """Prompt arrays for generator and verifier; a text that either cannot read is a `ConfigError`."""
+  try:
+    return {'generator': gen.tokenize(prompts), 'verifier': ver.tokenize(prompts)}
+  except ValueError as err:
+    raise ConfigError(str(err)) from None
 
 
 def validate(algo, gen, ver, mode: str = 'fused', on_step=None) -> None:

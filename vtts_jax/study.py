@@ -48,7 +48,7 @@ def arms(config: Mapping[str, Any]) -> list[Arm]:
       search whose bill is above `config.budget`; the message starts with the arm.
   """
   components.module(config['metric'], 'score')
-  prompts(config)
+  texts = [entry['prompt'] for entry in prompts(config)]
   made = []
   for name, changes in (config['arms'] or {'': {}}).items():
     settings = merge(config, changes)
@@ -57,6 +57,8 @@ def arms(config: Mapping[str, Any]) -> list[Arm]:
       measure = ensemble.build(members=settings['measure'], mode='minmax')
       run.validate(algo, gen, ver, settings['mode'])
       run.validate(algo, gen, measure, 'stepped')
+      run.tokenize(gen, ver, texts)
+      run.tokenize(gen, measure, texts)
       cost = sum(run.bill(algo, gen, ver), Cost())
       run.check_budget(cost, settings['budget'])
       for field in ('batch', 'render_chunk'):

@@ -114,10 +114,7 @@ class ScenesAR(core.Generator):
     return {part: models.load(f'{part}_{self.order}')[1] for part in parts}
 
   def tokenize(self, texts):
-    try:
-      return {'text': scenes.tokenize(texts)}
-    except ValueError as err:
-      raise core.ConfigError(str(err)) from None
+    return {'text': scenes.tokenize(texts)}
 
   def encode(self, params, prompt):
     text = prompt['text']

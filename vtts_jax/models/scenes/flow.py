@@ -78,6 +78,11 @@ def build(config, seed=0):
   return Flow(config, rngs=nnx.Rngs(seed))
 
 
+def flops_text(config):
+  """Matmul FLOPs of `text` per prompt."""
+  return 8 * config.embed**2
+
+
 def flops_velocity(config):
   """Matmul FLOPs of one velocity per image, its text being done."""
   c = config
