@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py [--repeats=5]
 
-1. A fused beam search with the scenes prior, against its bare model calls: the same prompt encoding,
+1. A fused beam search with the scenes prior, against its bare model calls: the same prompt
+encoding,
    prior steps, renders and verifier calls, of the same shapes and as many, in one compiled program
    without any search between them. Medians of interleaved repeats.
 2. Cached decoding of 256 tokens against a straightforward decoder that runs the whole prefix again
@@ -27,7 +28,6 @@ from rich.table import Table
 from vtts_jax import components, core, run, step, study, weights
 from vtts_jax.data import scenes
 from vtts_jax.models.scenes import prior
-
 
 SEGMENT = 16
 
@@ -83,10 +83,14 @@ def search_against_model(repeats, prompts):
     for chunk in algo.plan(gen):
       positions = chunk.begin + jnp.arange(chunk.size)
       (tokens, cache), _ = jax.lax.scan(token, (tokens, cache), positions)
-      shown = jnp.broadcast_to(tokens.sum(1)[:, None, None] % gen.vocab,
-                               (prompts, chunk.proposed, gen.num_stages))
-      state = gen.init(params['generator'], ctx, core.candidate_keys(
-        core.prompt_keys(key, ids), jnp.arange(chunk.proposed)))._replace(tokens=shown, cache=())
+      shown = jnp.broadcast_to(
+        tokens.sum(1)[:, None, None] % gen.vocab, (prompts, chunk.proposed, gen.num_stages)
+      )
+      state = gen.init(
+        params['generator'],
+        ctx,
+        core.candidate_keys(core.prompt_keys(key, ids), jnp.arange(chunk.proposed)),
+      )._replace(tokens=shown, cache=())
       images = gen.render(params['generator'], ctx, state, chunk.begin + chunk.size)
       scores = ver.score(params['verifier'], vctx, images)
       total = total + sum(s.sum() for s in scores.values())
@@ -125,8 +129,12 @@ def cached_against_prefix(repeats, tokens=256, prompts=1, rows=16):
   def prefix(params):
     drawn = jnp.zeros((prompts * rows, 0), jnp.int32)
     texts = jnp.repeat(text, rows, axis=0)
-    for length in range(SEGMENT, tokens + 1, SEGMENT):  # shapes are static: SEGMENT tokens share one
-      short, _ = weights.abstract(lambda n=length: prior.build(dataclasses.replace(config, tokens=n)))
+    for length in range(
+      SEGMENT, tokens + 1, SEGMENT
+    ):  # shapes are static: SEGMENT tokens share one
+      short, _ = weights.abstract(
+        lambda n=length: prior.build(dataclasses.replace(config, tokens=n))
+      )
       model = weights.merge(short, params | {'place': params['place'][:length]})
 
       def token(drawn, t, model=model):
@@ -160,11 +168,15 @@ def main():
   table.add_row('256 tokens x 16 rows, prefix run again', f'{prefix:.3f} s')
   table.add_row('tokens equal', f'{same:.4f}')
   Console(width=100).print(table)
-  print(json.dumps({
-    'fused_over_model': round(found / alone, 3),
-    'cached_speedup': round(prefix / cached, 1),
-    'matmul_share': round(flops / found / rate, 3),
-  }))
+  print(
+    json.dumps(
+      {
+        'fused_over_model': round(found / alone, 3),
+        'cached_speedup': round(prefix / cached, 1),
+        'matmul_share': round(flops / found / rate, 3),
+      }
+    )
+  )
 
 
 if __name__ == '__main__':

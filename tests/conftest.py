@@ -1,4 +1,5 @@
-"""Tests compile many tiny programs: LLVM's lowest optimisation level compiles them a third faster."""
+"""Tests compile many tiny programs: LLVM's lowest optimisation level compiles them a third
+faster."""
 
 import os
 

@@ -26,7 +26,9 @@ BEAM = Beam(width=2, branch=3, schedule='linear', size=2)
 
 def test_a_search_above_budget_is_refused_with_the_bill_before_any_compile():
   made = run.Program.made
-  with pytest.raises(core.ConfigError, match=r'budget.generator=11 per prompt .*generator 12, render 19'):
+  with pytest.raises(
+    core.ConfigError, match=r'budget.generator=11 per prompt .*generator 12, render 19'
+  ):
     run.search(BEAM, TOKENS, TARGET, NONE, PROMPTS, KEY, budget={'generator': 11})
   with pytest.raises(core.ConfigError, match=r'budget.nfe=1: no such limit; allowed: generator'):
     run.search(BEAM, TOKENS, TARGET, NONE, PROMPTS, KEY, budget={'nfe': 1})
@@ -37,9 +39,18 @@ def test_a_search_above_budget_is_refused_with_the_bill_before_any_compile():
 def test_nothing_is_compiled_twice():
   run.search(BEAM, TOKENS, TARGET, NONE, PROMPTS, KEY, batch=3)
   made = run.Program.made
-  run.search(BEAM, TOKENS, TARGET, NONE, PROMPTS[::-1], jax.random.key(9), batch=3, ids=range(9, 14))
-  run.search(Beam(width=2, branch=3, schedule='linear', size=2), toys.Tokens(), TARGET, NONE,
-             ['another'], KEY, batch=3)
+  run.search(
+    BEAM, TOKENS, TARGET, NONE, PROMPTS[::-1], jax.random.key(9), batch=3, ids=range(9, 14)
+  )
+  run.search(
+    Beam(width=2, branch=3, schedule='linear', size=2),
+    toys.Tokens(),
+    TARGET,
+    NONE,
+    ['another'],
+    KEY,
+    batch=3,
+  )
   assert run.Program.made == made  # other prompts, ids and seeds, a padded batch, equal parts
   uniform = Beam(width=2, branch=2, schedule='fixed')
   made = run.Program.made
@@ -51,7 +62,9 @@ def test_fused_search_makes_no_host_transfer():
   job = run.Job(BEAM, TOKENS, TARGET)
   prompts = {'generator': TOKENS.tokenize(PROMPTS), 'verifier': TARGET.tokenize(PROMPTS)}
   initial = np.zeros((5, 0), np.int32)
-  lowered = jax.jit(run.fused, static_argnums=0).lower(job, NONE, prompts, np.arange(5), KEY, initial)
+  lowered = jax.jit(run.fused, static_argnums=0).lower(
+    job, NONE, prompts, np.arange(5), KEY, initial
+  )
   text = lowered.compile().as_text()
   assert not any(word in text for word in ('callback', 'infeed', 'outfeed', 'host-transfer'))
 
@@ -77,8 +90,16 @@ def test_host_verifiers_are_scored_between_ask_and_tell():
 
 def test_on_step_sees_every_step():
   seen = []
-  run.search(BEAM, TOKENS, TARGET, NONE, PROMPTS, KEY, mode='stepped',
-             on_step=lambda i, trace: seen.append((i, float(trace.best.total[0]))))
+  run.search(
+    BEAM,
+    TOKENS,
+    TARGET,
+    NONE,
+    PROMPTS,
+    KEY,
+    mode='stepped',
+    on_step=lambda i, trace: seen.append((i, float(trace.best.total[0]))),
+  )
   assert [i for i, _ in seen] == [0, 1, 2] and seen == sorted(seen)
 
 
@@ -115,14 +136,17 @@ def test_one_device_equals_eight():
         r = run.search(algo, gen, toys.Target(), {'generator': {}, 'verifier': {}},
                        [f'prompt {i}' for i in range(11)], jax.random.key(5), **options)
         state = jax.tree.leaves(r.best.state)[0]
-        found.setdefault(type(gen).__name__, {})[name] = [np.asarray(state).tolist(), r.best.total.tolist()]
+        found.setdefault(type(gen).__name__, {})[name] = [np.asarray(state).tolist(),
+        r.best.total.tolist()]
     print(json.dumps([jax.device_count(), found]))
   """
   flags = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
   out = subprocess.run(
     [sys.executable, '-c', textwrap.dedent(script)],
     env={**__import__('os').environ, 'XLA_FLAGS': flags},
-    capture_output=True, text=True, check=False,
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert out.returncode == 0, out.stderr
   devices, found = json.loads(out.stdout.splitlines()[-1])
@@ -135,17 +159,25 @@ def test_one_device_equals_eight():
 
 LAYERS = {
   'search': {'core', 'components', 'select', 'search'},
-  'core': set(), 'select': {'core'}, 'sampling': {'core'}, 'components': {'core'},
-  'step': {'core'}, 'run': {'core', 'step'}, 'sharding': {'core'},
+  'core': set(),
+  'select': {'core'},
+  'sampling': {'core'},
+  'components': {'core'},
+  'step': {'core'},
+  'run': {'core', 'step'},
+  'sharding': {'core'},
   'models': {'models', 'weights', 'data', 'core'},
   'generators': {'core', 'components', 'sampling', 'models', 'weights', 'data'},
   'verifiers': {'core', 'components', 'select', 'models', 'weights', 'data', 'verifiers'},
-  'data': {'data', 'core'}, 'metrics': {'metrics', 'data', 'core'}, 'weights': {'core'},
+  'data': {'data', 'core'},
+  'metrics': {'metrics', 'data', 'core'},
+  'weights': {'core'},
 }
 
 
 def test_layering_is_one_way():
-  """`core, select <- search <- run <- main` and `models <- generators, verifiers`, from the imports."""
+  """`core, select <- search <- run <- main` and `models <- generators, verifiers`, from the
+  imports."""
   root = pathlib.Path(vtts_jax.__file__).parent
   for file in root.rglob('*.py'):
     layer = file.relative_to(root).parts[0].removesuffix('.py')

@@ -1,4 +1,5 @@
-"""Studies from the command line: results, resume after SIGKILL, the report in a browser, bad input."""
+"""Studies from the command line: results, resume after SIGKILL, the report in a browser, bad
+input."""
 
 import json
 import os
@@ -19,7 +20,7 @@ from vtts_jax import main, stats, store
 from vtts_jax.core import ConfigError
 
 CONFIG = str(pathlib.Path(__file__).parent / 'configs' / 'toys.py')
-SMALL = [f'--config={CONFIG}', "--config.seeds=(0,)"]
+SMALL = [f'--config={CONFIG}', '--config.seeds=(0,)']
 
 
 def vtts(*args, cwd):
@@ -55,7 +56,9 @@ def test_a_run_leaves_everything_it_should(whole):
     assert (root / row['image']).exists()
     assert len(row['curve']) == (4 if row['arm'] == 'bon' else 3)
     assert {'generator', 'render', 'verify', 'flops', 'total', 'correct'} <= set(row['curve'][0])
-    assert row['curve'][-1]['measured']['target'] == pytest.approx(row['scores']['target'], abs=1e-6)
+    assert row['curve'][-1]['measured']['target'] == pytest.approx(
+      row['scores']['target'], abs=1e-6
+    )
   assert sum('trace' in r for r in rows.values()) == 3 * 2
   for name in ('report.html', 'curve.png', 'grid.png', 'timing.p00000.jsonl'):
     assert (root / name).stat().st_size > 200
@@ -78,8 +81,9 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(whole, tmp_path):
   command = [sys.executable, '-m', 'vtts_jax.main', 'run', *SMALL]
   environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
   for _ in range(3):
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+      command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     deadline, wanted = time.time() + 60, rng.randint(1, 24)
     while process.poll() is None and time.time() < deadline:
       found = list(tmp_path.glob('runs/*/results.p00000.jsonl'))
@@ -107,14 +111,26 @@ def test_the_report_shows_its_pictures_in_a_browser(whole, tmp_path):
   page = (root / 'report.html').read_text()
   assert 'http://' not in page and 'https://' not in page, 'not self-contained'
   count = """<script>addEventListener('load', () => { const all = [...document.images];
-    document.body.dataset.seen = [all.length, all.filter(i => i.naturalWidth > 0).length]; })</script>"""
+    document.body.dataset.seen = [all.length, all.filter(i => i.naturalWidth > 0).length];
+    })</script>"""
   copy = tmp_path / 'report.html'
   copy.write_text(page.replace('</body>', count + '</body>'))
-  flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-           '--disable-background-networking', '--disable-component-update', '--disable-sync',
-           f'--user-data-dir={tmp_path / "profile"}', '--virtual-time-budget=5000', '--dump-dom']
-  dom = subprocess.run(['chromium', *flags, copy.as_uri()], capture_output=True, text=True,
-                       timeout=120, check=False).stdout
+  flags = [
+    '--headless',
+    '--no-sandbox',
+    '--disable-gpu',
+    '--disable-quic',
+    '--no-first-run',
+    '--disable-background-networking',
+    '--disable-component-update',
+    '--disable-sync',
+    f'--user-data-dir={tmp_path / "profile"}',
+    '--virtual-time-budget=5000',
+    '--dump-dom',
+  ]
+  dom = subprocess.run(
+    ['chromium', *flags, copy.as_uri()], capture_output=True, text=True, timeout=120, check=False
+  ).stdout
   total, loaded = map(int, re.search(r'data-seen="(\d+),(\d+)"', dom).groups())
   grids = sum(len(r['grid']) for r in rows.values() if 'grid' in r)
   assert total == loaded == 1 + grids + 3  # the curve, the grids, a genealogy for each arm
@@ -128,16 +144,28 @@ def test_the_report_shows_its_pictures_in_a_browser(whole, tmp_path):
   [
     ((), r'--config=FILE\[:ARGS\] is missing'),
     (('--config=nothing.py',), r'nothing.py'),
-    ((f'--config={CONFIG}', '--config.search.widht=8'),
-     r'unknown flag --config.search.widht; allowed in config.search: .*width'),
+    (
+      (f'--config={CONFIG}', '--config.search.widht=8'),
+      r'unknown flag --config.search.widht; allowed in config.search: .*width',
+    ),
     ((f'--config={CONFIG}', '--config.search.width=wide'), r'--config.search.width=wide'),
-    ((f'--config={CONFIG}', '--config.search.width=0'),
-     r'arm beam/w2: search: search.width=0: must be an integer >= 1'),
-    ((f'--config={CONFIG}', '--config.search.name=search.beams'), r"unknown component 'search.beams'"),
-    ((f'--config={CONFIG}', '--config.budget.generator=20.0'),
-     r'arm beam/w4: budget.generator=20 per prompt is below what the search spends'),
+    (
+      (f'--config={CONFIG}', '--config.search.width=0'),
+      r'arm beam/w2: search: search.width=0: must be an integer >= 1',
+    ),
+    (
+      (f'--config={CONFIG}', '--config.search.name=search.beams'),
+      r"unknown component 'search.beams'",
+    ),
+    (
+      (f'--config={CONFIG}', '--config.budget.generator=20.0'),
+      r'arm beam/w4: budget.generator=20 per prompt is below what the search spends',
+    ),
     ((f'--config={CONFIG}', '--config.mode=quick'), r"mode='quick'"),
-    ((f'--config={CONFIG}', '--config.metric=metrics.nothing'), r"unknown component 'metrics.nothing'"),
+    (
+      (f'--config={CONFIG}', '--config.metric=metrics.nothing'),
+      r"unknown component 'metrics.nothing'",
+    ),
     ((f'--config={CONFIG}', 'extra'), r"unknown argument 'extra'"),
   ],
 )
@@ -185,17 +213,30 @@ def test_intervals_are_those_of_the_mean_of_category_means():
 
 
 def test_two_processes_share_the_prompts(whole, tmp_path):
-  """Each process takes every second batch and writes its own file; process 0 reports once all are done."""
+  """Each process takes every second batch and writes its own file; process 0 reports once all are
+  done."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
   processes = []
   for i in range(2):
-    cluster = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2',
-               'JAX_PROCESS_ID': str(i), 'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo'}
+    cluster = {
+      'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+      'JAX_NUM_PROCESSES': '2',
+      'JAX_PROCESS_ID': str(i),
+      'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    }
     command = [sys.executable, '-m', 'vtts_jax.main', 'run', *SMALL, '--distributed']
-    processes.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **cluster},
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    processes.append(
+      subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **cluster},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
   try:
     outs = [p.communicate(timeout=120) for p in processes]
   finally:

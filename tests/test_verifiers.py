@@ -1,4 +1,5 @@
-"""Ensembles, likelihood and host verifiers: against plain numpy and a real HTTP server on loopback."""
+"""Ensembles, likelihood and host verifiers: against plain numpy and a real HTTP server on
+loopback."""
 
 import base64
 import io
@@ -57,7 +58,8 @@ def test_a_member_of_weight_zero_is_measured_and_not_searched_on():
 
 
 def test_the_best_so_far_is_ranked_along():
-  """Two rounds by rank: the winner is the better of the winner of round one and round two, jointly."""
+  """Two rounds by rank: the winner is the better of the winner of round one and round two,
+  jointly."""
   ver = ensemble.build(members={'t': TARGET, 'b': BRIGHT}, mode='rank')
   found = run.search(BestOfN(n=8, round=4), TOKENS, ver, params(ver), PROMPTS, KEY, trace=True)
   first, second = found.steps
@@ -150,7 +152,9 @@ def endpoint():
 def test_an_endpoint_is_asked_in_batches_and_again_after_a_failure(endpoint):
   url, log = endpoint
   ver = Host(url=url, batch=4, backoff=0.01)
-  images = np.linspace(0, 1, 6, dtype=np.float32)[None, :, None, None, None] * np.ones((1, 1, 4, 4, 3))
+  images = np.linspace(0, 1, 6, dtype=np.float32)[None, :, None, None, None] * np.ones(
+    (1, 1, 4, 4, 3)
+  )
   vctx = ver.tokenize(['grüße'])
   scores = ver.score({}, vctx, images)['host']
   assert np.isnan(scores[0, 0])

@@ -12,16 +12,14 @@ HELP = """\
 vtts: visual test-time scaling via search, in JAX
 
   vtts run --config=FILE[:ARGS] [--config.KEY=VALUE ...]   run a study; the same command resumes it
-     ... --distributed                                     one process of many (TPU pod, see launch/)
-  vtts report RUN                                          write RUN/report.html, curve.png,
-  grid.png vtts list                                                generators, verifiers and
-  algorithms
+     ... --distributed                                     one process of many (see launch/)
+  vtts report RUN                                          write RUN/report.html and its pictures
+  vtts list [NAME]                                         components; the settings of one
 
-  vtts run --config=configs/scenes.py:demo                 the embedded study in two minutes, no
-  download vtts run --config=configs/scenes.py:beam,runlocal --config.search.width=8
-  vtts run --config=FILE --help                            every setting of a config with its value
-
-Settings of a component are those of its dataclass: `vtts list NAME` prints them."""
+  vtts run --config=configs/scenes.py:demo                 the embedded study, two minutes
+  vtts run --config=configs/scenes.py:beam,runlocal --config.search.width=8
+  vtts run --config=FILE --help                            every setting of a config
+"""
 
 
 def cli(argv: list[str] | None = None) -> int:
@@ -124,7 +122,7 @@ def _parse(argv: list[str]):
     said = ' '.join(str(err).split()) or repr(err)
     raise ConfigError(f'{" ".join(argv)}: {said}') from None
   if len(rest) > 1:
-    raise ConfigError(f'unknown argument {rest[1]!r}; settings are given as --config.KEY=VALUE')
+    raise ConfigError(f'unknown argument {rest[1]!r}; settings are --config.KEY=VALUE')
   return config
 
 
@@ -136,7 +134,8 @@ def _check_key(flag: str, config) -> None:
     return
   first, *keys = flag.lstrip('-').split('.')
   if first != 'config':
-    raise ConfigError(f'unknown flag {flag}; allowed: --config=FILE[:ARGS], --config.KEY=VALUE, --distributed')
+    allowed = '--config=FILE[:ARGS], --config.KEY=VALUE, --distributed'
+    raise ConfigError(f'unknown flag {flag}; allowed: {allowed}')
   for i, key in enumerate(keys):
     if not hasattr(config, 'keys') or key not in config:
       beside = ', '.join(config.keys()) if hasattr(config, 'keys') else 'nothing below it'

@@ -98,14 +98,11 @@ class Beam(core.Algorithm):
         f'search.replace=False with search.branch={self.branch}: {type(gen).__name__} has '
         f'{gen.vocab} choices a stage; allowed: True, or a smaller branch'
       )
-    if (
-      not gen.anytime
-      and chunks[-1].begin + chunks[-1].size < gen.num_stages
-      and not chunks[-1].look
-    ):
+    reached = chunks[-1].begin + chunks[-1].size + chunks[-1].look
+    if not gen.anytime and reached < gen.num_stages:
       raise core.ConfigError(
-        f'search.complete=False: the schedule ends at stage {chunks[-1].begin + chunks[-1].size} of '
-        f'{gen.num_stages} and an unfinished sample of {type(gen).__name__} is no picture; allowed: True'
+        f'search.complete=False: the schedule ends at stage {reached} of {gen.num_stages} and an '
+        f'unfinished sample of {type(gen).__name__} is no picture; allowed: True'
       )
 
   def phases(self, gen):

@@ -109,8 +109,8 @@ class Prior(nnx.Module):
   def init_cache(self, b, n):
     """Zeros: tuple over layers of {'k', 'v': `[B, N, h, T, d]`}.
 
-    Heads stand before tokens, so that attention is a batched product over the cache as it lies; with
-    tokens first XLA copies the cache at each step (30 times slower on CPU, measured).
+    Heads stand before tokens, so that attention is a batched product over the cache as it lies;
+    with tokens first XLA copies the cache at each step (30 times slower on CPU, measured).
     """
     c = self.config
     zeros = lambda: jnp.zeros((b, n, c.heads, c.tokens, c.width // c.heads))
@@ -143,7 +143,7 @@ class Prior(nnx.Module):
       mixed += jnp.einsum('bnht,bnhtd->bnhd', weights[1], own['v']) + weights[2] * v
       x = block.finish(x, mixed)
     logits = self.head(self.norm(x))
-    # The write depends on the last read, or XLA would copy the cache to update it: nothing is added.
+    # The write depends on the last read, or XLA copies the cache to update it. Nothing is added.
     after = jnp.where(logits[0, 0, 0] > 1e30, 1.0, 0.0)
     put = lambda old, now: jax.lax.dynamic_update_index_in_dim(old, now + after, position, 3)
     return logits, jax.tree.map(put, tuple(cache), tuple(new))
