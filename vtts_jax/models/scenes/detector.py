@@ -17,10 +17,14 @@ from vtts_jax.data import scenes as world
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+  """Channels of the three convolutions."""
+
   widths: tuple = (16, 32, 64)
 
 
 class Detector(nnx.Module):
+  """`features` for the perceptual loss, `read` and `__call__` for its verdicts."""
+
   def __init__(self, config, *, rngs):
     self.config = config
     a, b, c = config.widths
@@ -47,6 +51,7 @@ class Detector(nnx.Module):
 
 
 def build(config, seed=0):
+  """A `Detector` with random parameters."""
   return Detector(config, rngs=nnx.Rngs(seed))
 
 

@@ -23,6 +23,8 @@ from vtts_jax.models.scenes.layers import MLP, Mixer, Near, RMSNorm, patches, ta
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+  """Sizes; `patch` in pixels, `embed` is E."""
+
   image: int = 32
   patch: int = 4
   width: int = 64
@@ -38,6 +40,8 @@ class Config:
 
 
 class Flow(nnx.Module):
+  """`flow(x, t, flow.text(text_ids))` is the velocity; see the convention above."""
+
   def __init__(self, config, *, rngs):
     c = self.config = config
     values = 3 * c.patch**2
@@ -75,6 +79,7 @@ class Flow(nnx.Module):
 
 
 def build(config, seed=0):
+  """A `Flow` with random parameters."""
   return Flow(config, rngs=nnx.Rngs(seed))
 
 

@@ -21,6 +21,8 @@ from vtts_jax.models.scenes.layers import MLP, Mixer, Near, RMSNorm, patches, ta
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+  """Sizes. `order` '1d' or '2d'; `tokens` is K, `codes` (the product of `levels`) V."""
+
   order: str = '1d'  # or '2d'
   image: int = 32
   cell: int = 4  # pixels
@@ -48,6 +50,8 @@ class Config:
 
 
 class Tokenizer(nnx.Module):
+  """`encode` and `decode`; training goes through `bound`, `round`, `hidden`, `pixels`."""
+
   def __init__(self, config, *, rngs):
     c = self.config = config
     values, group = 3 * c.cell**2, c.cells // c.tokens
@@ -134,6 +138,7 @@ class Tokenizer(nnx.Module):
 
 
 def build(config, seed=0):
+  """A `Tokenizer` with random parameters."""
   return Tokenizer(config, rngs=nnx.Rngs(seed))
 
 
