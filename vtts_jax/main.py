@@ -118,7 +118,7 @@ def _parse(argv: list[str]):
     rest = values(full)
     config = holder.value
     config.keys()  # a file that failed to load fails here, not at its first use
-  except Exception as err:  # a config file is the user's code: whatever it raises is about the config
+  except Exception as err:  # a config file is the user's code, so it may raise anything
     said = ' '.join(str(err).split()) or repr(err)
     raise ConfigError(f'{" ".join(argv)}: {said}') from None
   if len(rest) > 1:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import components, core, run, sharding
+from vtts_jax import components, core, genealogy, run, sharding
 from vtts_jax.core import ConfigError, Cost
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.store import Store
@@ -173,64 +173,6 @@ def observe(gen, measure, params, prompts, states, stages):
   return images, measure.score(params['measure'], vctx, images, **signals)
 
 
-def genealogy(arm: Arm, result: run.SearchResult, row: int) -> dict[str, np.ndarray]:
-  """Arrays that tell how one prompt's winner came about.
-
-  Returns:
-    `images [S, M', H, W, 3]` uint8 of the M' best candidates looked at in each of S steps,
-    `totals [S, M']`, `parent [S, M']` (column of the parent in the step before, -1 for none) and
-    `winner [S]` (column of the returned candidate's ancestor, -1 where it has none).
-  """
-  columns = 8
-  kept_before, shown, totals, parents, links = None, [], [], [], []
-  for step in result.steps:
-    order = np.argsort(-step.totals[row], kind='stable')
-    kept = list(dict.fromkeys(step.kept[row].tolist()))
-    order = np.array((kept + [i for i in order.tolist() if i not in set(kept)])[:columns])
-    came = step.parent[row][order]
-    if kept_before is not None and len(kept_before):
-      parents.append([kept_before[p] if p >= 0 else -1 for p in came])
-    else:
-      parents.append([-1] * len(order))
-    position = {c: i for i, c in enumerate(order.tolist())}
-    kept_before = [position.get(c, -1) for c in step.kept[row].tolist()]
-    links.append(order)
-    state = jax.tree.map(lambda x, order=order: x[row : row + 1, order], step.shown)
-    shown.append((state, int(step.stage[row])))
-    totals.append(step.totals[row][order])
-  params, ctx = parameters(arm.gen), _context(arm, row, result)
-  images = [np.asarray(arm.gen.render(params, ctx, s, t))[0] for s, t in shown]
-  winner = np.full(len(totals), -1)
-  best = float(result.best.total[row])
-  last = next((i for i, t in enumerate(totals) if len(t) and t.max() == best), len(totals) - 1)
-  column = int(np.argmax(totals[last]))
-  for i in range(last, -1, -1):
-    winner[i] = column
-    column = parents[i][column]
-    if column < 0:
-      break
-  width = max(len(t) for t in totals)
-  pad = lambda rows, fill: np.stack(
-    [
-      np.concatenate([r, np.full((width - len(r), *np.shape(r)[1:]), fill, np.asarray(r).dtype)])
-      for r in map(np.asarray, rows)
-    ]
-  )
-  pixels = [np.clip(np.rint(i * 255), 0, 255).astype(np.uint8) for i in images]
-  return {
-    'images': pad(pixels, 255),
-    'totals': pad(totals, -np.inf),
-    'parent': pad(parents, -1),
-    'winner': winner,
-    'stage': np.array([t for _, t in shown]),
-  }
-
-
-def _context(arm, row, result):
-  text = result.prompts[row : row + 1]
-  return arm.gen.encode(parameters(arm.gen), arm.gen.tokenize(text))
-
-
 # -------------------------------------------------------------------------------------------
 # running
 
@@ -299,9 +241,9 @@ def _batch(config, arm, seed, batch, size, mesh, metric, store):
   rows = []
   for i, entry in enumerate(batch):
     name = f'{arm.name}/{seed}/{entry["id"]:05d}'
-    found = bool(np.isfinite(totals[i, -1]))
+    done = bool(np.isfinite(totals[i, -1]))
     row = {'arm': arm.name, 'seed': seed, 'id': entry['id'], 'prompt': entry['prompt']}
-    row |= {'tag': entry.get('tag', ''), 'found': found}
+    row |= {'tag': entry.get('tag', ''), 'found': done}
     row['bad'] = {k: int(v[i]) for k, v in result.bad.items() if v[i]}
     row['searched'] = searched(arm.ver)
     row['ladder'] = is_ladder(arm.algo)
@@ -316,11 +258,13 @@ def _batch(config, arm, seed, batch, size, mesh, metric, store):
       }
       for j in range(count)
     ]
-    if found:
+    if done:
       row['image'] = store.save_image(name, images[i, -1])
     if i < config['traces'] and entry['id'] < config['traces'] and seed == config['seeds'][0]:
       row['grid'] = [store.save_image(f'{name}-{j}', images[i, j]) for j in range(count)]
-      row['trace'] = store.save_trace(name, genealogy(arm, result, i))
+      found = genealogy.tree(result, i)
+      found['images'] = genealogy.pictures(arm.gen, params['generator'], result, i, found)
+      row['trace'] = store.save_trace(name, found)
     rows.append(row)
   timing = {'arm': arm.name, 'seed': seed, 'first_id': batch[0]['id'], **result.seconds}
   return rows, timing
