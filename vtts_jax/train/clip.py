@@ -3,7 +3,8 @@
 The two differ in architecture, initialisation and data seeds and in what they see: `a` half spoiled
 and unfinished pictures, `b` clean ones only. Loss: sigmoid over all pictures x captions of a batch,
 labelled by what is true of the scenes (a caption may be true of several), a ranking term against
-two hard negatives each, and the tower's own detection heads, which fade out. About four minutes each.
+two hard negatives each, and the tower's own detection heads, which fade out. About four minutes
+of one core each.
 """
 
 import dataclasses
@@ -22,10 +23,10 @@ from vtts_jax.train import loop, spoil
 
 RECIPES = {  # config, seed
   'a': (clip.Config(), 41),
-  'b': (clip.Config(tower='conv', text='gated', width=64, words=24), 53),
+  'b': (clip.Config(tower='conv', width=64, hidden=128, words=24), 53),
 }
 NEGATIVES, BLOCK = 2, 1024
-WEIGHTS = np.array([0.5, 1.0, 1.5, 2.0, 4.0], np.float32)  # of a negative by aspect: rare ones more
+WEIGHTS = np.array([0.5, 1.0, 2.0, 4.0, 2.0], np.float32)  # of a negative by aspect: rare ones more
 
 
 @functools.lru_cache(maxsize=1)
