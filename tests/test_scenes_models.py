@@ -220,4 +220,4 @@ def test_cards_say_what_was_measured_and_the_targets_are_met():
   rate = {order: cards[f'prior_{order}']['metrics']['pass_at_1'] for order in ('1d', '2d')}
   assert all(0.2 <= r <= 0.7 for r in rate.values())
   assert abs(rate['1d'] - rate['2d']) <= 0.15
-  assert sum(f.stat().st_size for f in models.ASSETS.iterdir()) <= 10e6
+  assert sum(f.stat().length for f in models.ASSETS.iterdir()) <= 10e6
