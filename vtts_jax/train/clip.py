@@ -21,9 +21,9 @@ from vtts_jax.data import truth
 from vtts_jax.models.scenes import clip, judge
 from vtts_jax.train import loop, spoil
 
-RECIPES = {  # config, seed
-  'a': (clip.Config(), 41),
-  'b': (clip.Config(tower='conv', width=64, hidden=128, words=24), 53),
+RECIPES = {  # config, seed, steps, weight decay
+  'a': (clip.Config(hidden=64), 41, 4000, 0.3),
+  'b': (clip.Config(tower='conv', width=64, hidden=64, words=32), 53, 4000, 0.3),
 }
 NEGATIVES, BLOCK = 2, 1024
 WEIGHTS = np.array([0.5, 1.0, 2.0, 4.0, 2.0], np.float32)  # of a negative by aspect: rare ones more
@@ -67,7 +67,7 @@ def loss(model, images, ids, labels, weight, targets, progress):
                  'pairs': (own[1:] < own[:1]).mean()}
 
 
-def measure(graphdef, params, count=3072, chunk=64, change=None):
+def measure(graphdef, params, count=9216, chunk=64, change=None):
   """Accuracy on held-out hard negatives, over all and by aspect; `change(images)` spoils them."""
   scenes = world.sample(61, np.arange(count), 'held')
   wrong, aspect = world.negatives(scenes, 62, np.arange(count), 'held')
@@ -94,13 +94,13 @@ def measure(graphdef, params, count=3072, chunk=64, change=None):
 
 
 def main():
-  args = loop.flags(steps=2500, batch=64, rate=2e-3, seed=-1, which='a').parse_args()
+  args = loop.flags(steps=0, batch=64, rate=2e-3, seed=-1, which='a').parse_args()
   if args.which not in RECIPES:
     raise SystemExit(f'--which={args.which}: allowed are {", ".join(RECIPES)}')
   if BLOCK % args.batch:
     raise SystemExit(f'--batch={args.batch}: must divide {BLOCK}')
-  config, seed = RECIPES[args.which]
-  seed = seed if args.seed < 0 else args.seed
+  config, seed, steps, decay = RECIPES[args.which]
+  steps, seed = args.steps or steps, seed if args.seed < 0 else args.seed
   name = f'clip_{args.which}'
   graphdef, params = weights.split(clip.build(config, seed))
   ways = (spoil.mild, spoil.smear, spoil.unfinished, spoil.holes)
@@ -114,14 +114,15 @@ def main():
 
   params = loop.rounded(loop.train(
     objective, params, lambda step: batch(seed, step, args.batch),
-    steps=args.steps, rate=args.rate, seed=seed, ema=0.99, folder=os.path.join(args.workdir, name)))
+    steps=steps, rate=args.rate, seed=seed, ema=0.99, decay=decay,
+    folder=os.path.join(args.workdir, name)))
   metrics = measure(graphdef, params)
   for way in ways:
     spoiled = jax.jit(lambda x, way=way: way(x, jax.random.key(63)))
     metrics[f'pairs_{way.__name__}'] = measure(graphdef, params, change=spoiled)['pairs']
   print(metrics)
   loop.export(os.path.join(args.out, f'{name}.safetensors'), params, kind='clip',
-              config=dataclasses.asdict(config), metrics=metrics, seed=seed, steps=args.steps,
+              config=dataclasses.asdict(config), metrics=metrics, seed=seed, steps=steps,
               command=f'python -m vtts_jax.train.clip --which={args.which}')
 
 
