@@ -1,0 +1,62 @@
+"""The embedded generators keep the protocol, with their shipped weights."""
+
+import jax
+import numpy as np
+import pytest
+
+from vtts_jax import components, run
+from vtts_jax.testing import laws
+
+KEY = jax.random.key(4)
+PROMPTS = ['a photo of a circle', 'a drawing of a red square and a blue ring']
+GENERATORS = {
+  '1d': ('generators.scenes_ar', {}),
+  '2d': ('generators.scenes_ar', {'order': '2d', 'guidance': 1.0, 'top_k': 20, 'top_p': 0.9}),
+  'null': ('generators.scenes_ar', {'guidance': 0.0, 'temperature': 0.7}),
+  'uniform': ('generators.scenes_ar', {'prior': 'uniform'}),
+  'flow': ('generators.scenes_flow', {'steps': 4, 'eta': 0.3}),
+}
+
+
+@pytest.mark.parametrize('name', GENERATORS)
+def test_scenes_generators_conform(name):
+  path, settings = GENERATORS[name]
+  laws.check_generator(components.load(path, **settings), PROMPTS, KEY)
+
+
+def test_a_search_on_scenes_keeps_the_laws():
+  gen = components.load('generators.scenes_ar')
+  ver = components.load('verifiers.scenes_clip', which='b')
+  algo = components.load('search.beam', width=2, branch=3, schedule='8,32', lookahead=2)
+  laws.check_algorithm(algo, gen, ver, PROMPTS, KEY, shapes=False)
+
+
+def test_guidance_runs_as_many_streams_as_it_needs():
+  costs = {
+    g: components.load('generators.scenes_ar', guidance=g).cost('extend', 0, 4)
+    for g in (0.0, 1.0, 2.0)
+  }
+  assert costs[0.0] == costs[1.0] and costs[2.0].generator == costs[1.0].generator == 4
+  assert costs[2.0].flops == 2 * costs[1.0].flops > 0
+  assert components.load('generators.scenes_ar', prior='uniform').cost('extend', 0, 4).flops == 0
+
+
+def test_the_null_stream_ignores_the_prompt():
+  gen, ver = (
+    components.load('generators.scenes_ar', guidance=0.0),
+    components.load('verifiers.likelihood'),
+  )
+  algo = components.load('search.best_of_n', n=2)
+  params = laws.parameters(gen, ver)
+  found = [run.search(algo, gen, ver, params, [p], KEY) for p in PROMPTS]
+  np.testing.assert_array_equal(found[0].best.state.tokens, found[1].best.state.tokens)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [('a photo of a dog', "word 'dog' is not in the scene world"), ('a ' * 13, 'at most 12')],
+)
+def test_texts_outside_the_grammar_are_named(text, message):
+  gen = components.load('generators.scenes_ar')
+  with pytest.raises(ValueError, match=message):
+    gen.tokenize([text])
