@@ -4,7 +4,7 @@ The two differ in architecture, initialisation and data seeds and in what they s
 and unfinished pictures, `b` clean ones only. Loss: sigmoid over all pictures x captions of a batch,
 labelled by what is true of the scenes (a caption may be true of several), a ranking term against
 two hard negatives each, and the tower's own detection heads, which fade out. About four minutes
-of one core each.
+of one core each. `--steps=0` (and a negative seed) mean those of the recipe.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from vtts_jax.models.scenes import clip, judge
 from vtts_jax.train import loop, spoil
 
 RECIPES = {  # config, seed, steps, weight decay
-  'a': (clip.Config(hidden=64), 41, 4000, 0.3),
-  'b': (clip.Config(tower='conv', width=64, hidden=64, words=32), 53, 4000, 0.3),
+  'a': (clip.Config(), 41, 4000, 0.3),
+  'b': (clip.Config(tower='conv', width=64), 53, 4000, 0.3),
 }
 NEGATIVES, BLOCK = 2, 1024
 WEIGHTS = np.array([0.5, 1.0, 2.0, 4.0, 2.0], np.float32)  # of a negative by aspect: rare ones more
