@@ -55,8 +55,7 @@ _INK = np.array(list(PALETTE.values()), np.float32)  # [8, 3]
 class Captions(NamedTuple):
   """What is said. Integer arrays `[R]`; a field a category does not use is 0 (`count`: 1).
 
-  `A relation B`, `colour_a A and colour_b B`, `count A`: indices into SHAPES, COLOURS, RELATIONS,
-  PREFIXES, TAGS.
+  `A relation B`, `colour_a A and colour_b B`, `count A`: indices into the tuples above.
   """
   tag: np.ndarray
   prefix: np.ndarray
@@ -85,7 +84,6 @@ class Scenes(NamedTuple):
 
 
 # ---- counters -> random numbers
-
 def _bits(seed, index, lane):
   """splitmix64 of (seed, index, lane): `[...]` uint64, the only source of randomness here."""
   with np.errstate(over='ignore'):
@@ -106,7 +104,6 @@ def _draw(seed, index, lane, n):
 
 
 # ---- the splits
-
 _HELD_PREFIX = np.zeros((len(PREFIXES), 5), bool)  # [prefix, shape]
 for _p in range(len(PREFIXES)):
   _HELD_PREFIX[_p, [(2 * _p) % 5] + ([(2 * _p + 1) % 5] if _p % 4 == 0 else [])] = True
@@ -160,7 +157,6 @@ def grammar(tag, split):
 
 
 # ---- captions
-
 def captions(seed, index, split='train'):
   """Captions of rows `index [R]`: a category uniformly, then one of its captions uniformly."""
   index = np.asarray(index)
@@ -249,7 +245,6 @@ def prompts(split='held', count=240, seed=0):
 
 
 # ---- scenes
-
 @functools.cache
 def _allowed():
   """`[5, 36, 36]`: may an object be at q with one at p? Row 0 anywhere, 1 + r: p is r of q."""
@@ -357,7 +352,6 @@ def objects(scenes):
 
 
 # ---- hard negatives
-
 _ASPECTS_OF = np.array([  # [tag, aspect]: which aspects a caption of the category can get wrong
   [1, 0, 1, 0, 0], [1, 0, 0, 0, 0], [1, 0, 1, 0, 0],
   [1, 1, 0, 0, 0], [1, 0, 0, 1, 0], [1, 1, 0, 0, 1]], bool)
