@@ -120,7 +120,8 @@ def snapshots(arm: Arm, result: run.SearchResult):
   """The best candidates at each budget: (costs, slim states `[P, S, ...]`, stages and totals `[P,
   S]`).
 
-  Best-of-N holds every smaller budget as its prefix; of the others, the best after each step.
+  Best-of-N holds every smaller budget as its prefix; of the others, the best after each step, from
+  the first on at which there is a picture to hand out.
   """
   algo, gen, ver = arm.algo, arm.gen, arm.ver
   if is_ladder(algo):
@@ -140,12 +141,14 @@ def snapshots(arm: Arm, result: run.SearchResult):
     stages = np.full(index.shape, gen.num_stages, np.int32)
     return costs, states, stages, np.stack(totals, axis=1)
   costs = np.cumsum([dataclasses.astuple(c) for c in result.costs], axis=0)
-  final = dataclasses.astuple(gen.cost('render'))
-  costs[:-1] += final  # stopping there would render the best once more
-  bests = [step.best for step in result.steps]
+  costs[:-1] += dataclasses.astuple(gen.cost('render'))  # to stop there is to render the best there
+  reached = [int(step.stage[0]) for step in result.steps]
+  done = [i for i, stage in enumerate(reached) if gen.anytime or stage >= gen.num_stages]
+  bests = [result.steps[i].best for i in done]
   states = jax.tree.map(lambda *x: np.stack(x, axis=1), *(b.state for b in bests))
   stages = np.stack([b.stage for b in bests], axis=1)
-  return [Cost(*c) for c in costs.tolist()], states, stages, np.stack([b.total for b in bests], 1)
+  totals = np.stack([b.total for b in bests], axis=1)
+  return [Cost(*costs[i].tolist()) for i in done], states, stages, totals
 
 
 def searched(ver) -> str:

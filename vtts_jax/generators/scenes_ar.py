@@ -1,10 +1,10 @@
 """Autoregressive scene tokens, 1D ordered or 2D grid, with guidance and a KV cache; or no model at
 all.
 
-A stage is a token. A prefix of 1D tokens decodes to a whole but blurred picture, good enough to look
-at and not to hand out: only finished candidates are returned, of either order. The prompt's keys and
-values are computed once per prompt and shared by all of its candidates; each candidate keeps its own
-tokens' and, with classifier-free guidance, a second stream's.
+A stage is a token. A prefix of 1D tokens decodes to a whole but blurred picture, good enough to
+look at and not to hand out: only finished candidates are returned, of either order. The prompt's
+keys and values are computed once per prompt and shared by all of its candidates; each candidate
+keeps its own tokens' and, with classifier-free guidance, a second stream's.
 Letters: B prompts, N candidates, K children, T tokens, V codes.
 """
 
