@@ -3,8 +3,8 @@
     python benchmarks/overhead.py [--repeats=5]
 
 1. A fused beam search with the scenes prior, against its bare model calls: the same prompt
-   encoding, prior steps, renders and verifier calls, of the same shapes and as many, in one compiled
-   program without any search between them. Medians of interleaved repeats.
+   encoding, prior steps, renders and verifier calls, of the same shapes and as many, in one
+   compiled program without any search between them. Medians of interleaved repeats.
 2. Cached decoding of 256 tokens against a straightforward decoder that runs the whole prefix again
    for each token, as the public system does: the same prior with random weights, the same rows. The
    prefix is padded to the next multiple of 16, not to 256, so that it is no slower than it must be.
