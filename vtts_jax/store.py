@@ -6,7 +6,8 @@
     RUN/images/, RUN/trace/    written before the line that names them
 
 Results are a function of the config alone, so the lines of an interrupted and resumed run equal
-those of an uninterrupted one. Paths go through `etils.epath`, so `gs://` works.
+those of an uninterrupted one. Paths go through `etils.epath`; lines are appended, so a bucket must
+be mounted as a file system.
 """
 
 import hashlib
