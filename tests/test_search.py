@@ -173,16 +173,12 @@ def test_bad_scores_are_never_selected_and_named():
 
 
 def test_a_prompt_without_any_finite_score_is_reported():
-  ver = dataclasses.replace(TARGET, poison=0.5)
-  gen = dataclasses.replace(FLOW)
-
   class Nan(toys.Target):
     def score(self, params, vctx, images, **signals):
       return {self.name: super().score(params, vctx, images)[self.name] * jnp.nan}
 
-  found = run.search(BestOfN(n=3), gen, Nan(), NONE, PROMPTS, KEY, ids=[4, 7, 9])
+  found = run.search(BestOfN(n=3), FLOW, Nan(), NONE, PROMPTS, KEY, ids=[4, 7, 9])
   assert found.failed == [4, 7, 9] and found.bad['target'].tolist() == [3, 3, 3]
-  assert ver.poison == 0.5
 
 
 def test_elitism_hands_out_only_finished_pictures_where_prefixes_are_none():
