@@ -247,3 +247,16 @@ def test_two_processes_share_the_prompts(whole, tmp_path):
   assert got == lines(whole[0])[1] and (root / 'report.html').exists()
   assert all((root / f'results.p0000{i}.jsonl').stat().st_size for i in range(2))
   assert 'beam/w4' in outs[0][0] and 'beam/w4' not in outs[1][0]
+
+
+def test_what_is_searched_on_goes_by_its_measured_name():
+  from vtts_jax import study
+  from vtts_jax.testing import toys
+  from vtts_jax.verifiers import ensemble
+
+  measure = ensemble.build(members={'t': toys.Target(), 'b': toys.Brightness()})
+  assert study.searched(toys.Target(), measure) == 't'
+  both = {'x': toys.Target(), 'y': toys.Brightness()}
+  assert study.searched(ensemble.build(members=both), measure) == 't+b'
+  assert study.searched(ensemble.build(members=both, weights={'x': 1, 'y': 0}), measure) == 't'
+  assert study.searched(toys.Target(name='other'), measure) == 'other'

@@ -151,11 +151,13 @@ def snapshots(arm: Arm, result: run.SearchResult):
   return [Cost(*costs[i].tolist()) for i in done], states, stages, totals
 
 
-def searched(ver) -> str:
-  """Names of the scores that are searched on, joined by '+'."""
+def searched(ver, measure) -> str:
+  """What is searched on, joined by '+', by the names that it has among the measured verifiers."""
+  parts = [ver]
   if isinstance(ver, ensemble.Ensemble):
-    return '+'.join(name for name, weight in ver.weights if weight)
-  return ver.names[0]
+    parts = [member for name, member in ver.members if dict(ver.weights)[name]]
+  known = {member: name for name, member in measure.members}
+  return '+'.join(known.get(part, part.names[0]) for part in parts)
 
 
 def is_ladder(algo) -> bool:
@@ -248,7 +250,7 @@ def _batch(config, arm, seed, batch, size, mesh, metric, store):
     row = {'arm': arm.name, 'seed': seed, 'id': entry['id'], 'prompt': entry['prompt']}
     row |= {'tag': entry.get('tag', ''), 'found': done}
     row['bad'] = {k: int(v[i]) for k, v in result.bad.items() if v[i]}
-    row['searched'] = searched(arm.ver)
+    row['searched'] = searched(arm.ver, arm.measure)
     row['ladder'] = is_ladder(arm.algo)
     row['stage'] = int(result.best.stage[i])
     row['scores'] = {k: _number(v[i]) for k, v in result.best.scores.items()}
