@@ -58,7 +58,7 @@ def search_against_model(repeats, prompts):
   gen = components.load('generators.scenes_ar')
   ver = components.load('verifiers.scenes_clip', which='a')
   params = {'generator': study.parameters(gen), 'verifier': study.parameters(ver)}
-  job = run.Job(algo, gen, ver)
+  job = run.Job(algo, gen, ver, render_chunk=4)  # as configs/scenes.py does
   texts = [m['prompt'] for m in scenes.prompts('held', prompts)]
   arrays = {'generator': gen.tokenize(texts), 'verifier': ver.tokenize(texts)}
   arrays = jax.tree.map(jnp.asarray, arrays)
@@ -90,8 +90,13 @@ def search_against_model(repeats, prompts):
         ctx,
         core.candidate_keys(core.prompt_keys(key, ids), jnp.arange(chunk.proposed)),
       )._replace(tokens=shown, cache=())
-      images = gen.render(params['generator'], ctx, state, chunk.begin + chunk.size)
-      scores = ver.score(params['verifier'], vctx, images)
+      done = chunk.begin + chunk.size
+
+      def score(shown, done=done):
+        images = gen.render(params['generator'], ctx, shown, done)
+        return ver.score(params['verifier'], vctx, images)
+
+      scores = step.in_chunks(job, score, state)
       total = total + sum(s.sum() for s in scores.values())
       tokens = tokens + (total > 1e30).astype(jnp.int32)
     state = jax.tree.map(lambda x: x[:, :1], state)
