@@ -27,12 +27,8 @@ BON = {'search': {'name': 'search.best_of_n', 'n': 64}}
 
 
 def beam(**settings):
+  """Geometric chunks, as published for ordered tokens; 'rows' are what was published for grids."""
   return {'search': {'name': 'search.beam', 'width': 4, 'branch': 8, **settings}}
-
-
-def grid(**settings):
-  """Grid tokens are searched in rows: linear chunks of 4 tokens, as published (32 of 256)."""
-  return beam(schedule='linear', size=4, **settings)
 
 
 SINGLE = {
@@ -94,12 +90,13 @@ def study_arms() -> dict:
   arms = {}
   for order in ORDERS:
     base = {'generator': {'order': order}}
-    chunks = beam if order == '1d' else grid
     arms[f'{order} best-of-n'] = base | BON
     for width in (2, 4, 8):
-      arms[f'{order} beam/{width}'] = base | chunks(width=width)
+      arms[f'{order} beam/{width}'] = base | beam(width=width)
+    arms[f'{order} rows/4'] = base | beam(schedule='linear', size=4)
+    arms[f'{order} whole chunks/4'] = base | beam(schedule='linear', size=8, branch_at='first')
     for width in (2, 4):
-      arms[f'{order} lookahead/{width}'] = base | chunks(width=width, lookahead=-1)
+      arms[f'{order} lookahead/{width}'] = base | beam(width=width, branch=4, lookahead=-1)
     free = {'generator': {'order': order, 'prior': 'uniform'}}
     arms[f'{order} uniform best-of-n'] = free | BON
     arms[f'{order} uniform beam'] = free | beam(schedule='fixed')
