@@ -94,6 +94,13 @@ def child_keys(keys: jax.Array, stage, k: int) -> jax.Array:
   return jnp.concatenate([parents, fold(base, jnp.arange(1, k))], axis=2)
 
 
+def child_key(keys: jax.Array, stage, number: jax.Array) -> jax.Array:
+  """Keys `[...]` of child `number [...]` that candidates with keys `[...]` get at `stage`: an entry
+  of `child_keys`, where each candidate has its own stage and asks for one child."""
+  fresh = fold(fold(keys, CHILD + jnp.asarray(stage)), number)
+  return jnp.where(number == 0, keys, fresh)
+
+
 # -------------------------------------------------------------------------------------- candidate
 # axes
 
@@ -118,6 +125,23 @@ def where(pick: jax.Array, tree, other):
   return jax.tree.map(one, tree, other)
 
 
+def run_stages(one, state, stage, count: int, end: int):
+  """`state = one(state, t)` for t = stage .. stage + count - 1, compiled as a loop.
+
+  `stage` is a scalar or `[B, N]`; of the latter a candidate whose t reaches `end` stays as it is.
+  """
+
+  def body(state, i):
+    t = stage + i
+    if not jnp.ndim(t):
+      return one(state, t), None
+    grown, going = one(state, jnp.minimum(t, end - 1)), t < end
+    keep = lambda a, b: jnp.where(going.reshape(going.shape + (1,) * (a.ndim - 2)), a, b)
+    return jax.tree.map(keep, grown, state), None
+
+  return jax.lax.scan(body, state, jnp.arange(count))[0]
+
+
 def _like(tree, index):
   return jax.tree.map(lambda _: index, tree)
 
@@ -131,7 +155,9 @@ class Generator:
   optional.
 
   A *stage* is the smallest step that search can cut at: one token, one scale, one denoising step.
-  `extend` runs `count` (static) stages from `stage` (may be traced); `render` shows a candidate of
+  `extend` runs `count` (static) stages from `stage`: a scalar, which may be traced, or one for each
+  candidate `[B, N]` (tree search: leaves of different depth in one call), in which case those past
+  the last stage change nothing. `render` shows a candidate of
   which `stage` stages are done. State leaves are `[B, N, ...]`, context leaves `[B, ...]`. The
   *slim* form of a state is what identifies the candidate (tokens, log-probability) without caches:
   `render` and `log_prob` must accept it.
@@ -167,7 +193,10 @@ class Generator:
     raise NotImplementedError
 
   def extend(self, params, ctx, state, keys, stage, count: int, *, greedy: bool = False) -> Any:
-    """Runs stages `stage .. stage + count - 1` of every candidate with keys `[B, N]`."""
+    """Runs stages `stage .. stage + count - 1` of every candidate with keys `[B, N]`.
+
+    `greedy` takes the most likely choice and no randomness.
+    """
     raise NotImplementedError
 
   def render(self, params, ctx, state, stage) -> jax.Array:
@@ -185,8 +214,8 @@ class Generator:
     return state
 
   def fatten(self, params, ctx, slim, stage, like=None) -> Any:
-    """A state from its slim form; `like` is a state with the same prefix whose caches can be taken
-    over."""
+    """A state from its slim form, `stage` (scalar or `[B, N]`) stages done; `like` is a state with
+    the same prefix whose caches can be taken over."""
     return slim
 
   def fork(self, params, ctx, state, keys, stage, k: int, *, replace: bool = True):

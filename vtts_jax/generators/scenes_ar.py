@@ -130,7 +130,10 @@ class ScenesAR(core.Generator):
     if not self.streams:
       return jnp.zeros((*state.logp.shape, self.vocab)), state.cache
     before = jnp.maximum(stage - 1, 0)
-    previous = jax.lax.dynamic_index_in_dim(state.tokens, before, axis=2, keepdims=False)
+    if jnp.ndim(stage):
+      previous = jnp.take_along_axis(state.tokens, before[..., None], axis=2)[..., 0]
+    else:
+      previous = jax.lax.dynamic_index_in_dim(state.tokens, before, axis=2, keepdims=False)
     previous = jnp.where(stage == 0, self.vocab, previous)
     model = self._model(params, 'prior')
     out = {s: model.step(ctx[s], state.cache[s], previous, stage) for s in self.streams}
@@ -141,7 +144,11 @@ class ScenesAR(core.Generator):
     return null + self.scale * (out['prompt'][0] - null), cache
 
   def _push(self, state, cache, logits, token, stage):
-    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], stage, axis=2)
+    if jnp.ndim(stage):
+      here = jnp.arange(self.num_stages) == stage[..., None]
+      tokens = jnp.where(here, token[..., None], state.tokens)
+    else:
+      tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], stage, axis=2)
     return State(tokens, state.logp + sampling.log_prob(logits, token), cache)
 
   def _adjust(self, logits):
@@ -152,9 +159,9 @@ class ScenesAR(core.Generator):
 
     def one(state, t):
       logits, cache = self._next(params, ctx, state, t)
-      return self._push(state, cache, logits, choose(logits, t), t), None
+      return self._push(state, cache, logits, choose(logits, t), t)
 
-    return jax.lax.scan(one, state, stage + jnp.arange(count))[0]
+    return core.run_stages(one, state, stage, count, self.num_stages)
 
   def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
     def choose(logits, t):

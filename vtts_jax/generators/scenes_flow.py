@@ -96,7 +96,8 @@ class ScenesFlow(core.Generator):
     streams = {0.0: ('null',), 1.0: ('prompt',)}.get(self.scale, ('prompt', 'null'))
     text = jnp.concatenate([jnp.repeat(ctx[s], n, axis=0) for s in streams])
     rows = jnp.concatenate([rows] * len(streams))
-    v = jnp.split(model(rows, jnp.full(len(rows), t), text), len(streams))
+    times = jnp.tile(jnp.broadcast_to(t, (b, n)).reshape(-1), len(streams))
+    v = jnp.split(model(rows, times, text), len(streams))
     v = v[0] if len(v) == 1 else v[1] + self.scale * (v[0] - v[1])
     return v.reshape(x.shape)
 
@@ -104,13 +105,14 @@ class ScenesFlow(core.Generator):
     def one(state, i):
       t, after = i / self.steps, (i + 1) / self.steps
       v = self._velocity(params, ctx, state.x, t)
+      t, after = (jnp.reshape(y, (*jnp.shape(y), 1, 1, 1)) for y in (t, after))
       end, noise = state.x + (1 - t) * v, state.x - t * v
       if self.eta and not greedy:
         fresh = self._noise(core.fold(keys, i))
         noise = jnp.sqrt(1 - self.eta**2) * noise + self.eta * fresh
-      return State(after * end + (1 - after) * noise, end), None
+      return State(after * end + (1 - after) * noise, end)
 
-    return jax.lax.scan(one, state, stage + jnp.arange(count))[0]
+    return core.run_stages(one, state, stage, count, self.steps)
 
   def render(self, params, ctx, state, stage):
     return jnp.clip((state.end + 1) / 2, 0, 1)

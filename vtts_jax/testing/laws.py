@@ -77,6 +77,13 @@ def check_generator(gen: core.Generator, prompts, key, *, stages=None) -> None:
   rebuilt = jax.jit(lambda s: gen.fatten(params, ctx, gen.slim(s), cut))(part)
   again = run_from(ctx, rebuilt, keys, cut, end - cut)
   same(gen.slim(again), gen.slim(whole), 'fatten(slim) and extend')
+  reached = jnp.broadcast_to(jnp.array([0, cut, end]), (b, n))
+  pick = lambda *rows: jnp.stack([x[:, i] for i, x in enumerate(rows)], axis=1)
+  mixed = jax.tree.map(pick, gen.slim(start), gen.slim(part), gen.slim(whole))
+  ragged = jax.jit(
+    lambda s: gen.extend(params, ctx, gen.fatten(params, ctx, s, reached), keys, reached, end)
+  )(mixed)
+  same(gen.slim(ragged), gen.slim(whole), 'extend with a stage for each candidate')
   few = run_from(ctx, gen.init(params, ctx, keys[:, :1]), keys[:, :1], 0, end)
   same(gen.slim(few), core.take(gen.slim(whole), jnp.zeros((b, 1), int)), 'a candidate alone')
   a, c = run_from(ctx, part, keys, cut, 1, True), run_from(ctx, part, keys[:, ::-1], cut, 1, True)

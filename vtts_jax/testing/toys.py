@@ -57,11 +57,12 @@ class Tokens(core.Generator):
 
   def logits(self, ctx, state, stage):
     """Next-token logits `[B, N, V]`."""
-    phase = jnp.float32(ctx)[:, None] * 0.37 + state.cache * 0.91 + stage * 1.7
+    phase = jnp.float32(ctx)[:, None] * 0.37 + state.cache * 0.91 + jnp.asarray(stage) * 1.7
     return 2 * jnp.sin(phase[..., None] * (1 + jnp.arange(self.vocab)))
 
   def _push(self, state, token, logits, stage):
-    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], stage, axis=2)
+    here = jnp.arange(self.length) == jnp.asarray(stage)[..., None]
+    tokens = jnp.where(here, token[..., None], state.tokens)
     return TokenState(tokens, state.logp + sampling.log_prob(logits, token), state.cache + token)
 
   def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
@@ -72,9 +73,9 @@ class Tokens(core.Generator):
         if greedy
         else sampling.draw(logits, core.fold(keys, t))
       )
-      return self._push(state, token, logits, t), None
+      return self._push(state, token, logits, t)
 
-    return jax.lax.scan(one, state, stage + jnp.arange(count))[0]
+    return core.run_stages(one, state, stage, count, self.length)
 
   def fork(self, params, ctx, state, keys, stage, k, *, replace=True):
     logits = self.logits(ctx, state, stage)
@@ -96,7 +97,7 @@ class Tokens(core.Generator):
     return state._replace(cache=())
 
   def fatten(self, params, ctx, slim, stage, like=None):
-    drawn = jnp.arange(self.length) < stage
+    drawn = jnp.arange(self.length) < jnp.asarray(stage)[..., None]
     return slim._replace(cache=jnp.where(drawn, slim.tokens, 0).sum(-1).astype(jnp.float32))
 
   def render(self, params, ctx, state, stage):
@@ -145,10 +146,11 @@ class Flow(core.Generator):
     def one(x, t):
       draw = jax.vmap(lambda k: jax.random.normal(k, self.image_shape))
       eps = draw(core.fold(keys, t).reshape(-1)).reshape(x.shape)
+      t = jnp.reshape(t, (*jnp.shape(t), 1, 1, 1))
       scale = 0.0 if greedy else self.noise * (self.steps - 1 - t) / self.steps
-      return x + (self._end(ctx, x) - x) / (self.steps - t) + scale * eps, None
+      return x + (self._end(ctx, x) - x) / (self.steps - t) + scale * eps
 
-    return jax.lax.scan(one, state, stage + jnp.arange(count))[0]
+    return core.run_stages(one, state, stage, count, self.steps)
 
   def render(self, params, ctx, state, stage):
     return jnp.clip(self._end(ctx, state), 0, 1)

@@ -123,13 +123,15 @@ class Prior(nnx.Module):
       text_kv: from `text`.
       cache: from `init_cache`, `prefill` or an earlier step.
       tokens: `[B, N]` int32, the begin id V at position 0, token t - 1 at position t.
-      position: int or int32 scalar, may be traced, 0 <= position < T.
+      position: 0 <= position < T, a scalar (may be traced) or one for each row, `[B, N]`.
 
     Returns:
       (logits `[B, N, V]` float32, cache).
     """
     x = self.codes[...][tokens] + self.place[...][position]  # [B, N, D]
-    hidden = jnp.where(jnp.arange(self.config.tokens) < position, 0.0, NEVER)  # [T]
+    own_place = jnp.asarray(position)[..., None]
+    hidden = jnp.where(jnp.arange(self.config.tokens) < own_place, 0.0, NEVER)  # [T] or [B, N, T]
+    hidden = hidden[..., None, :]
     new = []
     for block, text, own in zip(self.blocks, text_kv, cache):
       q, k, v = block.project(x)
@@ -145,7 +147,13 @@ class Prior(nnx.Module):
     logits = self.head(self.norm(x))
     # The write depends on the last read, or XLA copies the cache to update it. Nothing is added.
     after = jnp.where(logits[0, 0, 0] > 1e30, 1.0, 0.0)
-    put = lambda old, now: jax.lax.dynamic_update_index_in_dim(old, now + after, position, 3)
+    here = jnp.arange(self.config.tokens) == own_place  # [T] or [B, N, T]
+
+    def put(old, now):
+      if jnp.ndim(position):
+        return jnp.where(here[:, :, None, :, None], (now + after)[:, :, :, None], old)
+      return jax.lax.dynamic_update_index_in_dim(old, now + after, position, 3)
+
     return logits, jax.tree.map(put, tuple(cache), tuple(new))
 
   def prefill(self, text_kv, tokens, length):
@@ -153,10 +161,11 @@ class Prior(nnx.Module):
 
     Those steps fed the begin token and `tokens[..., :length - 1]`; to go on, feed token `length` -
     1 at position `length`. Args: tokens `[B, N, T]` int32 (what stands at `length` - 1 and later
-    does not matter), `length` scalar, may be traced, 0 <= length <= T.
+    does not matter), `length` a scalar (may be traced) or `[B, N]`, 0 <= length <= T.
     """
     _, pairs = self._parallel(text_kv, tokens)
-    there = (jnp.arange(self.config.tokens) < length)[:, None]
+    there = jnp.arange(self.config.tokens) < jnp.asarray(length)[..., None]  # [T] or [B, N, T]
+    there = jnp.expand_dims(there, -2)[..., None]
     keep = lambda x: jnp.where(there, x.swapaxes(2, 3), 0.0)
     return tuple({'k': keep(k), 'v': keep(v)} for k, v in pairs)
 
