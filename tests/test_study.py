@@ -133,7 +133,7 @@ def test_the_report_shows_its_pictures_in_a_browser(whole, tmp_path):
   ).stdout
   total, loaded = map(int, re.search(r'data-seen="(\d+),(\d+)"', dom).groups())
   grids = sum(len(r['grid']) for r in rows.values() if 'grid' in r)
-  assert total == loaded == 1 + grids + 3  # the curve, the grids, a genealogy for each arm
+  assert total == loaded == 3 + grids + 3  # curve, rules and laws, grids, a genealogy for each arm
   for name in ('curve', 'arms', 'matrix', 'bill'):
     assert f'id="{name}"' in dom
   assert dom.count('<td>beam/w4</td>') >= 3

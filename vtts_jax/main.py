@@ -13,7 +13,7 @@ vtts: visual test-time scaling via search, in JAX
 
   vtts run --config=FILE[:ARGS] [--config.KEY=VALUE ...]   run a study; the same command resumes it
      ... --distributed                                     one process of many (see launch/)
-  vtts report RUN                                          write RUN/report.html and its pictures
+  vtts report RUN [RUN ...] [--out=DIR]                    write report.html; several runs in one
   vtts list [NAME]                                         components; the settings of one
 
   vtts run --config=configs/scenes.py:demo                 the embedded study, two minutes
@@ -170,12 +170,18 @@ def command_report(argv: list[str]) -> int:
   from vtts_jax import progress, report
   from vtts_jax.core import ConfigError
 
-  if len(argv) != 1:
-    raise ConfigError('give one run directory: vtts report runs/NAME')
-  if not (Path(argv[0]) / 'config.json').exists():
-    raise ConfigError(f'{argv[0]} is no run directory: it has no config.json')
-  report.write(argv[0])
-  progress.table(argv[0])
+  out = [a.removeprefix('--out=') for a in argv if a.startswith('--out=')]
+  roots = [a for a in argv if not a.startswith('--out=')]
+  unknown = [a for a in roots if a.startswith('-')]
+  if unknown:
+    raise ConfigError(f'unknown flag {unknown[0]}; allowed: --out=DIR')
+  if not roots or len(out) > 1:
+    raise ConfigError('give run directories: vtts report runs/NAME [runs/OTHER ...] [--out=DIR]')
+  page = report.write(*roots, out=out[0] if out else None)
+  if len(roots) == 1 and not out:
+    progress.table(roots[0])
+  else:
+    print(page)
   return 0
 
 

@@ -1,4 +1,5 @@
-"""The figures: scaling curves, the grid of pictures by budget, the genealogy of a winner."""
+"""The figures: scaling curves, selection rules, fitted laws, the grid of pictures by budget, the
+genealogy of a winner."""
 
 import io
 import math
@@ -19,6 +20,79 @@ def _png(figure: Figure) -> bytes:
   return buffer.getvalue()
 
 
+def _style(i: int) -> dict:
+  return {'color': COLOURS[i % len(COLOURS)], 'ls': ('-', '--', ':')[i // len(COLOURS) % 3]}
+
+
+def _frame(axis, label: str) -> None:
+  axis.set_xlabel(label)
+  axis.grid(alpha=0.25)
+  axis.spines[['top', 'right']].set_visible(False)
+
+
+def _doublings(axis) -> None:
+  """A log axis in powers of two, written out."""
+  axis.set_xscale('log', base=2)
+  axis.xaxis.set_major_formatter(lambda x, _: f'{x:g}')
+
+
+def selection(found, names, most: int = 4) -> bytes:
+  """Accuracy by N of each selection rule, one panel an arm of best-of-N (`tables.Rules`)."""
+  found = found[:most]
+  figure = Figure(figsize=(max(3.6 * len(found), 6.5), 3.9), dpi=110, layout='constrained')
+  axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+  colours = {'any': '#999999', 'single': '#999999'}
+  colours |= dict(zip(('best', 'weighted', 'medoid'), COLOURS))
+  for axis, rules in zip(axes, found):
+    for rule, points in rules.curves.items():
+      bound = rule in ('any', 'single')
+      mean, low, high = np.array(points).T
+      line = (
+        {'ls': '--' if rule == 'any' else ':', 'lw': 1.4} if bound else {'marker': 'o', 'ms': 4}
+      )
+      axis.plot(rules.sizes, mean, color=colours[rule], label=names[rule], **line)
+      if not bound:
+        axis.fill_between(rules.sizes, low, high, color=colours[rule], alpha=0.1, lw=0)
+    _doublings(axis)
+    _frame(axis, 'samples N')
+    axis.set_title(rules.arm, size=10)
+  axes[0].set_ylabel('accuracy')
+  handles = axes[0].get_legend_handles_labels()
+  figure.legend(*handles, loc='outside lower center', ncols=3, frameon=False, fontsize=9)
+  return _png(figure)
+
+
+def laws(found) -> bytes:
+  """Errors and searched scores by budget with their fitted laws (`tables.Law`)."""
+  figure = Figure(figsize=(11, 4.2), dpi=110, layout='constrained')
+  left, right = figure.subplots(1, 2)
+  for i, law in enumerate(found):
+    style, fine = _style(i), np.geomspace(1, law.k.max(), 60)
+    mean, low, high = np.maximum(np.array(law.errors).T, 1e-3)
+    left.errorbar(
+      law.k, mean, [mean - low, high - mean], fmt='o', ms=4, capsize=2, color=style['color'], lw=0.8
+    )
+    a, b, c = (e.value for e in law.power[:3])
+    left.plot(fine, np.maximum(a * fine**-b + c, 1e-3), lw=1.6, label=law.name, **style)
+    if law.log:
+      start = law.scores[law.k.argmin()]
+      right.plot(law.k, (law.scores - start) / law.spread, 'o', ms=4, color=style['color'])
+      line = law.log.alpha.value * np.log(fine) + law.log.beta.value
+      right.plot(fine, (line - start) / law.spread, lw=1.6, **style)
+  left.set_yscale('log')
+  left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5), numticks=10))
+  left.yaxis.set_major_formatter(lambda y, _: f'{y:g}')
+  left.yaxis.set_minor_formatter(NullFormatter())
+  left.set_ylabel('error (1 - accuracy)')
+  right.set_ylabel('searched score gained, standard deviations')
+  for axis in (left, right):
+    _doublings(axis)
+    _frame(axis, 'compute, in units of the smallest budget')
+  handles = left.get_legend_handles_labels()
+  figure.legend(*handles, loc='outside lower center', ncols=5, frameon=False, fontsize=9)
+  return _png(figure)
+
+
 def curves(families, seconds) -> bytes:
   """Accuracy with its interval against NFE, FLOPs and seconds per prompt, one line a family."""
   figure = Figure(figsize=(13, 4.4), dpi=110, layout='constrained')
@@ -28,20 +102,19 @@ def curves(families, seconds) -> bytes:
       x = seconds.get(family.name) if key == 'seconds' else [p.cost[key] for p in family.points]
       if not x or len(x) != len(family.points):
         continue
-      x = np.maximum(np.asarray(x, float), 1e-9)
-      mean, low, high = np.array([p.accuracy for p in family.points]).T
-      style = {'color': COLOURS[i % len(COLOURS)], 'ls': ('-', '--', ':')[i // len(COLOURS) % 3]}
+      seen = np.asarray(x, float) > 0  # what costs nothing has no place on a log axis
+      x = np.asarray(x, float)[seen]
+      mean, low, high = np.array([p.accuracy for p in family.points])[seen].T
+      style = _style(i)
       axis.fill_between(x, low, high, color=style['color'], alpha=0.12, lw=0)
       axis.plot(x, mean, marker='o', ms=4, lw=1.8, label=family.name, **style)
-      if len(x) == 1:
+      if len(x) == 1:  # a band of one point is not seen
         axis.errorbar(x, mean, [mean - low, high - mean], capsize=3, **style)
     axis.set_xscale('log')
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
     axis.xaxis.set_major_formatter(EngFormatter(sep=''))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel(f'{label} per prompt')
-    axis.grid(alpha=0.25)
-    axis.spines[['top', 'right']].set_visible(False)
+    _frame(axis, f'{label} per prompt')
   axes[0].set_ylabel('accuracy')
   figure.legend(
     *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False
@@ -96,7 +169,9 @@ def genealogy(trace) -> bytes:
   axis.axis('off')
   zoom = 52 / images.shape[2]
   for s in range(steps):
-    axis.text(s, 0.72, f'{int(trace["stage"][s])} stages', ha='center', size=8, color='#555555')
+    axis.text(
+      s, 0.72, f'{int(trace["stage"][s].max())} stages', ha='center', size=8, color='#555555'
+    )
     for j in range(columns):
       if not math.isfinite(totals[s, j]):
         continue

@@ -1,4 +1,4 @@
-"""A run directory as one self-contained page, with `curve.png` and `grid.png` beside it."""
+"""One run directory, or several merged, as one self-contained page with its figures beside it."""
 
 import base64
 import io
@@ -9,50 +9,85 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from vtts_jax import plots, stats, study
-from vtts_jax.core import ConfigError
-from vtts_jax.store import read_results, read_timing, write_atomic
+from vtts_jax import matched, merge, plots, stats, tables
+from vtts_jax.store import write_atomic
 
 
-def write(root) -> epath.Path:
-  """Writes RUN/report.html, curve.png and grid.png from the lines in RUN; returns the page's path.
+def write(*roots, out=None) -> epath.Path:
+  """Writes report.html, curve.png and grid.png (and rules.png, laws.png where there is enough to
+  show) from the lines of the runs; returns the page's path.
+
+  Args:
+    roots: run directories; of several, arms are told apart or joined, see `merge`.
+    out: the directory to write to; None for the run's own, or for several runs the directory
+      'report' beside the first.
 
   Raises:
-    ConfigError: there are no results yet.
+    ConfigError: there are no results yet, or the runs do not fit each other.
   """
-  root = epath.Path(root)
-  rows = read_results(root)
-  if not rows:
-    raise ConfigError(f'{root} holds no results yet')
-  about = json.loads((root / 'config.json').read_text())
+  runs = merge.read(roots)
+  default = epath.Path(roots[0])
+  out = epath.Path(out or (default if len(roots) == 1 else default.parent / 'report'))
+  rows, config = runs.rows, runs.about[0]['config']
   arms = stats.arms(rows)
-  seconds = _seconds(read_timing(root))
-  curve = plots.curves(stats.families(arms), _family_seconds(arms, seconds))
-  write_atomic(root / 'curve.png', curve)
-  grids = _grids(root, rows)
+  seconds = matched.seconds_per_prompt(runs.timing)
+  figures = {'curve': plots.curves(stats.families(arms), _family_seconds(arms, seconds))}
+  grids = _grids(rows)
   if grids:
-    write_atomic(root / 'grid.png', plots.grid(grids))
+    write_atomic(out / 'grid.png', plots.grid(grids))
   searched = {r['arm']: r['searched'] for r in rows}
-  measures = list(arms[0].points[0].measured)
-  matrix, warnings = _matrix(arms, _bases(arms, about['config']), searched, measures)
+  shared = [set(a.points[0].measured) for a in arms]
+  measures = [m for m in arms[0].points[0].measured if all(m in own for own in shared)]
+  matrix, warnings = _matrix(arms, _bases(arms, runs.settings), searched, measures)
+  study = _study(runs, arms, seconds)
+  rules, laws = study.pop('found_rules'), study.pop('found_laws')
+  if rules:
+    figures['rules'] = plots.selection(rules, tables.RULES)
+  if laws:
+    figures['laws'] = plots.laws(laws)
+  for name, data in figures.items():
+    write_atomic(out / f'{name}.png', data)
   page = _template().render(
-    title=about['config']['name'],
+    title=' + '.join(dict.fromkeys(a['config']['name'] for a in runs.about)),
     lines=len(rows),
-    environment=about['environment'],
-    config=json.dumps(about['config'], indent=1),
-    metric=about['config']['metric'],
-    curve=_uri(curve, 'png'),
+    runs=[{'name': n, **a['environment']} for n, a in zip(runs.names, runs.about)],
+    environment=runs.about[0]['environment'],
+    configs=[
+      {'name': n, 'text': json.dumps(a['config'], indent=1)} for n, a in zip(runs.names, runs.about)
+    ],
+    metric=config['metric'],
+    curve=_uri(figures['curve'], 'png'),
+    figures={name: _uri(data, 'png') for name, data in figures.items()},
     arms=[_arm_row(a, searched[a.name]) for a in arms],
-    tags=list(arms[0].points[0].categories),
+    tags=list(dict.fromkeys(t for a in arms for t in a.points[0].categories)),
     measures=measures,
     matrix=matrix,
     warnings=warnings,
     grids=[_grid_html(g) for g in grids],
-    genealogies=_genealogies(root, rows),
+    genealogies=_genealogies(rows),
     bill=[_bill_row(a, seconds.get(a.name)) for a in arms],
+    **study,
   )
-  write_atomic(root / 'report.html', page.encode())
-  return root / 'report.html'
+  write_atomic(out / 'report.html', page.encode())
+  return out / 'report.html'
+
+
+def _study(runs, arms, seconds) -> dict:
+  """What the page says about budgets, difficulty, selection rules and laws."""
+  families, ids, tags = matched.series(runs.rows, seconds)
+  ladders = {a.family for a in arms if a.ladder}
+  base = matched.baselines(families, ladders, runs.settings)
+  rules, laws = tables.selection(runs.rows), tables.laws(families, tags)
+  return {
+    'prompts': len(ids),
+    'paired': bool(base),
+    'equal': tables.equal_budgets(families, tags, base),
+    'difficulty': tables.by_difficulty(runs.rows, families, ids, tags, ladders, runs.settings),
+    'rules': tables.selection_rows(rules),
+    'laws': tables.law_rows(laws),
+    'found_rules': rules,
+    'found_laws': laws,
+  }
 
 
 def _template() -> jinja2.Template:
@@ -62,16 +97,6 @@ def _template() -> jinja2.Template:
 
 def _uri(data: bytes, kind: str) -> str:
   return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
-
-
-def _seconds(timing) -> dict[str, tuple[float, float]]:
-  """Arm to (measured seconds a prompt, compile seconds)."""
-  out = {}
-  for name in dict.fromkeys(t['arm'] for t in timing):
-    own = [t for t in timing if t['arm'] == name]
-    prompts = sum(t['prompts'] for t in own)
-    out[name] = (sum(t['run'] for t in own) / prompts, sum(t['compile'] for t in own))
-  return out
 
 
 def _family_seconds(arms, seconds) -> dict[str, list[float]]:
@@ -109,16 +134,13 @@ def _bill_row(arm, seconds):
   return {'name': arm.name, 'cells': cells}
 
 
-def _bases(arms, config) -> dict[str, stats.Point]:
-  """What each arm is compared with: one sample of its generator where the run has one, else its own
+def _bases(arms, settings) -> dict[str, stats.Point]:
+  """What each arm is compared with: one sample of its generator where there is one, else its own
   first step."""
-  generator = {
-    name or 'main': study.merge(config, changes)['generator']
-    for name, changes in (config['arms'] or {'': {}}).items()
-  }
   bases = {}
   for arm in arms:
-    same = [a for a in arms if a.ladder and generator[a.name] == generator[arm.name]]
+    own = settings[arm.name]['generator']
+    same = [a for a in arms if a.ladder and settings[a.name]['generator'] == own]
     bases[arm.name] = (same or [arm])[0].points[0]
   return bases
 
@@ -155,7 +177,7 @@ def _kind(value: float, threshold: float) -> str:
   return 'up' if value > threshold else 'down' if value < -threshold else ''
 
 
-def _grids(root, rows):
+def _grids(rows):
   """For each arm: names of the budgets and, per traced prompt, (prompt, [(pixels, right?)])."""
   grids = []
   for name in dict.fromkeys(r['arm'] for r in rows if 'grid' in r):
@@ -164,12 +186,16 @@ def _grids(root, rows):
     columns = [f'{own[0]["curve"][i]["generator"]:,.0f}' for i in keep]
     entries = []
     for r in own:
-      pixels = [np.asarray(Image.open((root / r['grid'][i]).open('rb'))) for i in keep]
+      pixels = [_pixels(r['root'] / r['grid'][i]) for i in keep]
       entries.append(
         (r['prompt'], [(p, bool(r['curve'][i]['correct'])) for p, i in zip(pixels, keep)])
       )
     grids.append((name, columns, entries))
   return grids
+
+
+def _pixels(path: epath.Path) -> np.ndarray:
+  return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
 
 
 def _thin(count: int, most: int = 9) -> list[int]:
@@ -191,12 +217,12 @@ def _png(pixels: np.ndarray) -> bytes:
   return buffer.getvalue()
 
 
-def _genealogies(root, rows, most: int = 6):
+def _genealogies(rows, most: int = 6):
   """Family trees of a traced prompt of each arm, those with more than one step first."""
   found = []
   for name in dict.fromkeys(r['arm'] for r in rows if 'trace' in r):
     row = next(r for r in rows if r['arm'] == name and 'trace' in r)
-    with (root / row['trace']).open('rb') as file, np.load(file) as arrays:
+    with (row['root'] / row['trace']).open('rb') as file, np.load(file) as arrays:
       trace = dict(arrays)
     found.append((len(trace['winner']), f'{name}: {row["prompt"]}', trace))
   found.sort(key=lambda f: -f[0])

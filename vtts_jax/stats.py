@@ -6,6 +6,7 @@ sizes).
 """
 
 import functools
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -45,11 +46,15 @@ class ArmStats(NamedTuple):
 
   @property
   def family(self) -> str:
-    """Arms 'a/w2' and 'a/w4' are points of one curve, 'a'."""
-    return self.name.rsplit('/', 1)[0] if '/' in self.name else self.name
+    return family(self.name)
 
 
-@functools.cache
+def family(arm: str) -> str:
+  """Arms 'a/w2' and 'a/w4' are points of one curve, 'a'; 'a/w2 clip' is one of 'a clip'."""
+  return re.sub(r'/[^/\s]*(?=\s|$)', '', arm)
+
+
+@functools.lru_cache(maxsize=64)
 def _draws(groups: tuple[int, ...]) -> np.ndarray:
   """Weights `[RESAMPLES, sum(groups)]`: each group's prompts redrawn with replacement, mean of
   means."""
@@ -60,12 +65,17 @@ def _draws(groups: tuple[int, ...]) -> np.ndarray:
 
 def interval(values: np.ndarray, tags: np.ndarray) -> Interval:
   """Mean over tags of the mean over prompts, `values [P]`, with its bootstrap interval."""
+  centre = np.mean([values[tags == t].mean() for t in np.unique(tags)])
+  low, high = np.percentile(draws(values, tags), (2.5, 97.5))
+  return Interval(float(centre), float(low), float(high))
+
+
+def draws(values: np.ndarray, tags: np.ndarray) -> np.ndarray:
+  """Bootstrap draws `[RESAMPLES, ...]` of the mean over tags of the mean over prompts of `values
+  [P, ...]`; the same prompts are drawn for equal tags, so that what is paired stays paired."""
   order = np.argsort(tags, kind='stable')
   groups = tuple(int((tags == t).sum()) for t in np.unique(tags))
-  means = _draws(groups) @ values[order]
-  centre = np.mean([values[tags == t].mean() for t in np.unique(tags)])
-  low, high = np.percentile(means, (2.5, 97.5))
-  return Interval(float(centre), float(low), float(high))
+  return np.tensordot(_draws(groups), values[order], 1)
 
 
 def arms(rows: list[dict]) -> list[ArmStats]:

@@ -3,7 +3,8 @@
 An arm is the base config with some of its settings replaced. For each (arm, seed, batch of prompts)
 the search runs, then every snapshot of its result (best-of-N: each smaller budget; other
 algorithms: each step) is rendered, scored by the verifiers of `config.measure` and graded by
-`config.metric`, none of which the search has seen; then the lines are written.
+`config.metric`, none of which the search has seen; then the lines are written. Of best-of-N every
+single sample is graded, see `samples.py`.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import components, core, genealogy, run, sharding
+from vtts_jax import components, core, genealogy, run, samples, sharding
 from vtts_jax.core import ConfigError, Cost
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.store import Store
@@ -116,6 +117,18 @@ def parameters(part) -> Any:
 # ---------------------------------------------------------------------------------------- snapshots
 
 
+def prefixes(arm: Arm, result: run.SearchResult) -> list[np.ndarray]:
+  """Totals `[P, n]` of best-of-N's first n samples, for n = 1, 2, 4 .. N; -inf where not finite."""
+  step, samples = result.steps[0], arm.algo.n
+  valid = np.isfinite(step.totals)
+  totals = []
+  for n in sorted({2**i for i in range(samples.bit_length())} | {samples}):
+    scores = {k: np.where(valid, v, 0)[:, :n] for k, v in step.scores.items()}
+    own = np.asarray(arm.ver.total(scores, valid[:, :n]))
+    totals.append(np.where(valid[:, :n], own, -np.inf))
+  return totals
+
+
 def snapshots(arm: Arm, result: run.SearchResult):
   """The best candidates at each budget: (costs, slim states `[P, S, ...]`, stages and totals `[P,
   S]`).
@@ -125,21 +138,13 @@ def snapshots(arm: Arm, result: run.SearchResult):
   """
   algo, gen, ver = arm.algo, arm.gen, arm.ver
   if is_ladder(algo):
-    step = result.steps[0]
-    sizes = sorted({2**i for i in range(algo.n.bit_length())} | {algo.n})
-    sizes = [n for n in sizes if n <= algo.n]
-    costs = [sum(run.bill(dataclasses.replace(algo, n=n), gen, ver), Cost()) for n in sizes]
-    valid = np.isfinite(step.totals)
-    picks, totals = [], []
-    for n in sizes:
-      scores = {k: np.where(valid, v, 0)[:, :n] for k, v in step.scores.items()}
-      total = np.where(valid[:, :n], np.asarray(ver.total(scores, valid[:, :n])), -np.inf)
-      picks.append(total.argmax(axis=1))
-      totals.append(total.max(axis=1))
-    index = np.stack(picks, axis=1)
-    states = jax.tree.map(lambda x: x[np.arange(len(x))[:, None], index], step.shown)
+    found = prefixes(arm, result)
+    sized = [dataclasses.replace(algo, n=totals.shape[1]) for totals in found]
+    costs = [sum(run.bill(a, gen, ver), Cost()) for a in sized]
+    index = np.stack([totals.argmax(axis=1) for totals in found], axis=1)
+    states = jax.tree.map(lambda x: x[np.arange(len(x))[:, None], index], result.steps[0].shown)
     stages = np.full(index.shape, gen.num_stages, np.int32)
-    return costs, states, stages, np.stack(totals, axis=1)
+    return costs, states, stages, np.stack([t.max(axis=1) for t in found], axis=1)
   costs = np.cumsum([dataclasses.astuple(c) for c in result.costs], axis=0)
   costs[:-1] += dataclasses.astuple(gen.cost('render'))  # to stop there is to render the best there
   reached = [int(step.stage[0]) for step in result.steps]
@@ -239,10 +244,17 @@ def _batch(config, arm, seed, batch, size, mesh, metric, store):
     np.asarray, observe(arm.gen, arm.measure, held, arrays, states, stages)
   )
   images = np.where(np.isfinite(images), images, 0)
-  count = len(costs)
-  correct = metric.score(
-    images[: len(batch)].reshape(-1, *images.shape[2:]), [e for e in batch for _ in range(count)]
-  ).reshape(len(batch), count)
+  count, graded = len(costs), None
+  if is_ladder(arm.algo):
+    cut = prefixes(arm, result)
+    drawn = jax.tree.map(pad, result.steps[0].shown)
+    graded = samples.grade(arm, held, arrays, drawn, np.isfinite(cut[-1]), batch, metric)
+    picked = np.stack([t.argmax(axis=1) for t in cut], axis=1)
+    correct = np.take_along_axis(graded.correct, picked, axis=1)
+  else:
+    correct = metric.score(
+      images[: len(batch)].reshape(-1, *images.shape[2:]), [e for e in batch for _ in range(count)]
+    ).reshape(len(batch), count)
   rows = []
   for i, entry in enumerate(batch):
     name = f'{arm.name}/{seed}/{entry["id"]:05d}'
@@ -263,6 +275,8 @@ def _batch(config, arm, seed, batch, size, mesh, metric, store):
       }
       for j in range(count)
     ]
+    if graded:
+      row['samples'] = samples.record(graded, cut, i)
     if done:
       row['image'] = store.save_image(name, images[i, -1])
     if i < config['traces'] and entry['id'] < config['traces'] and seed == config['seeds'][0]:

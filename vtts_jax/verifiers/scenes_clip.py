@@ -52,6 +52,11 @@ class ScenesClip(core.Verifier):
     """Ids `[B, 12]` -> unit embeddings `[B, D]`."""
     return weights.merge(scenes.load(self.model)[0], params).text(prompt['ids'])
 
+  def features(self, params, images):
+    """Images `[B, M, 32, 32, 3]` -> unit embeddings `[B, M, D]`."""
+    model = weights.merge(scenes.load(self.model)[0], params)
+    return model.image(images.reshape(-1, *images.shape[2:])).reshape(*images.shape[:2], -1)
+
   def score(self, params, vctx, images, **signals):
     """Images `[B, M, 32, 32, 3]` -> `{name: [B, M]}`."""
     model = weights.merge(scenes.load(self.model)[0], params)

@@ -1,0 +1,75 @@
+"""Sweeps of the scene world: algorithm x verifier x budget, read off as curves in one report.
+
+    vtts run --config=configs/sweeps/scenes.py:budget       searches at rising budgets
+    vtts run --config=configs/sweeps/scenes.py:verifier     each verifier searched on by each search
+    vtts run --config=configs/sweeps/scenes.py:all          the whole grid
+    vtts run --config=configs/sweeps/scenes.py:budget,2d    the same on grid tokens
+    vtts run --config=configs/sweeps/scenes.py:all,runlocal anything, shrunk to minutes
+    vtts report runs/sweep-budget-1d-* runs/sweep-budget-2d-* --out=runs/orders
+
+What comes out: runs/sweep-<what>-<order>-<hash>/ with report.html: curves, tables at equal budgets,
+the compute-optimal choice by difficulty, selection rules, fitted laws. Best-of-N runs once, at the
+largest N. Arms resume one by one: repeat the command. Many processes: --distributed (see launch/).
+"""
+
+from ml_collections import ConfigDict
+
+from vtts_jax import sweep
+from vtts_jax.components import defaults
+
+VERIFIERS = {
+  'clip_a': {'name': 'verifiers.scenes_clip', 'which': 'a'},
+  'clip_b': {'name': 'verifiers.scenes_clip', 'which': 'b'},
+  'detector': {'name': 'verifiers.scenes_detector'},
+  'quality': {'name': 'verifiers.scenes_quality'},
+  'likelihood': {'name': 'verifiers.likelihood'},
+}
+ALGORITHMS = {  # a new one is a line here; the second argument is the setting that is its budget
+  'best-of-n': sweep.over('search.best_of_n', 'n', (64,)),
+  'beam': sweep.over('search.beam', 'width', (1, 2, 4, 8), branch=8),
+  'chunks': sweep.over(
+    'search.beam', 'width', (1, 2, 4, 8), branch=4, schedule='linear', size=8, branch_at='first'
+  ),
+  'lookahead': sweep.over('search.beam', 'width', (1, 2, 4), branch=4, lookahead=-1),
+}
+AT_ONE = {  # for the sweep over verifiers: each algorithm at one budget
+  'best-of-n': sweep.over('search.best_of_n', 'n', (64,)),
+  'beam': sweep.over('search.beam', 'width', (4,), branch=8),
+}
+ARMS = {
+  'budget': lambda: sweep.grid(ALGORITHMS, {'clip_a': VERIFIERS['clip_a']}),
+  'verifier': lambda: sweep.grid(AT_ONE, VERIFIERS),
+  'all': lambda: sweep.grid(ALGORITHMS, VERIFIERS),
+}
+
+
+def get_config(arg: str = 'budget') -> ConfigDict:
+  what, *options = (arg or 'budget').split(',')
+  if what not in ARMS:
+    raise ValueError(f'configs/sweeps/scenes.py:{what}: must be {", ".join(ARMS)}')
+  for option in options:
+    if option not in ('runlocal', '1d', '2d'):
+      raise ValueError(
+        f'configs/sweeps/scenes.py:{arg}: option {option!r}: must be runlocal, 1d or 2d'
+      )
+  order = '2d' if '2d' in options else '1d'
+  config = {
+    'name': f'sweep-{what}-{order}',
+    'workdir': 'runs',
+    'prompts': {'name': 'data.scenes', 'split': 'held', 'count': 240, 'seed': 0},
+    'generator': defaults('generators.scenes_ar', order=order),
+    'verifier': VERIFIERS['clip_a'],
+    'measure': VERIFIERS,
+    'metric': 'metrics.scenes',
+    'search': defaults('search.best_of_n', n=64),
+    'arms': ARMS[what](),
+    'seeds': (0, 1, 2),
+    'batch': 24,
+    'render_chunk': 4,  # x 24 prompts: 96 pictures fit a core's cache
+    'mode': 'fused',
+    'budget': {'generator': 0.0, 'render': 0.0, 'verify': 0.0, 'flops': 0.0},
+    'traces': 6,
+  }
+  if 'runlocal' in options:
+    config['prompts']['count'], config['seeds'] = 48, (0,)
+  return ConfigDict(config)
