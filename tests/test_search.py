@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from vtts_jax import core, run
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.search.smc import SMC
 from vtts_jax.testing import laws, toys
 
 KEY = jax.random.key(3)
@@ -38,8 +39,12 @@ def test_toy_verifiers_conform(ver):
     (TOKENS, Beam(width=3, branch=4, schedule='linear', size=2)),
     (TOKENS, Beam(width=(4, 2), branch=(2, 3), schedule=(2, 4), lookahead=1, replace=False)),
     (FLOW, Beam(width=2, branch=3, roots=1, branch_at='first', lookahead=-1, lookahead_steps=1)),
+    (TOKENS, SMC(particles=6, size=1, lookahead=-1, anneal='increasing', ess=0.7)),
+    (TOKENS, SMC(particles=(6, 4, 2), size=2, diverse=(0,), resample_at=(1,), potential='sum')),
+    (TOKENS, SMC(particles=4, branch=3, groups=2, size=2, anneal='infinite', resampler='residual')),
+    (FLOW, SMC(particles=5, size=2, potential='difference', resampler='systematic')),
   ],
-  ids=['rounds', 'beam', 'schedules', 'first'],
+  ids=['rounds', 'beam', 'schedules', 'first', 'smc', 'shrinking', 'groups', 'smc-flow'],
 )
 def test_algorithms_conform(gen, algo):
   laws.check_algorithm(algo, gen, TARGET, PROMPTS, KEY)

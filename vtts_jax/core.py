@@ -169,12 +169,18 @@ class Generator:
     anytime: whether the render of an unfinished candidate is a picture to hand out (nested token
       orders), not just a look at what may come (grids, denoising). Only such renders may be
       returned as the best.
+    stochastic: whether a stage draws anything, so that two copies of a candidate part ways.
+    value_of: name of the verifier score that `value` predicts; '' without a value head.
+    rollout_policy: name of the small policy that `rollout` runs; '' without one.
   """
 
   num_stages: int
   image_shape: tuple[int, int, int]
   vocab: int = 0
   anytime: bool = False
+  stochastic: bool = True
+  value_of: str = ''
+  rollout_policy: str = ''
 
   def load(self) -> Any:
     """Parameters (a pytree of arrays); reads the generator's own files."""
@@ -206,7 +212,11 @@ class Generator:
 
   def cost(self, op: str, stage: int = 0, count: int = 1) -> Cost:
     """Cost of one call for one candidate: op is 'encode' (per prompt), 'extend', 'fork', 'force',
-    'fatten' (without `like`) or 'render'."""
+    'fatten' (without `like`), 'render', 'value' or 'rollout'.
+
+    A value is one evaluation; a rollout is one that reads the candidate and one for each of its
+    `count` stages, of which those past the end of a static `stage` are not run and not counted.
+    """
     raise NotImplementedError
 
   def slim(self, state) -> Any:
@@ -238,9 +248,29 @@ class Generator:
     """Empty candidates continued by given tokens `[B, N, t]`; token generators only."""
     raise ConfigError(f'search.initial: {type(self).__name__} takes no initial tokens')
 
+  def draft(self, **changes) -> 'Generator':
+    """The same generator, same parameters, with other settings: for cheaper looks."""
+    return dataclasses.replace(self, **changes)
+
   def log_prob(self, state) -> jax.Array:
     """Log-probability `[B, N]` of what was drawn so far; token generators only."""
     raise ConfigError(f'verifier likelihood: {type(self).__name__} has no log-probabilities')
+
+  def value(self, params, ctx, slim, stage) -> jax.Array:
+    """Predicted total `[B, N]`, float32, that the completions of slim candidates will have on
+    average; `stage` (scalar or `[B, N]`, may be traced) stages are done, 0 .. num_stages."""
+    raise ConfigError(f'generator {type(self).__name__}: has no value head (value_of is empty)')
+
+  def rollout(self, params, ctx, slim, keys, stage, count: int, *, greedy: bool = False) -> Any:
+    """Slim candidates continued from `stage` (scalar or `[B, N]`, may be traced) by `count`
+    (static) stages with the small policy; those past the end stay as they are.
+
+    Keys `[B, N]` are folded with the stage as in `extend`. The log-probability is not updated: it
+    stays that of the first `stage` stages.
+    """
+    raise ConfigError(
+      f'generator {type(self).__name__}: has no rollout policy (rollout_policy is empty)'
+    )
 
   def check(self) -> None:
     """Raises `ConfigError` on settings that cannot be run; reads no weights."""
@@ -299,15 +329,18 @@ class Candidates(NamedTuple):
 
   Attributes:
     shown: slim state `[B, M, ...]` that is rendered and scored (a lookahead completes it first).
-    stage: how many stages of `shown` are done; int32 scalar.
+    stage: how many stages of `shown` are done; int32, a scalar or `[B, M]`.
     parent: which frontier candidate each came from `[B, M]`; -1 for none.
     inner: what the algorithm's own `tell` needs.
+    features: `[B, M, D]`, the verifier's features of the pictures, where `Algorithm.features` asks
+      for them; filled in by the driver between ask and tell.
   """
 
   shown: Any
   stage: jax.Array
   parent: jax.Array
   inner: Any
+  features: Any = ()
 
 
 class Best(NamedTuple):
@@ -352,7 +385,24 @@ class Told(NamedTuple):
 
 class Algorithm:
   """An ask / tell state machine. Subclasses are frozen dataclasses; they never see a model or a
-  verifier."""
+  verifier.
+
+  Attributes:
+    features: whether `tell` needs the verifier's features of the pictures.
+    uses_value: whether it asks for `Generator.value`, which must predict the score searched on.
+  """
+
+  features: bool = False
+  uses_value: bool = False
+
+  def view(self, gen: Generator, step: int) -> Generator:
+    """The generator that renders the candidates of a step. Where it is not `gen` itself it is a
+    draft of it (the same parameters, fewer decoder steps) and no such picture is returned."""
+    return gen
+
+  def done(self, gen: Generator, state: SearchState) -> jax.Array:
+    """Prompts `[B]` that need no further step; what comes after changes nothing for them."""
+    return jnp.zeros(state.best.total.shape, bool)
 
   def check(self, gen: Generator) -> None:
     """Raises `ConfigError` where the settings do not fit the generator."""
@@ -384,10 +434,10 @@ class Algorithm:
 
   def costs(self, gen: Generator, ver: Verifier) -> tuple[Cost, ...]:
     """Cost per prompt of each step; the encoders are in the first."""
-    rendered = gen.cost('render') if 'images' in ver.uses else Cost()
     bill = []
     for step in range(self.num_steps(gen)):
       cost, m = self.step_cost(gen, step)
+      rendered = self.view(gen, step).cost('render') if 'images' in ver.uses else Cost()
       bill.append(cost + m * (rendered + ver.cost('score')))
     bill[0] = bill[0] + gen.cost('encode') + ver.cost('encode')
     return tuple(bill)

@@ -19,10 +19,11 @@ def tree(result: SearchResult, row: int) -> dict[str, np.ndarray]:
   Returns:
     `index [S, C]`, which candidate of its step (-1 for none); `totals [S, C]`; `parent [S, C]`, the
     parent's column in the step before (-1 for none or not shown); `winner [S]`, the column of the
-    returned candidate's ancestor (-1 for none); `stage [S]`, stages done.
+    returned candidate's ancestor (-1 for none); `stage [S, C]`, stages done.
   """
   steps = len(result.steps)
   index, parent = np.full((2, steps, COLUMNS), -1)
+  stage = np.zeros((steps, COLUMNS), np.int32)
   totals = np.full((steps, COLUMNS), -np.inf, np.float32)
   slots = {}  # frontier slot -> column of the step before
   for s, step in enumerate(result.steps):
@@ -31,6 +32,7 @@ def tree(result: SearchResult, row: int) -> dict[str, np.ndarray]:
     order = (kept + [i for i in others if i not in kept])[:COLUMNS]
     index[s, : len(order)] = order
     totals[s, : len(order)] = step.totals[row][order]
+    stage[s, : len(order)] = step.stage[row][order]
     parent[s, : len(order)] = [slots.get(int(p), -1) for p in step.parent[row][order]]
     columns = {candidate: column for column, candidate in enumerate(order)}
     slots = {slot: columns[c] for slot, c in enumerate(step.kept[row].tolist()) if c in columns}
@@ -41,7 +43,6 @@ def tree(result: SearchResult, row: int) -> dict[str, np.ndarray]:
     while s >= 0 and column >= 0:
       winner[s] = column
       s, column = s - 1, int(parent[s, column])
-  stage = np.array([step.stage[row] for step in result.steps])
   return {'index': index, 'totals': totals, 'parent': parent, 'winner': winner, 'stage': stage}
 
 
@@ -53,7 +54,7 @@ def pictures(gen, params, result: SearchResult, row: int, found) -> np.ndarray:
     for i, step in zip(index, result.steps)
   ]
   states = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *states)
-  stages = np.repeat(found['stage'], COLUMNS)[None]
+  stages = found['stage'].reshape(1, -1)
   prompt = gen.tokenize(result.prompts[row : row + 1])
   images = np.asarray(_render(gen, params, prompt, states, stages))[0]
   pixels = np.clip(np.rint(np.nan_to_num(images) * 255), 0, 255).astype(np.uint8)

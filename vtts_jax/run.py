@@ -27,9 +27,10 @@ from vtts_jax.step import (
   encode,
   finish,
   in_chunks,
+  resting,
   settle,
   show,
-  signals,
+  staged,
 )
 
 
@@ -59,6 +60,13 @@ class SearchResult:
   @property
   def failed(self) -> list[int]:
     return [int(i) for i, total in zip(self.ids, self.best.total) if not np.isfinite(total)]
+
+  def spent(self) -> np.ndarray:
+    """What each prompt spent up to and with each step, `[P, S, 4]` in the order of `Cost`: steps
+    that a prompt did not need are not on its bill; the final render is in the last."""
+    steps = np.array([dataclasses.astuple(cost) for cost in self.costs])
+    active = np.stack([step.active for step in self.steps], axis=1)
+    return np.cumsum(steps * active[..., None], axis=1)
 
   @property
   def bad(self) -> dict[str, np.ndarray]:
@@ -118,13 +126,13 @@ def _program(job: Job, name: str, mesh: Mesh | None, static: tuple[int, int] = (
     cands = job.algo.ask(job.gen, params['generator'], ctx, state, step(i))
     out = in_chunks(
       job,
-      lambda shown: (show(job, params, ctx, shown, cands.stage), signals(job, shown, cands.stage)),
-      cands.shown,
+      lambda shown: show(job, params, ctx, shown, step(i)),
+      staged(cands),
     )
-    return cands._replace(stage=jnp.broadcast_to(cands.stage, cands.parent.shape[:1])), out
+    return cands._replace(stage=staged(cands)[1]), out
 
   def conclude(params, ctx, state, cands, scores, i):
-    return settle(job, params, ctx, state, cands._replace(stage=cands.stage[0]), scores, step(i))
+    return settle(job, params, ctx, state, cands, scores, step(i))
 
   function, specs = {
     'fused': (functools.partial(fused, job), (whole, data, data, whole, data)),
@@ -139,6 +147,7 @@ def _program(job: Job, name: str, mesh: Mesh | None, static: tuple[int, int] = (
     ),
     'propose': (propose, (whole, data, data, whole)),
     'conclude': (conclude, (whole, data, data, data, data, whole)),
+    'resting': (functools.partial(resting, job), (data,)),
     'finish': (functools.partial(finish, job), (whole, data, data)),
   }[name]
   if mesh is not None:
@@ -148,28 +157,89 @@ def _program(job: Job, name: str, mesh: Mesh | None, static: tuple[int, int] = (
 
 def stepped(job: Job, params, prompts, ids, root, initial, mesh=None, on_step=None):
   """The same search as a Python loop: for host verifiers, live progress, and models that fill the
-  device."""
+  device. Prompts that need no further step leave the batch, which shrinks by halves (not on a
+  mesh); when none is left the loop ends."""
 
   def call(name, *args, static=(0, 1)):
     return _program(job, name, mesh, static)(*args)
 
   ctx, vctx = call('encode', params, prompts)
   state = call('begin', params, ctx, ids, root, initial)
+  may_stop = type(job.algo).done is not Algorithm.done or job.stop < float('inf')
+  whole, rows, best = ctx, np.arange(len(ids)), jax.tree.map(np.array, state.best)
   traces = []
   for first, count in job.algo.phases(job.gen):
     for i in range(first, first + count):
+      if may_stop:
+        best = _put(best, state.best, rows)
+        need = np.flatnonzero(~np.asarray(call('resting', state)))
+        size = _bucket(len(need), len(rows)) if mesh is None else len(rows)
+        if size < len(rows) and len(need):
+          keep = np.resize(need, size)  # a row that is there twice is computed twice, no more
+          ctx, vctx, state = _rows((ctx, vctx, state), keep)
+          rows = rows[keep]
       index, static = np.int32(i), (first, count)
-      if job.ver.jittable:
+      if may_stop and not len(need):
+        trace = _blank(job, params, ctx, vctx, state, static)
+      elif job.ver.jittable:
         state, trace = call('advance', params, ctx, vctx, state, index, static=static)
       else:
         cands, (images, told) = call('propose', params, ctx, state, index, static=static)
         scores = job.ver.score(params['verifier'], vctx, images, **told)
         scores = {name: np.asarray(value, np.float32) for name, value in scores.items()}
         state, trace = call('conclude', params, ctx, state, cands, scores, index, static=static)
+      if len(rows) < len(ids):
+        trace = _spread(trace, rows, best)
       traces.append(trace)
       if on_step:
         on_step(i, trace)
-  return state.best, call('finish', params, ctx, state.best), tuple(traces)
+  best = _put(best, state.best, rows) if len(rows) < len(ids) else state.best
+  return best, call('finish', params, whole, best), tuple(traces)
+
+
+def _bucket(need: int, size: int) -> int:
+  """The smallest of size, size / 2, size / 4, ... (rounded up) that holds `need` rows."""
+  while size > 1 and -(-size // 2) >= need:
+    size = -(-size // 2)
+  return size
+
+
+def _rows(tree, keep):
+  return jax.tree.map(lambda x: x[keep], tree)
+
+
+def _put(whole, part, rows):
+  """`whole` with `part` at `rows`; numpy leaves."""
+
+  def one(a, b):
+    a = np.array(a)
+    a[rows] = np.asarray(b)
+    return a
+
+  return jax.tree.map(one, whole, part)
+
+
+def _spread(trace: StepTrace, rows, best: Best) -> StepTrace:
+  """The trace of the batch of which `trace` holds `rows`; the others rested."""
+  size = len(best.total)
+  zeros = jax.tree.map(lambda x: np.zeros((size, *x.shape[1:]), x.dtype), trace._replace(best=()))
+  rest = zeros._replace(
+    totals=np.full_like(zeros.totals, -np.inf), parent=np.full_like(zeros.parent, -1)
+  )
+  seen = best if trace.best.state != () else best._replace(state=())
+  return _put(rest._replace(best=seen), trace, rows)
+
+
+def _blank(job, params, ctx, vctx, state, static) -> StepTrace:
+  """The trace of a step that no prompt needed."""
+  shapes = jax.eval_shape(
+    lambda *a: advance(job, *a, Step(static[0], static[0])), params, ctx, vctx, state
+  )[1]
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes._replace(best=()))
+  best = state.best if job.trace else state.best._replace(state=())
+  return zeros._replace(
+    totals=np.full_like(zeros.totals, -np.inf), parent=np.full_like(zeros.parent, -1), best=best
+  )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -216,6 +286,7 @@ def search(
   trace: bool = False,
   on_step: Callable | None = None,
   budget: Mapping[str, float] | None = None,
+  stop: float = float('inf'),
 ) -> SearchResult:
   """Searches a picture for each prompt.
 
@@ -237,6 +308,8 @@ def search(
     on_step: called with (step, StepTrace) after each step; stepped only.
     budget: limits per prompt, by the names of `Cost`; a search above one is refused before
       anything is compiled.
+    stop: a prompt whose best total reaches this needs no further step (verifier-threshold
+      stopping, 2512.08985): masked in 'fused', out of the batch in 'stepped'.
 
   Raises:
     ConfigError: settings that do not fit, before any compile.
@@ -260,7 +333,7 @@ def search(
 
   devices = mesh.shape['data'] if mesh is not None else 1
   size = -(-(batch or len(prompts)) // devices) * devices
-  job = Job(algo, gen, ver, render_chunk, trace)
+  job = Job(algo, gen, ver, render_chunk, trace, float(stop))
   arrays = tokenize(gen, ver, prompts)
   if mesh is not None:
     params = jax.device_put(params, jax.sharding.NamedSharding(mesh, PartitionSpec()))
@@ -310,6 +383,16 @@ def validate(algo, gen, ver, mode: str = 'fused', on_step=None) -> None:
     raise ConfigError(f"mode='fused': {type(ver).__name__} scores on the host; allowed: 'stepped'")
   if mode == 'fused' and on_step:
     raise ConfigError("on_step: needs mode='stepped'")
+  if algo.features and not hasattr(ver, 'features'):
+    raise ConfigError(f'search: {type(algo).__name__} needs features of the pictures, which the '
+                      f'verifier {type(ver).__name__} lacks')
+  if algo.features and not ver.jittable:
+    raise ConfigError(f'search: {type(algo).__name__} needs features from a compiled verifier')
+  if algo.uses_value and gen.value_of not in ver.names:
+    raise ConfigError(
+      f'search: {type(algo).__name__} uses a value head; that of {type(gen).__name__} predicts '
+      f'{gen.value_of or "nothing"!r}, the search is on {", ".join(ver.names)}'
+    )
   if 'log_prob' in ver.uses and type(gen).log_prob is Generator.log_prob:
     raise ConfigError(
       f'verifier {type(ver).__name__}: needs log-probabilities, which {type(gen).__name__} lacks'

@@ -23,6 +23,7 @@ class Job(NamedTuple):
   ver: Verifier
   render_chunk: int = 0
   trace: bool = False
+  stop: float = float('inf')  # a prompt whose best total reaches this needs no further step
 
 
 class StepTrace(NamedTuple):
@@ -34,7 +35,10 @@ class StepTrace(NamedTuple):
     bad: `{name: [B]}`, how many candidates had a NaN or infinite score of that name.
     parent: `[B, M]`, the frontier candidate that each came from, -1 for none.
     kept: `[B, N']`, which candidates make the next frontier.
-    stage: `[B]`, stages done of what was looked at.
+    stage: `[B, M]`, stages done of what was looked at.
+    final: `[B, M]`, which of these were pictures to hand out.
+    active: `[B]`, whether the prompt still needed this step; where not, totals are -inf and nothing
+      was spent.
     best: the best so far; its state is dropped from the trace unless `trace` is asked for.
     shown: slim states `[B, M, ...]` of what was looked at; only when `trace` is asked for.
   """
@@ -45,6 +49,8 @@ class StepTrace(NamedTuple):
   parent: Any
   kept: Any
   stage: Any
+  final: Any
+  active: Any
   best: Best
   shown: Any
 
@@ -71,29 +77,37 @@ def begin(job: Job, params, ctx, keys, initial) -> SearchState:
   return SearchState(told.frontier, told.keys, told.scores, best, told.inner)
 
 
-def look(job: Job, params, ctx, vctx, cands: core.Candidates):
-  """Renders and scores the candidates in chunks, so that no more images than `render_chunk` exist
-  at a time."""
+def look(job: Job, params, ctx, vctx, cands: core.Candidates, step: Step):
+  """Scores `{name: [B, M]}` of the candidates, and the candidates with features if these are asked
+  for; in chunks, so that no more images than `render_chunk` of a prompt exist at a time."""
+  if not cands.parent.shape[1]:
+    return dict.fromkeys(job.ver.names, jnp.zeros(cands.parent.shape)), cands
 
   def one(shown):
-    images = show(job, params, ctx, shown, cands.stage)
-    return job.ver.score(params['verifier'], vctx, images, **signals(job, shown, cands.stage))
+    images, told = show(job, params, ctx, shown, step)
+    features = job.ver.features(params['verifier'], images) if job.algo.features else ()
+    return job.ver.score(params['verifier'], vctx, images, **told), features
 
-  return in_chunks(job, one, cands.shown)
-
-
-def show(job: Job, params, ctx, shown, stage):
-  """Images `[B, M, H, W, 3]` of slim states, or None where the verifier looks at none."""
-  if 'images' not in job.ver.uses:
-    return None
-  return job.gen.render(params['generator'], ctx, shown, stage)
+  scores, features = in_chunks(job, one, staged(cands))
+  return scores, cands._replace(features=features)
 
 
-def signals(job: Job, shown, stage) -> dict[str, Any]:
-  """What the generator tells the verifier besides images."""
-  if 'log_prob' not in job.ver.uses:
-    return {}
-  return {'log_prob': job.gen.log_prob(shown), 'length': stage}
+def staged(cands: core.Candidates):
+  """(slim states `[B, M, ...]`, stages done of each `[B, M]`)."""
+  return cands.shown, jnp.broadcast_to(cands.stage, cands.parent.shape)
+
+
+def show(job: Job, params, ctx, shown, step: Step):
+  """Images `[B, M, H, W, 3]` of what `staged` gives, None where the verifier looks at none, and
+  what the generator tells it besides."""
+  states, stage = shown
+  images, told = None, {}
+  if 'images' in job.ver.uses:
+    view = job.algo.view(job.gen, step.first)
+    images = view.render(params['generator'], ctx, states, stage)
+  if 'log_prob' in job.ver.uses:
+    told = {'log_prob': job.gen.log_prob(states), 'length': stage}
+  return images, told
 
 
 def in_chunks(job: Job, function, shown):
@@ -111,9 +125,14 @@ def in_chunks(job: Job, function, shown):
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :m], out)
 
 
-def judge(job: Job, state: SearchState, cands: core.Candidates, scores):
-  """Totals `[B, M]`, the best including these candidates, and the count of bad scores by name."""
+def judge(job: Job, state: SearchState, cands: core.Candidates, scores, step: Step):
+  """Totals `[B, M]`, which are pictures to hand out `[B, M]`, the best including these candidates,
+  and the count of bad scores by name."""
   finite = {name: jnp.isfinite(value) for name, value in scores.items()}
+  bad = {name: (~ok).sum(axis=1) for name, ok in finite.items()}
+  stage = jnp.broadcast_to(cands.stage, cands.parent.shape)
+  if not cands.parent.shape[1]:
+    return jnp.zeros(stage.shape), stage > 0, state.best, bad
   valid = functools.reduce(jnp.logical_and, finite.values())
   pool = {
     name: jnp.concatenate(
@@ -127,42 +146,46 @@ def judge(job: Job, state: SearchState, cands: core.Candidates, scores):
   totals = jnp.where(valid_pool, job.ver.total(pool, valid_pool), NEG_INF)
   totals, before = totals[:, :-1], totals[:, -1]
 
-  final = jnp.logical_or(job.gen.anytime, cands.stage >= job.gen.num_stages)
+  final = jnp.logical_or(job.gen.anytime, stage >= job.gen.num_stages)
+  final &= job.algo.view(job.gen, step.first) == job.gen
   offered = jnp.where(final, totals, NEG_INF)
-  winner = jnp.argmax(offered, axis=1)
+  winner = jnp.argmax(offered, axis=1)[:, None]
   value = offered.max(axis=1)
-  new = Best(
-    jax.tree.map(lambda x: x[:, 0], core.take(cands.shown, winner[:, None])),
-    jnp.broadcast_to(cands.stage, winner.shape),
-    {
-      name: jnp.take_along_axis(scores[name], winner[:, None], axis=1)[:, 0]
-      for name in job.ver.names
-    },
-    value,
-  )
+  own = core.take((cands.shown, stage, {name: scores[name] for name in job.ver.names}), winner)
+  new = Best(*jax.tree.map(lambda x: x[:, 0], own), value)
   old = state.best._replace(total=before)
-  best = core.where(value > before, new, old)
-  bad = {name: (~ok).sum(axis=1) for name, ok in finite.items()}
-  return totals, best, bad
+  return totals, final, core.where(value > before, new, old), bad
 
 
 def settle(
   job: Job, params, ctx, state, cands, scores, step: Step
 ) -> tuple[SearchState, StepTrace]:
-  """`tell`, with what every algorithm shares: elitism and the exclusion of bad scores."""
-  totals, best, bad = judge(job, state, cands, scores)
+  """`tell`, with what all algorithms share: elitism, the exclusion of bad scores, and stopping."""
+  active = ~resting(job, state)
+  totals, final, best, bad = judge(job, state, cands, scores, step)
   told = job.algo.tell(job.gen, params['generator'], ctx, state, cands, totals, step)
+  best = core.where(active, best, state.best)
+  totals = jnp.where(active[:, None], totals, NEG_INF)
+  bad = {name: jnp.where(active, count, 0) for name, count in bad.items()}
   shown = cands.shown if job.trace else ()
   seen = best if job.trace else best._replace(state=())
-  stage = jnp.broadcast_to(cands.stage, best.stage.shape)
-  trace = StepTrace(totals, scores, bad, cands.parent, told.kept, stage, seen, shown)
+  stage = jnp.broadcast_to(cands.stage, cands.parent.shape)
+  final &= active[:, None]
+  trace = StepTrace(
+    totals, scores, bad, cands.parent, told.kept, stage, final, active, seen, shown
+  )
   return SearchState(told.frontier, told.keys, told.scores, best, told.inner), trace
+
+
+def resting(job: Job, state: SearchState) -> jax.Array:
+  """Prompts `[B]` that need no further step: done, or good enough."""
+  return job.algo.done(job.gen, state) | (state.best.total >= job.stop)
 
 
 def advance(job: Job, params, ctx, vctx, state: SearchState, step: Step):
   """One whole step: the function that both drivers run."""
   cands = job.algo.ask(job.gen, params['generator'], ctx, state, step)
-  scores = look(job, params, ctx, vctx, cands)
+  scores, cands = look(job, params, ctx, vctx, cands, step)
   return settle(job, params, ctx, state, cands, scores, step)
 
 

@@ -65,6 +65,10 @@ class ScenesFlow(core.Generator):
     return (scenes.SIZE, scenes.SIZE, 3)
 
   @property
+  def stochastic(self):
+    return self.eta > 0
+
+  @property
   def scale(self) -> float:
     """The guidance scale in force."""
     return float(self.guidance if self.guidance >= 0 else _card(MODEL)['guidance'])

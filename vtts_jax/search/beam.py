@@ -203,8 +203,5 @@ class Chunk:
 
 
 def build(**given) -> Beam:
-  """From settings; a schedule may be given as text, '4,8,32'."""
-  schedule = given.get('schedule')
-  if isinstance(schedule, str) and schedule.replace(',', '').isdigit():
-    given['schedule'] = tuple(int(mark) for mark in schedule.split(','))
-  return components.build_dataclass(Beam, **given)
+  """From settings; lists may be given as text, '4,8,32'."""
+  return components.build_dataclass(Beam, **{k: settings.numbers(v) for k, v in given.items()})

@@ -104,12 +104,78 @@ def check_generator(gen: core.Generator, prompts, key, *, stages=None) -> None:
   same(
     render(ctx, whole, jnp.full((b, n), end)), images, 'render of slim or fat, one stage or many'
   )
-  for op in ('encode', 'extend', 'fork', 'force', 'fatten', 'render'):
+  ahead = {'value': gen.value_of, 'rollout': gen.rollout_policy}
+  state = (gen.slim(start), gen.slim(part), gen.slim(whole))
+  _check_value(gen, params, ctx, state, mixed, (0, cut, end))
+  _check_rollout(gen, params, ctx, keys, state, mixed, (0, cut, end))
+  for op in ('encode', 'extend', 'fork', 'force', 'fatten', 'render', *filter(ahead.get, ahead)):
     assert isinstance(gen.cost(op), Cost), f'cost({op!r})'
   assert gen.cost('extend', 0, end) == gen.cost('extend', 0, cut) + gen.cost(
     'extend', cut, end - cut
   )
   assert gen.cost('extend', 0, 0) == Cost(), 'no stages cost nothing'
+
+
+def _refused(call, what: str) -> None:
+  """Asserts that an optional method which is not offered raises `ConfigError`."""
+  try:
+    call()
+  except core.ConfigError:
+    return
+  raise AssertionError(f'{what} is not offered and yet answers')
+
+
+def _check_value(gen, params, ctx, states, mixed, stages) -> None:
+  """`value` of slim `states`, of which `stages` are done; candidate i of `mixed` is of state i."""
+  if not gen.value_of:
+    return _refused(lambda: gen.value(params, ctx, states[0], 0), 'value')
+  ask = jax.jit(lambda slim, stage: gen.value(params, ctx, slim, stage))
+  shape = jax.tree.leaves(mixed)[0].shape[:2]
+  alike = jnp.stack([ask(s, t)[:, i] for i, (s, t) in enumerate(zip(states, stages))], 1)
+  assert alike.shape == shape and alike.dtype == jnp.float32, f'values {alike.shape} {alike.dtype}'
+  assert np.isfinite(np.asarray(alike)).all(), 'a value is not finite'
+  reached = jnp.broadcast_to(jnp.array(stages), shape)
+  same(ask(mixed, reached), alike, 'value with a stage for each candidate')
+  first = jnp.zeros((shape[0], 1), int)
+  few = ask(core.take(states[1], first), stages[1])
+  same(few, ask(states[1], stages[1])[:, :1], 'value of a candidate alone')
+  blind = ask(states[2], stages[1])
+  same(blind, ask(states[1], stages[1]), 'value must not see stages that are not done')
+  assert gen.cost('value').generator > 0, 'a value costs an evaluation'
+
+
+def _check_rollout(gen, params, ctx, keys, states, mixed, stages) -> None:
+  """`rollout` of the same candidates."""
+  if not gen.rollout_policy:
+    return _refused(lambda: gen.rollout(params, ctx, states[0], keys, 0, 1), 'rollout')
+  (b, n), (_, cut, end) = keys.shape, stages
+
+  @functools.partial(jax.jit, static_argnames=('count', 'greedy'))
+  def run_on(slim, keys, stage, count, greedy=False):
+    return gen.rollout(params, ctx, slim, keys, stage, count, greedy=greedy)
+
+  done = [gen.rollout(params, ctx, s, keys, t, end - t) for s, t in zip(states, stages)]
+  same(done[2], states[2], 'a rollout of a finished candidate')
+  past = [gen.rollout(params, ctx, s, keys, t, end) for s, t in zip(states, stages)]
+  same(past, done, 'a rollout past the end')
+  traced = [run_on(s, keys, jnp.int32(t), end) for s, t in zip(states, stages)]
+  same(traced, done, 'a rollout from a traced stage')
+  pick = lambda *rows: jnp.stack([x[:, i] for i, x in enumerate(rows)], axis=1)
+  reached = jnp.broadcast_to(jnp.array(stages), (b, n))
+  ragged = run_on(mixed, keys, reached, end)
+  same(ragged, jax.tree.map(pick, *done), 'a rollout with a stage for each candidate')
+  some = run_on(states[1], keys, cut, 1)
+  same(run_on(some, keys, cut + 1, end - cut - 1), done[1], 'a rollout in two pieces')
+  first = jnp.zeros((b, 1), int)
+  few = run_on(core.take(states[1], first), keys[:, :1], cut, end - cut)
+  same(few, core.take(done[1], first), 'a rollout of a candidate alone')
+  a, c = (run_on(states[1], k, cut, end - cut, True) for k in (keys, keys[:, ::-1]))
+  same(a, c, 'a greedy rollout must not depend on keys')
+  for stage in (0, cut):
+    whole, less = gen.cost('rollout', stage, end - stage), gen.cost('rollout', stage, 0)
+    assert whole == gen.cost('rollout', stage, end), 'stages past the end cost nothing'
+    assert whole.generator - less.generator == end - stage, 'a stage is an evaluation'
+    assert less.generator == 1, 'reading the candidate is an evaluation'
 
 
 def check_verifier(ver: core.Verifier, prompts, images) -> None:
@@ -154,10 +220,9 @@ def check_algorithm(algo: core.Algorithm, gen, ver, prompts, key, *, shapes: boo
   same(jax.tree.map(lambda x: x[::-1], turned.best), base.best, 'prompts in another order')
   best = np.stack([s.best.total for s in base.steps], 1)
   assert (best[:, 1:] >= best[:, :-1] - TOLERANCE).all(), 'the best score fell'
-  offered = [
-    s.totals.max(1) for s in base.steps if gen.anytime or int(s.stage[0]) >= gen.num_stages
-  ]
-  same(base.best.total, np.max(offered, axis=0), 'the best is the best of what was looked at')
+  offered = [np.where(s.final, s.totals, -np.inf) for s in base.steps]
+  offered = np.concatenate(offered, axis=1).max(axis=1)
+  same(base.best.total, offered, 'the best is the best of what was looked at')
   assert counted(algo, gen, ver, params, prompts[:1], key) == sum(base.costs, Cost()), 'the bill'
 
 
@@ -169,6 +234,12 @@ class _Counted:
 
   def __getattr__(self, name):
     return getattr(self._part, name)
+
+  def __eq__(self, other):
+    return self._part == other._part
+
+  def draft(self, **changes):
+    return _Counted(self._part.draft(**changes), self._spent)
 
   def _add(self, cost):
     self._spent.append(cost)

@@ -1,0 +1,174 @@
+"""Particle search: resamplers against closed forms, weights against the enumerated target, laws."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vtts_jax import components, core, run, select, step
+from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.search.smc import PRESETS, SMC
+from vtts_jax.testing import laws, toys
+
+KEY = jax.random.key(5)
+NONE = {'generator': {}, 'verifier': {}}
+
+
+@pytest.mark.parametrize('kind', select.RESAMPLERS)
+def test_resamplers_are_unbiased_and_as_steady_as_they_should_be(kind):
+  logw = jnp.log(jnp.array([[0.03, 0.3, 0.0625, 0.4075, 0.0, 0.2]]))
+  trials, n = 4000, 8
+  index = select.resample(
+    kind, jax.random.split(KEY, trials), jnp.broadcast_to(logw, (trials, 6)), n
+  )
+  assert (np.diff(index, axis=1) >= 0).all()
+  counts = (np.asarray(index)[:, :, None] == np.arange(6)).sum(1)
+  expected = n * np.exp(logw[0])
+  spread = counts.std(0)
+  assert (np.abs(counts.mean(0) - expected) <= 4 * spread / trials**0.5 + 1e-6).all()
+  if kind == 'multinomial':
+    np.testing.assert_allclose(spread**2, expected * (1 - expected / n), rtol=0.1)
+  else:
+    assert (spread**2 <= expected * (1 - expected / n) * 1.05).all()
+  if kind in ('systematic', 'ssp'):  # each count is rounded up or down
+    assert (counts >= np.floor(expected)).all() and (counts <= np.ceil(expected)).all()
+    if kind == 'ssp':
+      part = expected % 1
+      np.testing.assert_allclose(spread**2, part * (1 - part), atol=0.03)
+
+
+@pytest.mark.parametrize('kind', select.RESAMPLERS)
+def test_resamplers_meet_the_edges(kind):
+  keys = jax.random.split(KEY, 3)
+  ninf = -np.inf
+  logw = jnp.array([[ninf, 900.0, ninf, ninf], [0.0, 0, 0, 0], [ninf] * 4])
+  index = np.asarray(select.resample(kind, keys, logw, 4))
+  assert (index[0] == 1).all()
+  if kind in ('systematic', 'ssp', 'residual', 'stratified'):
+    assert (index[1:] == np.arange(4)).all(), 'equal weights keep everyone'
+  np.testing.assert_allclose(select.ess(logw), [1, 4, 4], rtol=1e-6)
+
+
+def test_diverse_picks_one_of_each_cluster():
+  centres = np.array([[0, 0], [10, 0], [0, 10]])
+  x = np.repeat(centres, 5, axis=0) + np.random.default_rng(0).normal(size=(15, 2))
+  valid = np.ones((20, 15), bool)
+  picked = select.diverse(jax.random.split(KEY, 20), jnp.broadcast_to(x, (20, 15, 2)), valid, 3)
+  assert (np.sort(np.asarray(picked) // 5, axis=1) == [0, 1, 2]).mean() > 0.9
+  valid[:, 5:] = False
+  picked = np.asarray(
+    select.diverse(jax.random.split(KEY, 20), jnp.asarray(x)[None].repeat(20, 0), valid, 4)
+  )
+  assert (picked < 5).all() and all(len(set(row)) == 4 for row in picked)
+
+
+def particles(algo, gen, ver, prompts):
+  """The final particles and their log-weights."""
+  job = step.Job(algo, gen, ver)
+  arrays = {'generator': gen.tokenize(prompts), 'verifier': ver.tokenize(prompts)}
+
+  @jax.jit
+  def whole():
+    ctx, vctx = step.encode(job, NONE, jax.tree.map(jnp.asarray, arrays))
+    keys = core.prompt_keys(KEY, jnp.arange(len(prompts)))
+    state = step.begin(job, NONE, ctx, keys, jnp.zeros((len(prompts), 0), jnp.int32))
+    for i in range(algo.num_steps(gen)):
+      state, _ = step.advance(job, NONE, ctx, vctx, state, core.Step(i, i))
+    return state.frontier.tokens, state.inner[0].logw
+
+  return whole()
+
+
+@pytest.mark.parametrize('potential', ['current', 'difference', 'max', 'sum'])
+@pytest.mark.parametrize('ess', [1.0, 0.5])
+def test_particles_follow_the_tilted_distribution(potential, ess):
+  """Few enough sequences to list: p(x) exp(strength r(x)), whatever the potential on the way."""
+  gen, ver = toys.Tokens(length=3, vocab=3), toys.Target(rows=3)
+  n, strength = 6_000, 6.0
+  algo = SMC(
+    particles=n,
+    schedule='fixed',
+    strength=strength,
+    potential=potential,
+    ess=ess,
+    anneal='increasing' if ess == 1 else 'constant',
+  )
+  tokens, logw = particles(algo, gen, ver, ['a', 'bb'])
+  every = np.stack(np.meshgrid(*[np.arange(3)] * 3, indexing='ij'), -1).reshape(-1, 3)
+  state = gen.init({}, gen.encode({}, gen.tokenize(['a', 'bb'])), jax.random.split(KEY, (2, 27)))
+  ctx = gen.encode({}, gen.tokenize(['a', 'bb']))
+  state = gen.force({}, ctx, state, jnp.broadcast_to(every, (2, 27, 3)).astype(jnp.int32))
+  images = gen.render({}, ctx, state, 3)
+  score = ver.score({}, ver.encode({}, ver.tokenize(['a', 'bb'])), images)['target']
+  target = jax.nn.softmax(state.logp + strength * score, axis=1)
+  code = np.asarray(tokens) @ [9, 3, 1]
+  weight = np.asarray(jax.nn.softmax(logw, axis=1))
+  found = np.stack([np.bincount(c, w, 27) for c, w in zip(code, weight)])
+  assert 0.5 * np.abs(found - target).sum(1).max() < 0.05, 'total variation'
+  untilted = jax.nn.softmax(state.logp, axis=1)
+  assert 0.5 * np.abs(untilted - target).sum(1).min() > 0.1, 'the tilt must be worth seeing'
+
+
+@pytest.mark.parametrize('gen', [toys.Tokens(), toys.Flow()], ids=['tokens', 'flow'])
+def test_no_strength_is_best_of_n(gen):
+  prompts = ['a', 'bb', 'ccc']
+  bon = run.search(BestOfN(n=5), gen, toys.Target(), NONE, prompts, KEY, trace=True)
+  smc = SMC(particles=5, size=2, strength=0.0)
+  found = run.search(smc, gen, toys.Target(), NONE, prompts, KEY, trace=True)
+  laws.same(found.steps[-1].shown, bon.steps[-1].shown, 'the particles')
+
+
+def test_infinite_strength_copies_the_best_alone():
+  gen, ver = toys.Tokens(), toys.Target()
+  algo = SMC(particles=6, size=2, anneal='infinite', potential='current', resampler='multinomial')
+  for s in run.search(algo, gen, ver, NONE, ['a', 'bb'], KEY).steps:
+    best = s.totals.max(1, keepdims=True)
+    np.testing.assert_array_equal(np.take_along_axis(s.totals, s.kept, 1), np.repeat(best, 6, 1))
+
+
+def test_a_bad_score_never_survives():
+  gen, ver = toys.Tokens(), toys.Target(poison=0.0)
+  algo = SMC(particles=8, size=1, strength=0.0)
+  found = run.search(algo, gen, ver, NONE, ['a', 'bb', 'ccc'], KEY)
+  assert found.bad['target'].sum() > 0
+  for s in found.steps:
+    assert np.isfinite(np.take_along_axis(s.totals, s.kept, 1)).all()
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_presets_run(name):
+  settings = (
+    {'particles': (6, 4, 4, 2), 'diverse': (0,), 'resample_at': (1,)} if name == 'tts_var' else {}
+  )
+  algo = components.load('search.smc', preset=name, size=2 if not settings else 1, **settings)
+  algo = dataclasses.replace(algo, steps=4) if settings else algo
+  gen = toys.Tokens(length=4) if settings else toys.Tokens()
+  found = run.search(algo, gen, toys.Target(rows=gen.length), NONE, ['a', 'bb'], KEY)
+  assert not found.failed
+
+
+@pytest.mark.parametrize(
+  ('settings', 'text'),
+  [
+    ({'particles': 0}, 'search.particles=0'),
+    ({'strength': -1}, 'search.strength=-1'),
+    ({'resampler': 'best'}, "'systematic'"),
+    ({'particles': 6, 'groups': 4}, 'search.groups=4'),
+    ({'particles': (2, 4)}, 'must not grow'),
+    ({'preset': 'fks'}, "'tts_var'"),
+    ({'diverse': (9,)}, 'search.diverse'),
+    ({'ess': 2}, r'in \[0, 1\]'),
+  ],
+)
+def test_bad_settings(settings, text):
+  with pytest.raises(core.ConfigError, match=text):
+    components.load('search.smc', **settings).check(toys.Tokens())
+
+
+def test_a_sampler_that_draws_nothing_is_refused():
+  gen = components.load('generators.scenes_flow')
+  with pytest.raises(core.ConfigError, match='generator.eta above 0'):
+    SMC().check(gen)
+  SMC().check(components.load('generators.scenes_flow', eta=0.5))
