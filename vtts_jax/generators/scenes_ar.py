@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from vtts_jax import components, core, sampling, weights
 from vtts_jax.data import scenes
 from vtts_jax.models import scenes as models
-from vtts_jax.models.scenes import prior, tokenizer
+from vtts_jax.models.scenes import prior, tokenizer, value
 
 ORDERS = ('1d', '2d')
+VALUES, ROLLOUTS = ('scenes_clip_a',), ('small',)
 _config, _card = functools.cache(models.config), functools.cache(models.card)
 
 
@@ -46,7 +47,10 @@ class ScenesAR(core.Generator):
     prior: 'ar' or 'uniform' (tokens drawn without a model, at no network evaluation).
     guidance: classifier-free guidance scale >= 0; 1 runs a single stream, 0 ignores the prompt, -1
       is the scale that the weights were shipped with.
-    temperature, top_k, top_p: see `sampling`; top_k 0 is off.
+    temperature, top_k, top_p: see `sampling`; top_k 0 is off. They hold for rollouts too.
+    value_of: 'scenes_clip_a' for the value head that foretells this score of the completions that
+      the shipped guidance draws at temperature 1; '' loads and computes nothing.
+    rollout_policy: 'small' for the policy distilled from the shipped guidance; '' as above.
   """
 
   order: str = '1d'
@@ -55,6 +59,8 @@ class ScenesAR(core.Generator):
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  value_of: str = ''
+  rollout_policy: str = ''
 
   def __post_init__(self):
     if self.order not in ORDERS:
@@ -65,6 +71,12 @@ class ScenesAR(core.Generator):
       raise core.ConfigError(
         f'generator.guidance={self.guidance}: must be >= 0, or -1 (as shipped)'
       )
+    for name, allowed in (('value_of', VALUES), ('rollout_policy', ROLLOUTS)):
+      given = getattr(self, name)
+      if given and (given not in allowed or self.prior != 'ar'):
+        raise core.ConfigError(
+          f"generator.{name}={given!r}: must be '' or, with generator.prior='ar', one of {allowed}"
+        )
     sampling.check(self.temperature, self.top_k, self.top_p, self.vocab)
 
   # ------------------------------------------------------------------------------------ static
@@ -107,8 +119,13 @@ class ScenesAR(core.Generator):
   # protocol
 
   def load(self):
-    parts = ('tokenizer', 'prior') if self.prior == 'ar' else ('tokenizer',)
-    return {part: models.load(f'{part}_{self.order}')[1] for part in parts}
+    parts = {
+      'tokenizer': True,
+      'prior': self.prior == 'ar',
+      'value': self.value_of,
+      'rollout': self.rollout_policy,
+    }
+    return {part: models.load(f'{part}_{self.order}')[1] for part in parts if parts[part]}
 
   def tokenize(self, texts):
     return {'text': scenes.tokenize(texts)}
@@ -117,7 +134,12 @@ class ScenesAR(core.Generator):
     text = prompt['text']
     inputs = {'prompt': text, 'null': jnp.zeros_like(text)}
     model = self._model(params, 'prior') if self.streams else None
-    return {stream: model.text(inputs[stream]) for stream in self.streams} | {'rows': text[:, 0]}
+    ctx = {stream: model.text(inputs[stream]) for stream in self.streams} | {'rows': text[:, 0]}
+    if self.value_of:
+      ctx['value'] = self._model(params, 'value').context(text)
+    if self.rollout_policy:
+      ctx['rollout'] = self._model(params, 'rollout').text(text)
+    return ctx
 
   def init(self, params, ctx, keys):
     model = self._model(params, 'prior') if self.streams else None
@@ -125,16 +147,20 @@ class ScenesAR(core.Generator):
     tokens = jnp.zeros((*keys.shape, self.num_stages), jnp.int32)
     return State(tokens, jnp.zeros(keys.shape), cache)
 
-  def _next(self, params, ctx, state, stage):
-    """Guided logits `[B, N, V]` of the token of `stage`, and the caches with the one before it."""
-    if not self.streams:
-      return jnp.zeros((*state.logp.shape, self.vocab)), state.cache
+  def _previous(self, state, stage):
+    """Token `[B, N]` that is fed at `stage`: the one before it, the begin id at 0."""
     before = jnp.maximum(stage - 1, 0)
     if jnp.ndim(stage):
       previous = jnp.take_along_axis(state.tokens, before[..., None], axis=2)[..., 0]
     else:
       previous = jax.lax.dynamic_index_in_dim(state.tokens, before, axis=2, keepdims=False)
-    previous = jnp.where(stage == 0, self.vocab, previous)
+    return jnp.where(stage == 0, self.vocab, previous)
+
+  def _next(self, params, ctx, state, stage):
+    """Guided logits `[B, N, V]` of the token of `stage`, and the caches with the one before it."""
+    if not self.streams:
+      return jnp.zeros((*state.logp.shape, self.vocab)), state.cache
+    previous = self._previous(state, stage)
     model = self._model(params, 'prior')
     out = {s: model.step(ctx[s], state.cache[s], previous, stage) for s in self.streams}
     cache = {s: kv for s, (_, kv) in out.items()}
@@ -143,12 +169,15 @@ class ScenesAR(core.Generator):
     null = out['null'][0]
     return null + self.scale * (out['prompt'][0] - null), cache
 
-  def _push(self, state, cache, logits, token, stage):
+  def _put(self, state, token, stage):
+    """Tokens `[B, N, T]` with `token [B, N]` at `stage`."""
     if jnp.ndim(stage):
       here = jnp.arange(self.num_stages) == stage[..., None]
-      tokens = jnp.where(here, token[..., None], state.tokens)
-    else:
-      tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], stage, axis=2)
+      return jnp.where(here, token[..., None], state.tokens)
+    return jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], stage, axis=2)
+
+  def _push(self, state, cache, logits, token, stage):
+    tokens = self._put(state, token, stage)
     return State(tokens, state.logp + sampling.log_prob(logits, token), cache)
 
   def _adjust(self, logits):
@@ -163,13 +192,39 @@ class ScenesAR(core.Generator):
 
     return core.run_stages(one, state, stage, count, self.num_stages)
 
-  def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
+  def _choose(self, keys, greedy):
+    """The function of logits `[B, N, V]` and a stage that says which token comes there."""
+
     def choose(logits, t):
       if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
       return sampling.draw(self._adjust(logits), core.fold(keys, t))
 
-    return self._run(params, ctx, state, stage, count, choose)
+    return choose
+
+  def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
+    return self._run(params, ctx, state, stage, count, self._choose(keys, greedy))
+
+  def value(self, params, ctx, slim, stage):
+    if not self.value_of:
+      return super().value(params, ctx, slim, stage)
+    return self._model(params, 'value').value(ctx['value'], slim.tokens, stage)
+
+  def rollout(self, params, ctx, slim, keys, stage, count, *, greedy=False):
+    if not self.rollout_policy:
+      return super().rollout(params, ctx, slim, keys, stage, count, greedy=greedy)
+    if isinstance(stage, int):
+      count = min(count, self.num_stages - stage)  # the loop below must not run past the end
+    else:
+      stage = jnp.broadcast_to(stage, keys.shape)
+    model, choose = self._model(params, 'rollout'), self._choose(keys, greedy)
+
+    def one(state, t):
+      logits, cache = model.step(ctx['rollout'], state.cache, self._previous(state, t), t)
+      return State(self._put(state, choose(logits, t), t), state.logp, cache)
+
+    start = slim._replace(cache=model.prefill(ctx['rollout'], slim.tokens, stage))
+    return self.slim(core.run_stages(one, start, stage, count, self.num_stages))
 
   def force(self, params, ctx, state, tokens):
     return self._run(params, ctx, state, 0, tokens.shape[2], lambda _, t: tokens[:, :, t])
@@ -209,13 +264,27 @@ class ScenesAR(core.Generator):
       return core.Cost(render=1, flops=tokenizer.flops_decode(self._config))
     if not self.streams:
       return core.Cost()
+    if op in ('value', 'rollout'):
+      return self._cost_ahead(op, min(count, self.num_stages - stage))
     config = _config(f'prior_{self.order}')
     if op == 'encode':
-      return core.Cost(flops=len(self.streams) * prior.flops_text(config))
+      flops = len(self.streams) * prior.flops_text(config)
+      if self.value_of:
+        flops += value.flops_context(_config(f'value_{self.order}'))
+      if self.rollout_policy:
+        flops += prior.flops_text(_config(f'rollout_{self.order}'))
+      return core.Cost(flops=flops)
     if op == 'fatten':
       return core.Cost(generator=1, flops=len(self.streams) * prior.flops_prefill(config))
     evals = {'extend': count, 'force': count, 'fork': 1}[op]
     return core.Cost(generator=evals, flops=evals * len(self.streams) * prior.flops_step(config))
+
+  def _cost_ahead(self, op, count):
+    config = _config(f'{op}_{self.order}')
+    if op == 'value':
+      return core.Cost(generator=1, flops=value.flops_value(config))
+    flops = prior.flops_prefill(config) + count * prior.flops_step(config)
+    return core.Cost(generator=1 + count, flops=flops)
 
 
 def build(**given) -> ScenesAR:

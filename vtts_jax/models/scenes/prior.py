@@ -173,8 +173,12 @@ class Prior(nnx.Module):
     """Teacher forcing: prompts `[B, W]`, tokens `[B, T]` -> logits `[B, T, V]`, row t for token
     t.
     """
-    x, _ = self._parallel(self.text(text_ids), tokens[:, None])
-    return self.head(self.norm(x[:, 0]))
+    return self.forced(self.text(text_ids), tokens[:, None])[:, 0]
+
+  def forced(self, text_kv, tokens):
+    """Teacher forcing of several rows a prompt: tokens `[B, N, T]` -> logits `[B, N, T, V]`."""
+    x, _ = self._parallel(text_kv, tokens)
+    return self.head(self.norm(x))
 
   def _parallel(self, text_kv, tokens):
     """All positions at once: `[B, N, T]` -> (`[B, N, T, D]`, list of (k, v) `[B, N, T, h, d]`)."""
