@@ -29,7 +29,7 @@ setup(
     'rich',
   ],
   extras_require={
-    'test': ['pytest', 'pytest-xdist', 'hypothesis', 'scipy', 'ruff'],
+    'test': ['pytest', 'pytest-xdist', 'hypothesis', 'scipy', 'ruff', 'mctx'],
     'parity': ['torch', 'transformers'],
     'tpu': ['jax[tpu]'],
   },

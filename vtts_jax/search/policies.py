@@ -5,9 +5,9 @@ Sources: AlphaGo (Silver et al. 2016), AlphaZero (2018), MuZero (2020, Appendix 
 diffusion tree sampling (arXiv 2506.20701). PUCT and Gumbel were checked against
 `mctx.muzero_policy` and `mctx.gumbel_muzero_policy` of mctx 0.0.71, visit for visit.
 
-Virtual loss: a descent that is under way counts as a visit of every edge it took. PUCT and UCT add
-`virtual_loss` lost games: their Q is scaled to [0, 1], so a loss is 0 and no scale of scores has
-to be known. Gumbel only counts the visit, since its visits follow a fixed plan.
+Virtual loss: to PUCT and UCT a descent under way stands for `virtual_loss` visits that were lost:
+their Q is scaled to [0, 1], so a loss is 0 and no scale of scores has to be known. Gumbel counts
+it as a visit and leaves Q alone, since its visits follow a plan; DTS draws, and needs none.
 
 Letters: B prompts, K slots of a node; `...` is any shape of nodes.
 """
@@ -34,7 +34,7 @@ from vtts_jax.search.rules import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PUCT(Rule):
   """`q + c(n) P sqrt(n) / (1 + n_slot)`, `c(n) = init + log((n + base + 1) / base)`, n the visits
   of the node.
@@ -64,7 +64,7 @@ class PUCT(Rule):
     positive('init', self.init, zero=True)
     positive('base', self.base)
     positive('alpha', self.alpha)
-    positive('virtual_loss', self.virtual_loss, zero=True)
+    positive('virtual_loss', self.virtual_loss)
     within('fraction', self.fraction, 0, 1)
     check_bounds(self.bounds)
 
@@ -79,11 +79,12 @@ class PUCT(Rule):
     return cls(**given)
 
   def choose(self, row):
-    n = row.node_visits + row.pending.sum(-1)
+    tried = row.visits + self.virtual_loss * row.pending
+    n = row.node_visits + self.virtual_loss * row.pending.sum(-1)
     c = self.init + (0.0 if math.isinf(self.base) else jnp.log((n + self.base + 1) / self.base))
     prior = jax.nn.softmax(row.logits)
-    bonus = (jnp.sqrt(n) * c)[..., None] * prior / (row.visits + row.pending + 1)
-    return first_max(lost(row, scaled_q(row, self.bounds), self.virtual_loss) + bonus, row.open)
+    bonus = (jnp.sqrt(n) * c)[..., None] * prior / (tried + 1)
+    return first_max(lost(row, scaled_q(row, self.bounds), tried) + bonus, row.open)
 
   def stir(self, key, logits, invalid):
     if self.fraction:
@@ -95,7 +96,7 @@ class PUCT(Rule):
     return super().stir(key, logits, invalid)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class UCT(Rule):
   """UCB1 on trees: `q + c sqrt(log n / n_slot)`; slots never tried come first, in their order.
 
@@ -112,18 +113,18 @@ class UCT(Rule):
   def __post_init__(self):
     super().__post_init__()
     positive('c', self.c, zero=True)
-    positive('virtual_loss', self.virtual_loss, zero=True)
+    positive('virtual_loss', self.virtual_loss)
     check_bounds(self.bounds)
 
   def choose(self, row):
-    tried = row.visits + row.pending
+    tried = row.visits + self.virtual_loss * row.pending
     n = tried.sum(-1, keepdims=True)
     bonus = self.c * jnp.sqrt(jnp.log(jnp.maximum(n, 1)) / jnp.maximum(tried, 1))
-    score = lost(row, scaled_q(row, self.bounds), self.virtual_loss) + bonus
+    score = lost(row, scaled_q(row, self.bounds), tried) + bonus
     return first_max(jnp.where(tried > 0, score, -NEVER), row.open)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gumbel(Rule):
   """Gumbel MuZero: sequential halving over Gumbel-top-k slots at the root, below it visits that
   follow `softmax(logits + q)`.
@@ -209,7 +210,7 @@ class Gumbel(Rule):
     return ((self.visit_offset + row.visits.max(-1)) * self.value_scale)[..., None] * q
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DTS(Rule):
   """Diffusion tree sampling: a node's value is `log mean exp(sharpness q) / sharpness` of its
   children, and descents draw a child with probability proportional to `exp(sharpness q)`.

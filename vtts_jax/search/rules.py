@@ -56,7 +56,7 @@ class Root(NamedTuple):
   since: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
   """What the rules share: progressive widening, the noise at the root and the final policy.
 
@@ -148,9 +148,9 @@ def scaled_q(row: Row, bounds=None):
   return jnp.where(seen, row.q - low, 0) / jnp.maximum(high - low, 1e-8)
 
 
-def lost(row: Row, q, losses: float):
-  """q `[..., K]` in [0, 1] with `losses` lost games for each descent under way."""
-  return q * (row.visits / jnp.maximum(row.visits + losses * row.pending, 1))
+def lost(row: Row, q, tried):
+  """q `[..., K]` in [0, 1] as the mean over `tried` games, those beyond the visits lost."""
+  return q * (row.visits / jnp.maximum(tried, 1))
 
 
 def mask(logits, invalid):

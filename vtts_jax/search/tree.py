@@ -118,8 +118,9 @@ def init(embedding, logits, value, nodes: int, keys=None) -> Tree:
   ints = lambda fill, *shape: jnp.full((b, *shape), fill, jnp.int32)
   floats = lambda *shape: jnp.zeros((b, *shape), jnp.float32)
   grow = lambda x: jnp.zeros((b, nodes, *x.shape[1:]), x.dtype).at[:, 0].set(x)
-  if any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(embedding)):
-    raise ConfigError('search.embedding: store keys as jax.random.key_data (uint32)')
+  for leaf in jax.tree.leaves(embedding):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      raise ConfigError(f'search.embedding={leaf.dtype}: must be numbers; keep jax.random.key_data')
   return Tree(
     root=ints(0),
     used=ints(1),
@@ -133,7 +134,7 @@ def init(embedding, logits, value, nodes: int, keys=None) -> Tree:
     raw=floats(nodes).at[:, 0].set(value),
     reward=floats(nodes),
     discount=floats(nodes),
-    best=ints(CLOSED, nodes),
+    best=ints(-1, nodes),
     child=ints(-1, nodes, k),
     logits=floats(nodes, k).at[:, 0].set(logits),
     counts=ints(0, nodes, k),
@@ -196,7 +197,8 @@ def select(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = None):
     row, root = at_root(tree, rule)
     slot = rule.choose_root(row, root)
     first = _step(tree.child[rows, tree.root, slot], slot)
-    first = jnp.where(row.open.any(-1), first, CLOSED)
+    shut = (tree.best[rows, tree.root] == CLOSED) | ~row.open.any(-1)
+    first = jnp.where(shut, CLOSED, first)
 
     def going(state):
       _, step, d, *_ = state

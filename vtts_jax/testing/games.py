@@ -116,13 +116,29 @@ def tictactoe_step(params, key, action, boards):
   return Reply(reward, discount, logits, jnp.zeros(action.shape)), boards
 
 
+def _wins(board) -> bool:
+  return any(all(board[s] == 1 for s in line) for line in LINES.tolist())
+
+
+def openings(stones: int) -> list[tuple[int, ...]]:
+  """All boards of 0 .. stones stones where nobody has won, one of each class of symmetry."""
+  squares = np.arange(9).reshape(3, 3)
+  turns = [np.rot90(s, k).ravel() for s in (squares, squares.T) for k in range(4)]
+  level, found = {(0,) * 9}, []
+  for _ in range(stones + 1):
+    found += sorted(level)
+    after = [b[:a] + (1,) + b[a + 1 :] for b in level for a in range(9) if not b[a]]
+    level = {min(tuple(-b[s] for s in t) for t in turns) for b in after if not _wins(b)}
+  return found
+
+
 @functools.cache
 def outcome(board: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
   """Minimax on the host: what the player to move gets (1, 0, -1) and the moves that get it."""
   found = {}
   for action in (a for a in range(9) if not board[a]):
     after = board[:action] + (1,) + board[action + 1 :]
-    if any(all(after[s] == 1 for s in line) for line in LINES.tolist()):
+    if _wins(after):
       found[action] = 1
     elif all(after):
       found[action] = 0
