@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from vtts_jax import core, run
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.search.halving import Halving, Rung
+from vtts_jax.search.rollover import Rollover
 from vtts_jax.search.smc import SMC
 from vtts_jax.testing import laws, toys
 
@@ -19,6 +21,7 @@ KEY = jax.random.key(3)
 PROMPTS = ['a', 'bb', 'ccc']
 TOKENS, FLOW, TARGET = toys.Tokens(), toys.Flow(), toys.Target()
 NONE = {'generator': {}, 'verifier': {}}
+HALVES = (Rung(keep=0.5, draft=(('coarse', True),)), Rung(keep=0.5), Rung(look=-1))
 
 
 @pytest.mark.parametrize('gen', [TOKENS, FLOW], ids=['tokens', 'flow'])
@@ -32,21 +35,37 @@ def test_toy_verifiers_conform(ver):
   laws.check_verifier(ver, PROMPTS, images)
 
 
-@pytest.mark.parametrize(
-  ('gen', 'algo'),
-  [
-    (TOKENS, BestOfN(n=6, round=3)),
-    (TOKENS, Beam(width=3, branch=4, schedule='linear', size=2)),
-    (TOKENS, Beam(width=(4, 2), branch=(2, 3), schedule=(2, 4), lookahead=1, replace=False)),
-    (FLOW, Beam(width=2, branch=3, roots=1, branch_at='first', lookahead=-1, lookahead_steps=1)),
-    (TOKENS, SMC(particles=6, size=1, lookahead=-1, anneal='increasing', ess=0.7)),
-    (TOKENS, SMC(particles=(6, 4, 2), size=2, diverse=(0,), resample_at=(1,), potential='sum')),
-    (TOKENS, SMC(particles=4, branch=3, groups=2, size=2, anneal='infinite', resampler='residual')),
-    (FLOW, SMC(particles=5, size=2, potential='difference', resampler='systematic')),
-  ],
-  ids=['rounds', 'beam', 'schedules', 'first', 'smc', 'shrinking', 'groups', 'smc-flow'],
-)
-def test_algorithms_conform(gen, algo):
+ALGORITHMS = {
+  'rounds': (TOKENS, BestOfN(n=6, round=3)),
+  'beam': (TOKENS, Beam(width=3, branch=4, schedule='linear', size=2)),
+  'schedules': (
+    TOKENS,
+    Beam(width=(4, 2), branch=(2, 3), schedule=(2, 4), lookahead=1, replace=False),
+  ),
+  'first': (
+    FLOW,
+    Beam(width=2, branch=3, roots=1, branch_at='first', lookahead=-1, lookahead_steps=1),
+  ),
+  'smc': (TOKENS, SMC(particles=6, size=1, lookahead=-1, anneal='increasing', ess=0.7)),
+  'shrinking': (
+    TOKENS,
+    SMC(particles=(6, 4, 2), size=2, diverse=(0,), resample_at=(1,), potential='sum'),
+  ),
+  'groups': (
+    TOKENS,
+    SMC(particles=4, branch=3, groups=2, size=2, anneal='infinite', resampler='residual'),
+  ),
+  'smc-flow': (FLOW, SMC(particles=5, size=2, potential='difference', resampler='systematic')),
+  'rollover': (TOKENS, Rollover(quota=4, round=2, size=2)),
+  'threshold': (FLOW, Rollover(quota=2, schedule='fixed', threshold=-0.05, lookahead=1)),
+  'halving': (TOKENS, Halving(Beam(width=2, branch=6, schedule=(2, 4, 6)), least=2)),
+  'halving-smc': (TOKENS, Halving(SMC(particles=8, size=3), HALVES, least=3)),
+}
+
+
+@pytest.mark.parametrize('name', ALGORITHMS)
+def test_algorithms_conform(name):
+  gen, algo = ALGORITHMS[name]
   laws.check_algorithm(algo, gen, TARGET, PROMPTS, KEY)
 
 

@@ -332,6 +332,8 @@ class Candidates(NamedTuple):
     stage: how many stages of `shown` are done; int32, a scalar or `[B, M]`.
     parent: which frontier candidate each came from `[B, M]`; -1 for none.
     inner: what the algorithm's own `tell` needs.
+    donor: (fat states `[B, D, ...]`, index `[B, M]` into them) whose caches candidates can take
+      over (`fatten(.., like=take(state, index))`), or empty.
     features: `[B, M, D]`, the verifier's features of the pictures, where `Algorithm.features` asks
       for them; filled in by the driver between ask and tell.
   """
@@ -340,6 +342,7 @@ class Candidates(NamedTuple):
   stage: jax.Array
   parent: jax.Array
   inner: Any
+  donor: Any = ()
   features: Any = ()
 
 
@@ -390,15 +393,22 @@ class Algorithm:
   Attributes:
     features: whether `tell` needs the verifier's features of the pictures.
     uses_value: whether it asks for `Generator.value`, which must predict the score searched on.
+    donates: whether its candidates come with a `donor`.
   """
 
   features: bool = False
+  donates: bool = False
+  initial: int = 0  # stages that are given
   uses_value: bool = False
 
   def view(self, gen: Generator, step: int) -> Generator:
     """The generator that renders the candidates of a step. Where it is not `gen` itself it is a
     draft of it (the same parameters, fewer decoder steps) and no such picture is returned."""
     return gen
+
+  def reach(self, gen: Generator, step: int) -> int:
+    """Stages done of what a step shows (of the least finished, where they differ)."""
+    return gen.num_stages
 
   def done(self, gen: Generator, state: SearchState) -> jax.Array:
     """Prompts `[B]` that need no further step; what comes after changes nothing for them."""

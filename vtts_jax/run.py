@@ -180,7 +180,7 @@ def stepped(job: Job, params, prompts, ids, root, initial, mesh=None, on_step=No
           rows = rows[keep]
       index, static = np.int32(i), (first, count)
       if may_stop and not len(need):
-        trace = _blank(job, params, ctx, vctx, state, static)
+        trace = _blank(job, params, ctx, state, static)
       elif job.ver.jittable:
         state, trace = call('advance', params, ctx, vctx, state, index, static=static)
       else:
@@ -230,11 +230,17 @@ def _spread(trace: StepTrace, rows, best: Best) -> StepTrace:
   return _put(rest._replace(best=seen), trace, rows)
 
 
-def _blank(job, params, ctx, vctx, state, static) -> StepTrace:
+def _blank(job, params, ctx, state, static) -> StepTrace:
   """The trace of a step that no prompt needed."""
-  shapes = jax.eval_shape(
-    lambda *a: advance(job, *a, Step(static[0], static[0])), params, ctx, vctx, state
-  )[1]
+  step = Step(static[0], static[0])
+
+  def unlooked(params, ctx, state):  # no verifier, which may be a host's
+    cands = job.algo.ask(job.gen, params['generator'], ctx, state, step)
+    scores = dict.fromkeys(job.ver.names, jnp.zeros(cands.parent.shape))
+    features = jnp.zeros((*cands.parent.shape, 1)) if job.algo.features else ()
+    return settle(job, params, ctx, state, cands._replace(features=features), scores, step)[1]
+
+  shapes = jax.eval_shape(unlooked, params, ctx, state)
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes._replace(best=()))
   best = state.best if job.trace else state.best._replace(state=())
   return zeros._replace(

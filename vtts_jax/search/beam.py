@@ -50,6 +50,8 @@ class Beam(core.Algorithm):
   complete: bool = True
   initial: int = 0
 
+  donates = True
+
   def __post_init__(self):
     for name in ('width', 'branch'):
       value = getattr(self, name)
@@ -105,6 +107,10 @@ class Beam(core.Algorithm):
         f'unfinished sample of {type(gen).__name__} is no picture; allowed: True'
       )
 
+  def reach(self, gen, step):
+    chunk = self.plan(gen)[step]
+    return chunk.begin + chunk.size + chunk.look
+
   def phases(self, gen):
     runs, shapes = [], [dataclasses.replace(c, begin=0) for c in self.plan(gen)]
     for i, shape in enumerate(shapes):
@@ -152,13 +158,12 @@ class Beam(core.Algorithm):
     if chunk.look:
       state_of = gen.fatten(params, ctx, drawn, last + 1, like=core.take(donor, source))
       shown = gen.slim(gen.extend(params, ctx, state_of, keys, last + 1, chunk.look, greedy=True))
-    return core.Candidates(
-      shown, jnp.int32(last + 1 + chunk.look), parent, (drawn, keys, donor, source)
-    )
+    stage = jnp.int32(last + 1 + chunk.look)
+    return core.Candidates(shown, stage, parent, (drawn, keys), (donor, source))
 
   def tell(self, gen, params, ctx, state, cands, totals, step):
     chunk, begin = self._at(gen, step)
-    drawn, keys, donor, source = cands.inner
+    (drawn, keys), (donor, source) = cands.inner, cands.donor
     kept, scores = select.top(totals, chunk.kept)
     drawn, keys = core.take((drawn, keys), kept)
     like = core.take(donor, jnp.take_along_axis(source, kept, axis=1))

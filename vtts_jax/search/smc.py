@@ -100,6 +100,8 @@ class SMC(core.Algorithm):
   lookahead: int = 0
   initial: int = 0
 
+  donates = True
+
   def __post_init__(self):
     values = self.particles if isinstance(self.particles, tuple) else (self.particles,)
     for value in values:
@@ -160,6 +162,10 @@ class SMC(core.Algorithm):
         'nothing after the start; allowed: a stochastic sampler (generator.eta above 0)'
       )
 
+  def reach(self, gen, step):
+    move = self.plan(gen)[step]
+    return move.begin + move.size + move.look
+
   def phases(self, gen):
     shapes = [dataclasses.replace(move, begin=0) for move in self.plan(gen)]
     runs = []
@@ -189,7 +195,9 @@ class SMC(core.Algorithm):
     shown, stage = moved, begin + move.size
     if move.look:
       shown = gen.extend(params, ctx, moved, keys, stage, move.look, greedy=True)
-    return core.Candidates(gen.slim(shown), jnp.int32(stage + move.look), parent, moved)
+    own = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape)
+    stage = jnp.int32(stage + move.look)
+    return core.Candidates(gen.slim(shown), stage, parent, moved, (moved, own))
 
   def tell(self, gen, params, ctx, state, cands, totals, step):
     move, _, strength = self._at(gen, step)

@@ -226,6 +226,11 @@ def check_algorithm(algo: core.Algorithm, gen, ver, prompts, key, *, shapes: boo
   assert counted(algo, gen, ver, params, prompts[:1], key) == sum(base.costs, Cost()), 'the bill'
 
 
+def _least(stage) -> int:
+  """The stage of a call, or of its least finished candidate."""
+  return int(np.min(stage))
+
+
 class _Counted:
   """A part that passes everything on and adds up what the calls cost."""
 
@@ -249,11 +254,11 @@ class _Counted:
     return self._part.encode(params, prompt)
 
   def extend(self, params, ctx, state, keys, stage, count, **options):
-    self._add(keys.size * self._part.cost('extend', int(stage), count))
+    self._add(keys.size * self._part.cost('extend', _least(stage), count))
     return self._part.extend(params, ctx, state, keys, stage, count, **options)
 
   def fork(self, params, ctx, state, keys, stage, k, **options):
-    self._add(keys.shape[0] * keys.shape[1] * self._part.cost('fork', int(stage), k))
+    self._add(keys.shape[0] * keys.shape[1] * self._part.cost('fork', _least(stage), k))
     return self._part.fork(params, ctx, state, keys, stage, k, **options)
 
   def force(self, params, ctx, state, tokens):
@@ -263,7 +268,7 @@ class _Counted:
   def fatten(self, params, ctx, slim, stage, like=None):
     if like is None:
       rows = int(np.prod(jax.tree.leaves(slim)[0].shape[:2]))
-      self._add(rows * self._part.cost('fatten', 0, int(stage)))
+      self._add(rows * self._part.cost('fatten', 0, _least(stage)))
     return self._part.fatten(params, ctx, slim, stage, like)
 
   def render(self, params, ctx, state, stage):

@@ -36,6 +36,7 @@ class Tokens(core.Generator):
   length: int = 6
   vocab: int = 8
   anytime: bool = True
+  coarse: bool = False  # a cheaper render: bars black or white
 
   @property
   def num_stages(self):
@@ -102,15 +103,17 @@ class Tokens(core.Generator):
 
   def render(self, params, ctx, state, stage):
     drawn = jnp.arange(self.length) < jnp.asarray(stage)[..., None]
-    bars = jnp.where(drawn, state.tokens / (self.vocab - 1), 0.5)
+    bars = state.tokens / (self.vocab - 1)
+    bars = jnp.where(drawn, jnp.round(bars) if self.coarse else bars, 0.5)
     return jnp.broadcast_to(bars[..., None, None], (*state.tokens.shape, 2, 3))
 
   def log_prob(self, state):
     return state.logp
 
   def cost(self, op, stage=0, count=1):
-    evals = {'extend': count, 'fork': 1, 'force': count}.get(op, 0)
-    return core.Cost(generator=evals, render=float(op == 'render'), flops=self.vocab * evals)
+    evals = {'extend': count, 'fork': 1, 'force': count, 'fatten': 1}.get(op, 0)
+    drawing = (1 if self.coarse else 100) * float(op == 'render')
+    return core.Cost(generator=evals, render=drawing > 0, flops=self.vocab * evals + drawing)
 
 
 @dataclasses.dataclass(frozen=True)

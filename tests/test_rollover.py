@@ -1,0 +1,122 @@
+"""Rollover budget forcing against an independent loop, threshold stopping, shrinking batches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vtts_jax import core, run
+from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.search.rollover import Rollover
+from vtts_jax.testing import laws, toys
+
+KEY = jax.random.key(8)
+NONE = {'generator': {}, 'verifier': {}}
+PROMPTS = ['a', 'bb', 'ccc', 'dddd', 'e']
+GEN, VER = toys.Tokens(), toys.Target()
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def one_look(ctx, vctx, state, key, k, begin, size):
+  """Child k of a candidate: its state, key and the score of its greedy completion."""
+  own = jax.lax.dynamic_index_in_dim(core.child_keys(key, begin, 16), k, 2, keepdims=False)
+  grown = GEN.extend({}, ctx, state, own, begin, size)
+  rest = GEN.num_stages - begin - size
+  whole = GEN.extend({}, ctx, grown, own, begin + size, rest, greedy=True)
+  images = GEN.render({}, ctx, whole, GEN.num_stages)
+  return grown, own, VER.score({}, vctx, images)['target'][0, 0]
+
+
+def by_hand(text, number, quota, size, threshold=None):
+  """The method for one prompt, one candidate at a time: (best total, candidates looked at)."""
+  ctx = GEN.encode({}, GEN.tokenize([text]))
+  vctx = VER.encode({}, VER.tokenize([text]))
+  key = core.candidate_keys(core.prompt_keys(KEY, jnp.array([number])), jnp.arange(1))
+  state = GEN.init({}, ctx, key)
+  best, looks, budget, bar = -np.inf, 0, 0, None
+  for begin in range(0, GEN.num_stages, size):
+    budget += quota
+    chosen, k = (-np.inf, None, None), 0
+    while budget > 0:
+      grown, own, score = one_look(ctx, vctx, state, key, k, begin, size)
+      score, looks, budget, k = float(score), looks + 1, budget - 1, k + 1
+      best = max(best, score)
+      if score > chosen[0]:
+        chosen = (score, grown, own)
+      if threshold is not None and chosen[0] >= threshold:
+        break
+      if threshold is None and bar is not None and chosen[0] > bar:
+        break
+      bar = score if bar is None else bar
+    bar = max(bar, chosen[0])
+    state, key = chosen[1:]
+  return best, looks
+
+
+@pytest.mark.parametrize('threshold', [None, -0.12])
+def test_rollover_is_the_published_loop(threshold):
+  algo = Rollover(quota=3, size=2, threshold=np.inf if threshold is None else threshold)
+  for mode in ('fused', 'stepped'):
+    found = run.search(algo, GEN, VER, NONE, PROMPTS, KEY, mode=mode)
+    want = [by_hand(text, i, 3, 2, threshold) for i, text in enumerate(PROMPTS)]
+    np.testing.assert_allclose(found.best.total, [w[0] for w in want], rtol=1e-5)
+    looked = sum(s.active for s in found.steps)
+    np.testing.assert_array_equal(looked, [w[1] for w in want])
+    assert looked.min() < 9, 'someone must arrive early'
+    verify = found.spent()[:, -1, 2]
+    np.testing.assert_array_equal(verify, looked)
+
+
+class Calls(toys.Target):
+  """Counts the rows that reach the host."""
+
+  jittable = False
+  rows = 6
+  seen: list = []  # noqa: RUF012
+
+  def score(self, params, vctx, images, **signals):
+    self.seen.append(images.shape[0])
+    return super().score(params, vctx, images, **signals)
+
+
+def test_prompts_that_are_good_enough_leave_the_batch():
+  algo = BestOfN(n=16, round=1)
+  whole = run.search(algo, GEN, VER, NONE, PROMPTS, KEY)
+  stop = float(np.sort(whole.best.total)[2]) - 1e-4
+  fused = run.search(algo, GEN, VER, NONE, PROMPTS, KEY, stop=stop, trace=True)
+  ver = Calls()
+  ver.seen.clear()
+  left = run.search(algo, GEN, ver, NONE, PROMPTS, KEY, stop=stop, mode='stepped', trace=True)
+  laws.same(left.best, fused.best, 'stepped with early exit against masked')
+  active = np.stack([s.active for s in fused.steps])
+  laws.same(np.stack([s.active for s in left.steps]), active, 'active prompts')
+  assert set(ver.seen) <= {5, 3, 2, 1} and min(ver.seen) < 5, 'the batch shrinks by halves'
+  first = np.argmax(np.stack([s.best.total for s in whole.steps]) >= stop, axis=0)
+  for i, total in enumerate(whole.best.total):
+    assert active[:, i].sum() == (first[i] + 1 if total >= stop else 16)
+    want = whole.steps[first[i]].best.total[i] if total >= stop else total
+    assert fused.best.total[i] == pytest.approx(want, rel=1e-5)
+
+
+def test_a_batch_in_which_all_are_done_stops():
+  algo = BestOfN(n=8, round=1)
+  ver = Calls()
+  ver.seen.clear()
+  found = run.search(algo, GEN, ver, NONE, PROMPTS, KEY, stop=-1e9, mode='stepped')
+  assert ver.seen == [5] and len(found.steps) == 8
+  assert found.spent()[:, -1, 2].tolist() == [1] * 5
+
+
+@pytest.mark.parametrize(
+  ('settings', 'text'),
+  [
+    ({'quota': 3, 'round': 2}, 'multiple of search.round=2'),
+    ({'schedule': 'geometric'}, "'linear'"),
+    ({'threshold': float('nan')}, 'search.threshold=nan'),
+  ],
+)
+def test_bad_settings(settings, text):
+  with pytest.raises(core.ConfigError, match=text):
+    Rollover(**settings)

@@ -1,0 +1,153 @@
+"""Rollover budget forcing: move on once a candidate is good enough, spend the rest later.
+
+RBF (Kim et al., 2503.19385): each chunk of stages has a quota of evaluations; a candidate that
+beats the best seen so far is taken at once and the unspent rest rolls over to the next chunk; a
+chunk whose quota is gone takes its best candidate. With a `threshold` it is the rule of 2512.08985:
+taken is what reaches it.
+
+Prompts move on at their own pace: in one call each candidate has its own stage, and a prompt that
+has arrived needs no further step (it leaves the batch in the stepped driver and is masked in the
+fused one; its bill ends there).
+Letters: B prompts, R candidates of a round, D chunks.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from vtts_jax import components, core
+from vtts_jax.search import settings
+
+
+class Own(NamedTuple):
+  """What a prompt carries besides its state, `[B]`.
+
+  Attributes:
+    chunk: chunks taken. left: evaluations that it may still spend on this one. used: spent on it.
+    bar: the score to beat.
+    found: best of this chunk: slim state `[B, 1, ...]`, key `[B, 1]`, score.
+  """
+
+  chunk: Any
+  left: Any
+  used: Any
+  bar: Any
+  found: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollover(core.Algorithm):
+  """Rollover budget forcing.
+
+  Attributes:
+    quota: evaluations of a chunk, a multiple of `round`.
+    round: candidates proposed at a time; the published method has 1.
+    schedule: 'linear' or 'fixed': all chunks have the same size.
+    size: stages of a chunk.
+    threshold: a finite number: take what reaches it; infinity: take what beats the best so far.
+    lookahead: greedy stages before a candidate is looked at; -1 to the end.
+  """
+
+  quota: int = 8
+  round: int = 1
+  schedule: str = 'linear'
+  size: int = 4
+  threshold: float = float('inf')
+  lookahead: int = -1
+
+  def __post_init__(self):
+    settings.integer('quota', self.quota, 1)
+    settings.integer('round', self.round, 1)
+    settings.integer('size', self.size, 1)
+    settings.integer('lookahead', self.lookahead, -1)
+    settings.one_of('schedule', self.schedule, ('linear', 'fixed'))
+    if self.quota % self.round:
+      raise core.ConfigError(
+        f'search.quota={self.quota}: must be a multiple of search.round={self.round}'
+      )
+    if not isinstance(self.threshold, float | int) or self.threshold != self.threshold:
+      raise core.ConfigError(f'search.threshold={self.threshold!r}: must be a number')
+
+  def _chunks(self, gen) -> int:
+    return len(settings.cuts(self.schedule, self.size, 0, 0, gen.num_stages))
+
+  def _size(self, gen):
+    return min(self.size if self.schedule == 'linear' else 1, gen.num_stages)
+
+  def _look(self, gen):
+    rest = gen.num_stages - self._size(gen)
+    return rest if self.lookahead < 0 else min(self.lookahead, rest)
+
+  def check(self, gen):
+    if not gen.anytime and self.lookahead >= 0 and gen.num_stages % self._size(gen):
+      raise core.ConfigError(
+        f'search.size={self.size}: must divide the {gen.num_stages} stages where '
+        'search.lookahead is not -1'
+      )
+
+  def phases(self, gen):
+    return ((0, self._chunks(gen) * self.quota // self.round),)
+
+  def init(self, gen, params, ctx, keys, initial):
+    roots = core.candidate_keys(keys, jnp.arange(1))
+    state = gen.init(params, ctx, roots)
+    zero = jnp.zeros(keys.shape, jnp.int32)
+    none = jnp.full(keys.shape, core.NEG_INF)
+    own = Own(zero, zero + self.quota, zero, none, (gen.slim(state), roots, none))
+    return core.Told(gen.slim(state), roots, none[:, None], zero[:, None], own)
+
+  def ask(self, gen, params, ctx, state, step):
+    own, size = state.inner, self._size(gen)
+    index = own.used[:, None] + jnp.arange(self.round)
+    begin = jnp.broadcast_to(jnp.minimum(own.chunk * size, gen.num_stages)[:, None], index.shape)
+    keys = core.child_key(jnp.broadcast_to(state.keys, index.shape), begin, index)
+    trunk = gen.fatten(params, ctx, state.frontier, begin[:, :1])
+    grown = gen.extend(params, ctx, core.repeat(trunk, self.round), keys, begin, size)
+    stage = jnp.minimum(begin + size, gen.num_stages)
+    shown, look = grown, self._look(gen)
+    if look:
+      shown = gen.extend(params, ctx, grown, keys, stage, look, greedy=True)
+    seen = jnp.minimum(stage + look, gen.num_stages)
+    parent = jnp.zeros(index.shape, jnp.int32)
+    return core.Candidates(gen.slim(shown), seen, parent, (gen.slim(grown), keys))
+
+  def tell(self, gen, params, ctx, state, cands, totals, step):
+    own, (grown, keys) = state.inner, cands.inner
+    top = jnp.argmax(totals, axis=1)[:, None]
+    score = totals.max(axis=1)
+    better = score > own.found[2]
+    new = (*(core.take(x, top) for x in (grown, keys)), score)
+    found = tuple(core.where(better, a, b) for a, b in zip(new, own.found))
+    used, left = own.used + self.round, own.left - self.round
+    bar = own.bar
+    if self.threshold < float('inf'):
+      enough = found[2] >= self.threshold
+    else:
+      enough = (found[2] > bar) & (bar > core.NEG_INF)
+    # the first look sets the bar that the next ones have to beat
+    bar = jnp.where(bar > core.NEG_INF, bar, totals[:, 0])
+    take = (enough | (left <= 0)) & (found[2] > core.NEG_INF)
+    bar = jnp.where(take, jnp.maximum(bar, found[2]), bar)
+    frontier = core.where(take, found[0], state.frontier)
+    frontier_keys = core.where(take, found[1], state.keys)
+    moved = Own(
+      own.chunk + take,
+      jnp.where(take, left + self.quota, left),
+      jnp.where(take, 0, used),
+      bar,
+      (*found[:2], jnp.where(take, core.NEG_INF, found[2])),
+    )
+    return core.Told(frontier, frontier_keys, found[2][:, None], top, moved)
+
+  def done(self, gen, state):
+    return state.inner.chunk >= self._chunks(gen)
+
+  def step_cost(self, gen, step):
+    size = self._size(gen)
+    one = gen.cost('extend', 0, size) + gen.cost('extend', size, self._look(gen))
+    return gen.cost('fatten') + self.round * one, self.round
+
+
+def build(**given) -> Rollover:
+  return components.build_dataclass(Rollover, **given)
