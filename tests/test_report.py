@@ -1,7 +1,6 @@
 """Graded samples, merged runs and the page: toy runs from end to end, and small synthetic ones."""
 
 import copy
-import dataclasses
 import json
 import pathlib
 import re
@@ -20,22 +19,8 @@ from vtts_jax.testing import toys
 CONFIG = str(pathlib.Path(__file__).parent / 'configs' / 'toys.py')
 
 
-@dataclasses.dataclass(frozen=True)
-class Pixels(toys.Brightness):
-  """Mean brightness, with the bars of the picture as features."""
-
-  def features(self, params, images):
-    return images[:, :, :, 0, 0]
-
-
-def build():
-  """This file is a component: `{'name': 'test_report'}`."""
-  return Pixels()
-
-
 def toy_config(seed, **changes):
   config = main.read_config([f'--config={CONFIG}'])
-  config['measure']['pixels'] = {'name': 'test_report'}
   config['arms'] = {
     'bon': {'search': {'name': 'search.best_of_n', 'n': 16}},
     'beam/w2': {},
@@ -70,10 +55,10 @@ def test_every_sample_is_graded_and_each_rule_recorded(two):
   for i, row in enumerate(rows):
     found = row['samples']
     right = toys.score(images[i], [entries[i]] * 16)
-    assert found['correct'] == right.astype(int).tolist() and found['space'] == 'pixels'
+    assert found['correct'] == right.astype(int).tolist() and found['space'] == 'target'
     np.testing.assert_allclose(found['totals'], step.totals[i], atol=1e-6)
     assert found['sizes'] == [1, 2, 4, 8, 16]
-    apart = rules.distances(images[i, :, :, 0, 0])
+    apart = rules.distances(np.asarray(ver.features({}, images[i : i + 1]))[0])
     for j, n in enumerate(found['sizes']):
       picks = {rule: found['picks'][rule][j] for rule in rules.RULES}
       totals = np.float64(step.totals[i][:n])

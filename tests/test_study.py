@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -260,3 +261,30 @@ def test_what_is_searched_on_goes_by_its_measured_name():
   assert study.searched(ensemble.build(members=both), measure) == 't+b'
   assert study.searched(ensemble.build(members=both, weights={'x': 1, 'y': 0}), measure) == 't'
   assert study.searched(toys.Target(name='other'), measure) == 'other'
+
+
+def test_what_a_prompt_did_not_need_is_not_on_its_bill():
+  """With a threshold each prompt's curve costs what the whole search costs up to where it stopped,
+  and nothing from there on."""
+  import jax
+
+  from vtts_jax import core, run, study
+  from vtts_jax.search.beam import Beam
+  from vtts_jax.testing import toys
+
+  gen, ver = toys.Tokens(), toys.Target()
+  algo = Beam(width=2, branch=3, schedule='linear', size=2)
+  arm = study.Arm('x', gen, ver, algo, ver, 'fused', 0, 0, core.Cost())
+  texts = [e['prompt'] for e in toys.prompts(10)]
+  args = (algo, gen, ver, {'generator': {}, 'verifier': {}}, texts, jax.random.key(0))
+  full, _, _, totals = study.snapshots(arm, run.search(*args, trace=True))
+  bill = np.sum([astuple(cost) for cost in run.bill(algo, gen, ver)], axis=0)
+  np.testing.assert_allclose(full[:, -1], np.tile(bill, (10, 1)))
+  stop = float(np.median(totals[:, 0]))
+  costs, *_ = study.snapshots(arm, run.search(*args, trace=True, stop=stop))
+  reached = (totals >= stop).argmax(axis=1)
+  reached[(totals < stop).all(axis=1)] = totals.shape[1] - 1
+  assert {0, totals.shape[1] - 1} <= set(reached.tolist())
+  for own, whole, j in zip(costs, full, reached):
+    np.testing.assert_allclose(own[: j + 1], whole[: j + 1])
+    np.testing.assert_allclose(own[j:], np.tile(whole[j], (len(own) - j, 1)))

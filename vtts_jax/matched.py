@@ -24,7 +24,7 @@ class Series(NamedTuple):
   Attributes:
     name: the family's.
     labels: of its points by rising cost, 'N=16' or the arm's name.
-    costs: axis to `[K]` per prompt; 'seconds' only where they were measured.
+    costs: axis to `[K]`, mean per prompt; 'seconds' only where they were measured.
     correct: `[K, P]`, mean over seeds.
     total: `[K, P]`, the searched score, mean over seeds; NaN where none was finite.
     arm: any of the family's arms.
@@ -76,9 +76,10 @@ def series(rows, seconds) -> tuple[list[Series], np.ndarray, np.ndarray]:
     groups = [own[i] for i in ids]
     curve, ladder = groups[0][0]['curve'], groups[0][0]['ladder']
     for j in range(len(curve)) if ladder else [len(curve) - 1]:
-      cost = {axis: float(curve[j][axis]) for axis in AXES[:2]}
+      spent = [[r['curve'][j][axis] for g in groups for r in g] for axis in AXES[:2]]
+      cost = {axis: float(np.mean(own)) for axis, own in zip(AXES, spent)}
       if name in seconds:
-        share = curve[j]['flops'] / curve[-1]['flops'] if curve[-1]['flops'] else 1.0
+        share = curve[j]['flops'] / curve[-1]['flops'] if ladder and curve[-1]['flops'] else 1.0
         cost['seconds'] = seconds[name][0] * share
       correct = np.array([np.mean([r['curve'][j]['correct'] for r in g]) for g in groups])
       totals = [[r['curve'][j]['total'] for r in g] for g in groups]
@@ -112,7 +113,7 @@ def _series(name, points) -> Series:
   )
 
 
-def budgets(families: list[Series], axis: str, most: int = 6) -> np.ndarray:
+def budgets(families: list[Series], axis: str, most: int = 8) -> np.ndarray:
   """A geometric grid of budgets, doublings of the least cost of all, thinned to `most` of them; the
   last is the first doubling that affords every point. Empty where an axis costs nothing."""
   costs = np.concatenate([f.costs[axis] for f in families if axis in f.costs] or [[]])

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 1000
+COSTS = ('generator', 'render', 'verify', 'flops')
 
 
 class Interval(NamedTuple):
@@ -23,8 +24,8 @@ class Interval(NamedTuple):
 
 
 class Point(NamedTuple):
-  """One arm at one budget: cost per prompt, accuracy, searched score, measured scores by name and
-  their standard deviation over prompts and seeds."""
+  """One arm at one budget: mean cost per prompt, accuracy, searched score, measured scores by name
+  and their standard deviation over prompts and seeds."""
 
   cost: dict[str, float]
   accuracy: Interval
@@ -105,7 +106,7 @@ def _arm(name: str, rows: list[dict]) -> ArmStats:
     correct = np.array([np.mean([r['curve'][j]['correct'] for r in by_id[i]]) for i in ids])
     points.append(
       Point(
-        {k: first[k] for k in ('generator', 'render', 'verify', 'flops')},
+        {k: float(np.mean([r['curve'][j][k] for r in rows])) for k in COSTS},
         interval(correct, tags),
         {str(t): float(correct[tags == t].mean()) for t in np.unique(tags)},
         mean(lambda r, j=j: r['curve'][j]['total']),

@@ -130,8 +130,8 @@ def prefixes(arm: Arm, result: run.SearchResult) -> list[np.ndarray]:
 
 
 def snapshots(arm: Arm, result: run.SearchResult):
-  """The best candidates at each budget: (costs, slim states `[P, S, ...]`, stages and totals `[P,
-  S]`).
+  """The best candidates at each budget: (costs `[P, S, 4]` in the order of `Cost`, slim states `[P,
+  S, ...]`, stages and totals `[P, S]`).
 
   Best-of-N holds every smaller budget as its prefix; of the others, the best after each step, from
   the first on at which there is a picture to hand out.
@@ -140,20 +140,24 @@ def snapshots(arm: Arm, result: run.SearchResult):
   if is_ladder(algo):
     found = prefixes(arm, result)
     sized = [dataclasses.replace(algo, n=totals.shape[1]) for totals in found]
-    costs = [sum(run.bill(a, gen, ver), Cost()) for a in sized]
+    costs = [dataclasses.astuple(sum(run.bill(a, gen, ver), Cost())) for a in sized]
+    costs = np.broadcast_to(costs, (len(found[0]), len(sized), len(costs[0])))
     index = np.stack([totals.argmax(axis=1) for totals in found], axis=1)
     states = jax.tree.map(lambda x: x[np.arange(len(x))[:, None], index], result.steps[0].shown)
     stages = np.full(index.shape, gen.num_stages, np.int32)
     return costs, states, stages, np.stack([t.max(axis=1) for t in found], axis=1)
-  costs = np.cumsum([dataclasses.astuple(c) for c in result.costs], axis=0)
-  costs[:-1] += dataclasses.astuple(gen.cost('render'))  # to stop there is to render the best there
-  reached = [int(step.stage[0]) for step in result.steps]
-  done = [i for i, stage in enumerate(reached) if gen.anytime or stage >= gen.num_stages]
+  first = next((i for i, step in enumerate(result.steps) if np.any(step.final)), 0)
+  done = range(first, len(result.steps))
+  costs = result.spent()[:, first:]
+  # to stop at a step is to render the best there; the last step has that, for whom it ran
+  unpaid = np.ones(costs.shape[:2], bool)
+  unpaid[:, -1] = ~np.asarray(result.steps[-1].active)
+  costs = costs + unpaid[..., None] * np.array(dataclasses.astuple(gen.cost('render')))
   bests = [result.steps[i].best for i in done]
   states = jax.tree.map(lambda *x: np.stack(x, axis=1), *(b.state for b in bests))
   stages = np.stack([b.stage for b in bests], axis=1)
   totals = np.stack([b.total for b in bests], axis=1)
-  return [Cost(*costs[i].tolist()) for i in done], states, stages, totals
+  return costs, states, stages, totals
 
 
 def searched(ver, measure) -> str:
@@ -244,7 +248,7 @@ def _batch(config, arm, seed, batch, size, mesh, metric, store):
     np.asarray, observe(arm.gen, arm.measure, held, arrays, states, stages)
   )
   images = np.where(np.isfinite(images), images, 0)
-  count, graded = len(costs), None
+  count, graded = costs.shape[1], None
   if is_ladder(arm.algo):
     cut = prefixes(arm, result)
     drawn = jax.tree.map(pad, result.steps[0].shown)
@@ -268,7 +272,7 @@ def _batch(config, arm, seed, batch, size, mesh, metric, store):
     row['scores'] = {k: _number(v[i]) for k, v in result.best.scores.items()}
     row['curve'] = [
       {
-        **costs[j].asdict(),
+        **Cost(*costs[i, j].tolist()).asdict(),
         'total': _number(totals[i, j]),
         'correct': int(correct[i, j]) if np.isfinite(totals[i, j]) else 0,
         'measured': {k: _number(v[i, j]) for k, v in measured.items()},
