@@ -113,7 +113,7 @@ def _series(name, points) -> Series:
   )
 
 
-def budgets(families: list[Series], axis: str, most: int = 8) -> np.ndarray:
+def budgets(families: list[Series], axis: str, most: int = 7) -> np.ndarray:
   """A geometric grid of budgets, doublings of the least cost of all, thinned to `most` of them; the
   last is the first doubling that affords every point. Empty where an axis costs nothing."""
   costs = np.concatenate([f.costs[axis] for f in families if axis in f.costs] or [[]])

@@ -31,6 +31,7 @@ ALGORITHMS = {  # a new one is a line here; the second argument is the setting t
     'search.beam', 'width', (1, 2, 4, 8), branch=4, schedule='linear', size=8, branch_at='first'
   ),
   'lookahead': sweep.over('search.beam', 'width', (1, 2, 4), branch=4, lookahead=-1),
+  'smc': sweep.over('search.smc', 'particles', (4, 8, 16, 32)),
 }
 AT_ONE = {  # for the sweep over verifiers: each algorithm at one budget
   'best-of-n': sweep.over('search.best_of_n', 'n', (64,)),
