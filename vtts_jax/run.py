@@ -394,7 +394,7 @@ def validate(algo, gen, ver, mode: str = 'fused', on_step=None) -> None:
                       f'verifier {type(ver).__name__} lacks')
   if algo.features and not ver.jittable:
     raise ConfigError(f'search: {type(algo).__name__} needs features from a compiled verifier')
-  if algo.uses_value and gen.value_of not in ver.names:
+  if algo.uses_value and ver.names != (gen.value_of,):
     raise ConfigError(
       f'search: {type(algo).__name__} uses a value head; that of {type(gen).__name__} predicts '
       f'{gen.value_of or "nothing"!r}, the search is on {", ".join(ver.names)}'
