@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vtts_jax import components, core, run, step, study, weights
+from vtts_jax import components, core, drivers, run, step, study, weights
 from vtts_jax.data import scenes
 from vtts_jax.models.scenes import prior
 
@@ -58,7 +58,7 @@ def search_against_model(repeats, prompts):
   gen = components.load('generators.scenes_ar')
   ver = components.load('verifiers.scenes_clip', which='a')
   params = {'generator': study.parameters(gen), 'verifier': study.parameters(ver)}
-  job = run.Job(algo, gen, ver, render_chunk=4)  # as configs/scenes.py does
+  job = step.Job(algo, gen, ver, render_chunk=4)  # as configs/scenes.py does
   texts = [m['prompt'] for m in scenes.prompts('held', prompts)]
   arrays = {'generator': gen.tokenize(texts), 'verifier': ver.tokenize(texts)}
   arrays = jax.tree.map(jnp.asarray, arrays)
@@ -102,7 +102,7 @@ def search_against_model(repeats, prompts):
     state = jax.tree.map(lambda x: x[:, :1], state)
     return total, gen.render(params['generator'], ctx, state, gen.num_stages)
 
-  whole = jax.jit(lambda p, a: run.fused(job, p, a, ids, key, none))
+  whole = jax.jit(lambda p, a: drivers.fused(job, p, a, ids, key, none))
   found, alone = interleaved([lambda: whole(params, arrays), lambda: bare(params, arrays)], repeats)
   flops = prompts * sum(run.bill(algo, gen, ver), core.Cost()).flops
   return found, alone, flops

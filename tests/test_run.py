@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import vtts_jax
-from vtts_jax import core, run
+from vtts_jax import core, drivers, run, step
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.testing import laws, toys
@@ -59,10 +59,10 @@ def test_nothing_is_compiled_twice():
 
 
 def test_fused_search_makes_no_host_transfer():
-  job = run.Job(BEAM, TOKENS, TARGET)
+  job = step.Job(BEAM, TOKENS, TARGET)
   prompts = {'generator': TOKENS.tokenize(PROMPTS), 'verifier': TARGET.tokenize(PROMPTS)}
   initial = np.zeros((5, 0), np.int32)
-  lowered = jax.jit(run.fused, static_argnums=0).lower(
+  lowered = jax.jit(drivers.fused, static_argnums=0).lower(
     job, NONE, prompts, np.arange(5), KEY, initial
   )
   text = lowered.compile().as_text()
@@ -159,12 +159,14 @@ def test_one_device_equals_eight():
 
 LAYERS = {
   'search': {'core', 'components', 'select', 'search'},
-  'core': set(),
+  'keys': set(),
+  'core': {'keys'},
   'select': {'core'},
   'sampling': {'core'},
   'components': {'core'},
   'step': {'core'},
-  'run': {'core', 'step'},
+  'drivers': {'core', 'step'},
+  'run': {'core', 'step', 'drivers'},
   'sharding': {'core'},
   'models': {'models', 'weights', 'data', 'core'},
   'generators': {'core', 'components', 'sampling', 'models', 'weights', 'data'},

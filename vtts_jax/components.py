@@ -35,18 +35,21 @@ def module(name: str, needs: str):
   """
   inside = name.split('.')[0] in (*FOLDERS, 'data', 'metrics')
   path = f'vtts_jax.{name}' if inside else name
-  allowed = f'allowed: {", ".join(components())}, or a module of yours with a {needs}()'
-  if needs != 'build':
-    allowed = f'allowed: a module with a {needs}()'
   try:
     found = importlib.import_module(path)
   except ModuleNotFoundError as err:
     if err.name and (path == err.name or path.startswith(err.name + '.')):
-      raise ConfigError(f'unknown component {name!r}; {allowed}') from None
+      raise ConfigError(f'unknown component {name!r}; {_allowed(needs)}') from None
     raise
   if not hasattr(found, needs):
-    raise ConfigError(f'component {name!r} has no {needs}(); {allowed}')
+    raise ConfigError(f'component {name!r} has no {needs}(); {_allowed(needs)}')
   return found
+
+
+def _allowed(needs: str) -> str:
+  if needs != 'build':
+    return f'allowed: a module with a {needs}()'
+  return f'allowed: {", ".join(components())}, or a module of yours with a {needs}()'
 
 
 def components() -> dict[str, str]:
