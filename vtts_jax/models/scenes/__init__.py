@@ -29,7 +29,7 @@ def card(name):
   if name not in names():
     raise ValueError(f'name={name!r} is no shipped scene model; allowed are {", ".join(names())}')
   text = weights.metadata(ASSETS / f'{name}.safetensors')
-  plain = ('kind', 'command', 'tokenizer')  # strings; everything else was written as JSON
+  plain = ('kind', 'command', 'tokenizer', 'verifier')  # strings; the rest is JSON
   return {k: v if k in plain else json.loads(v) for k, v in text.items()}
 
 
