@@ -1,18 +1,33 @@
 """Parameters: NNX modules split once into plain dicts, and safetensors files of flat dotted keys.
 
-The one place where a module becomes (graphdef, params) and back. Files never hold pickles; a key
-that is missing, unused, or of the wrong shape or kind is an error that names both sides.
+The one place where a module becomes (graphdef, params) and back, where a foreign checkpoint becomes
+params (`convert`, through a table of rules) and where the converted copy is kept (`cached`). Files
+never hold pickles; a key that is missing, unused, or of the wrong shape or kind is an error that
+names both sides.
 """
 
 import json
 import os
-import struct
+import re
 import tempfile
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from vtts_jax import checkpoints
+from vtts_jax.checkpoints import arrays as arrays
+from vtts_jax.checkpoints import open_source as open_source
+
+OPS = {  # how a torch tensor becomes ours: the axes in our order
+  '': None,
+  'T': (1, 0),  # Linear [out, in] -> [in, out]
+  'conv': (2, 3, 1, 0),  # OIHW -> HWIO
+  'convT': (2, 3, 0, 1),  # transposed convolution: IOHW -> HWIO
+}
+Rule = tuple[str, str | None, str | Callable]
 
 
 def split(model):
@@ -44,6 +59,7 @@ def save(path, params, metadata=None, dtype=None):
   example `jnp.float16`.
   """
   from safetensors.numpy import save_file
+
   arrays = {}
   for key, leaf in flatten(params).items():
     array = np.asarray(leaf)
@@ -66,18 +82,8 @@ def save(path, params, metadata=None, dtype=None):
 
 def metadata(path):
   """The metadata of a safetensors file, {str: str}; errors as in `load`."""
-  with _open(path) as file:
+  with checkpoints.open_file(path) as file:
     return dict(file.metadata() or {})
-
-
-def _open(path):
-  from safetensors import SafetensorError, safe_open
-  if not os.path.isfile(path):
-    raise FileNotFoundError(f'no weights at path={str(path)!r}')
-  try:
-    return safe_open(path, framework='numpy')
-  except (SafetensorError, struct.error, OSError) as error:
-    raise ValueError(f'path={str(path)!r} is truncated or no safetensors file: {error}') from error
 
 
 def load(path, template):
@@ -89,15 +95,16 @@ def load(path, template):
       wrong shape; floats where integers belong or the other way round. Every offender is listed.
   """
   want = flatten(template)
-  with _open(path) as file:
+  with checkpoints.open_file(path) as file:
     have = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
   problems = [f'missing from the file: {k}' for k in sorted(want.keys() - have.keys())]
   problems += [f'in the file but unused: {k}' for k in sorted(have.keys() - want.keys())]
   for key in sorted(want.keys() & have.keys()):
     if want[key].shape != have[key].shape:
       problems.append(f'{key}: file has shape {have[key].shape}, model wants {want[key].shape}')
-    elif (jnp.issubdtype(want[key].dtype, jnp.floating)
-          != jnp.issubdtype(have[key].dtype, jnp.floating)):
+    elif jnp.issubdtype(want[key].dtype, jnp.floating) != jnp.issubdtype(
+      have[key].dtype, jnp.floating
+    ):
       problems.append(f'{key}: file has dtype {have[key].dtype}, model wants {want[key].dtype}')
   if problems:
     raise ValueError('\n  '.join([f'weights at path={str(path)!r} do not fit:', *problems]))
@@ -109,3 +116,110 @@ def load(path, template):
 def size(params):
   """Number of parameters."""
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+# --------------------------------------------------------------------------------------- conversion
+
+
+def convert(source, rules: Sequence[Rule], template, dtype=None, sharding=None):
+  """Reads a foreign checkpoint into the structure of `template`, one tensor at a time.
+
+  Each tensor is read, reordered, cast and placed before the next one is read, so that the host
+  holds one tensor and not a second model. Names, shapes and kinds are compared before any is read.
+
+  Args:
+    source: a `checkpoints.Source`.
+    rules: `(pattern, target, op)`, first full match of the source's name wins. `target` is a dotted
+      path of `template` with `\\1` groups, or None for a tensor that is knowingly not used; `op` is
+      a key of `OPS` or a function of a numpy array. Two names may feed one target (tied weights) if
+      their values are equal.
+    template: nested dict of ShapeDtypeStructs, from `abstract`.
+    dtype: of the floating leaves; the template's by default.
+    sharding: one `jax.sharding.Sharding`, or a tree of them like `template` (`sharding.place`).
+
+  Raises:
+    ValueError: names missing from the source or unused by the model, a wrong shape, floats where
+      integers belong or the other way round, tied tensors that differ. Every offender is listed.
+  """
+  want, feeds, unused = flatten(template), {}, []
+  for name in source.names():
+    target, op = _match(name, rules)
+    if target == '':
+      unused.append(f'{name} {source.shape(name)}')
+    elif target is not None and target not in want:
+      unused.append(f'{name} {source.shape(name)}, for {target}, which the model does not have')
+    elif target is not None:
+      feeds.setdefault(target, []).append((name, op))
+  missing = [f'{k} {tuple(v.shape)}' for k, v in want.items() if k not in feeds]
+  problems = [f'missing from the checkpoint, wanted by the model: {k}' for k in missing]
+  problems += [f'in the checkpoint, unused by the model: {k}' for k in unused]
+  for target, names in feeds.items():
+    for name, op in names:
+      shape, kind = source.header[name]
+      shape = _reordered(shape, op)
+      if shape is not None and shape != tuple(want[target].shape):
+        problems.append(_misfit(name, 'shape', source.shape(name), target, want[target].shape))
+      if _floating(kind) != _floating(want[target].dtype):
+        problems.append(_misfit(name, 'dtype', kind, target, want[target].dtype))
+  if problems:
+    wrong = len(missing) > len(want) // 2
+    kind = ' (it looks like another model)' if wrong else ''
+    raise ValueError('\n  '.join([f'{source.where} does not fit{kind}:', *problems]))
+  places = flatten(sharding) if isinstance(sharding, dict) else dict.fromkeys(want, sharding)
+  leaves = [
+    _leaf(source, feeds[target], target, leaf, dtype, places[target])
+    for target, leaf in want.items()
+  ]
+  return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(template), leaves)
+
+
+def _match(name, rules):
+  """(target, op); target '' if no rule knows the name, None if it is knowingly left."""
+  for pattern, target, op in rules:
+    found = re.fullmatch(pattern, name)
+    if found:
+      return (None if target is None else found.expand(target)), op
+  return '', ''
+
+
+def _reordered(shape, op):
+  """The shape after `op`; None if only reading will tell, or if the rank is wrong for it."""
+  if callable(op):
+    return None
+  axes = OPS[op]
+  if axes is None:
+    return shape
+  return tuple(shape[a] for a in axes) if len(axes) == len(shape) else shape
+
+
+def _misfit(name, what, have, target, want):
+  want = tuple(want) if what == 'shape' else want
+  return f'{name}: the checkpoint has {what} {have}, {target} of the model wants {want}'
+
+
+def _floating(dtype):
+  return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+
+
+def _leaf(source, names, target, leaf, dtype, place):
+  value = None
+  for name, op in names:
+    new = source.get(name)
+    if callable(op):
+      new = np.asarray(op(new))
+      if new.shape != tuple(leaf.shape):
+        raise ValueError(
+          f'{source.where} does not fit: {_misfit(name, "shape", new.shape, target, leaf.shape)}'
+        )
+    elif OPS[op] is not None:
+      new = new.transpose(OPS[op])
+    if value is not None and not np.array_equal(value, new):
+      raise ValueError(
+        f'{source.where} does not fit: {names[0][0]} and {name} both go to {target} and differ'
+      )
+    value = new
+  kind = dtype if dtype is not None and _floating(leaf.dtype) else leaf.dtype
+  value = np.asarray(value, dtype=kind)
+  if place is None:
+    return jnp.asarray(value)
+  return jax.make_array_from_callback(value.shape, place, lambda index: value[index])

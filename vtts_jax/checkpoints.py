@@ -1,0 +1,308 @@
+"""Checkpoints of other people: safetensors from a folder or the hub, one tensor at a time.
+
+A `Source` knows the names, shapes and dtypes of its tensors from the headers alone, reads one
+tensor when asked, and carries the config that was found beside or inside the files. Nothing here
+ever opens a pickle. Checked against the safetensors format description and the index layout
+(`weight_map`) that transformers and diffusers write.
+"""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+PREFERRED = ('model', 'diffusion_pytorch_model')  # file stems, when a folder has several
+PATTERNS = ('*.safetensors', '*.safetensors.index.json', 'config.json', 'config.yaml')
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+_DTYPES = {
+  'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64',
+  'I32': 'int32', 'I16': 'int16', 'I8': 'int8', 'U8': 'uint8', 'U16': 'uint16', 'U32': 'uint32',
+  'U64': 'uint64', 'BOOL': 'bool',
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Named tensors that are read on demand.
+
+  Attributes:
+    where: what error messages call it; with `identity` the fingerprint of cached copies.
+    header: {name: (shape, dtype name)}.
+    read: name -> array.
+    config: options found in the checkpoint, `{}` if there are none.
+    identity: changes whenever the content may have changed (sizes and times, or the hub's commit).
+  """
+
+  where: str
+  header: Mapping[str, tuple[tuple[int, ...], str]]
+  read: Callable[[str], np.ndarray]
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  identity: str = ''
+
+  def names(self) -> list[str]:
+    """Every tensor's name, in the order of the files."""
+    return list(self.header)
+
+  def __contains__(self, name):
+    return name in self.header
+
+  def shape(self, name) -> tuple[int, ...]:
+    return self.header[name][0]
+
+  def get(self, name) -> np.ndarray:
+    """Reads one tensor.
+
+    Raises:
+      KeyError: no such name; the message says where it was looked for.
+    """
+    if name not in self.header:
+      raise KeyError(f'{self.where} has no tensor {name!r}')
+    return self.read(name)
+
+  def part(self, prefix: str) -> 'Source':
+    """The tensors under `prefix`, without it: `source.part('vae.')`."""
+    header = {n[len(prefix) :]: v for n, v in self.header.items() if n.startswith(prefix)}
+    return dataclasses.replace(
+      self,
+      where=f'{self.where} ({prefix}*)',
+      header=header,
+      read=lambda name: self.read(prefix + name),
+      identity=f'{self.identity}/{prefix}',
+    )
+
+  def option(self, *names: str, default=None):
+    """The first of `names` found in the config, at any depth, shallow before deep."""
+    level = [self.config]
+    while level:
+      for name in names:
+        for node in level:
+          if isinstance(node, Mapping) and node.get(name) is not None:
+            return node[name]
+      level = [
+        child
+        for node in level
+        for child in (node.values() if isinstance(node, Mapping) else node)
+        if isinstance(child, Mapping | list | tuple)
+      ]
+    return default
+
+
+def arrays(values: Mapping[str, np.ndarray], config=None, where='arrays') -> Source:
+  """A `Source` over a dict of arrays (golden files, tests)."""
+  header = {k: (tuple(np.shape(v)), str(np.asarray(v).dtype)) for k, v in values.items()}
+  return Source(where, header, lambda name: np.asarray(values[name]), config or {})
+
+
+def open_source(
+  place: str | os.PathLike, revision: str | None = None, subfolder: str | None = None
+) -> Source:
+  """Opens a safetensors file, a local folder, or a repository of the hub.
+
+  Args:
+    place: `x.safetensors`, a folder (one file, or shards with an index), or `owner/name` or
+      `owner/name@revision`. A repository is looked for in the local cache first, so that a
+      pinned one works without a network.
+    revision: commit, tag or branch; an unpinned repository logs the commit to pin.
+    subfolder: folder inside `place`, for example `vae`.
+
+  Raises:
+    FileNotFoundError: no such file, folder or repository; a shard that the index names is missing;
+      only pickles there.
+    ValueError: truncated or foreign file, ambiguous folder, an index that its shards do not keep.
+  """
+  place, identity = os.fspath(place), ''
+  if not os.path.exists(place) and re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', place):
+    name, _, pinned = place.partition('@')
+    place, identity = _hub(name, revision or pinned or None, subfolder)
+  if subfolder:
+    place = os.path.join(place, subfolder)
+  if os.path.isdir(place):
+    files, index = _files(place)
+  elif os.path.isfile(place):
+    if place.endswith(PICKLES):
+      raise ValueError(_pickled(place))
+    files, index = [place], None
+  else:
+    raise FileNotFoundError(f'no weights at path={place!r}: no such file or folder')
+  return _open_files(place, files, index, identity)
+
+
+# ----------------------------------------------------------------------------------------- the hub
+
+
+def _hub(name, revision, subfolder):
+  """(local folder, identity) of a snapshot; the cache first, then the network."""
+  import huggingface_hub
+
+  lead = f'{subfolder}/' if subfolder else ''
+  allow = [lead + p for p in PATTERNS]
+  options = {'revision': revision, 'allow_patterns': allow}
+  try:
+    folder = huggingface_hub.snapshot_download(name, local_files_only=True, **options)
+    _files(os.path.join(folder, subfolder or ''))  # a cached config alone is not the weights
+  except Exception:  # not cached, or not wholly; the hub's errors have many classes
+    try:
+      folder = huggingface_hub.snapshot_download(name, **options)
+    except Exception as error:
+      at = f'@{revision}' if revision else ''
+      raise FileNotFoundError(
+        f'no weights at path={name + at!r}: no such folder, not in the local hub cache, and the '
+        f'hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]})'
+      ) from error
+  commit = os.path.basename(os.path.normpath(folder))
+  if revision is None:
+    logging.warning('%s is not pinned: write %s@%s', name, name, commit)
+  return folder, f'{name}@{commit}'
+
+
+# -------------------------------------------------------------------------------- files and headers
+
+
+def _pickled(place):
+  return (
+    f'path={place!r} is a pickle, and pickles are never loaded: save its state dict with '
+    'safetensors.torch.save_file first'
+  )
+
+
+def _files(folder):
+  """(files, weight map or None) of a folder."""
+  names = sorted(os.listdir(folder))
+  indices = [n for n in names if n.endswith('.safetensors.index.json')]
+  singles = [n for n in names if n.endswith('.safetensors') and not re.search(r'-of-\d+\.', n)]
+  for kind, stems, end in (
+    ('index', indices, '.safetensors.index.json'),
+    ('file', singles, '.safetensors'),
+  ):
+    chosen = [f'{p}{end}' for p in PREFERRED if f'{p}{end}' in stems][:1] or stems
+    if len(chosen) > 1:
+      raise ValueError(f'path={folder!r} has several weights, name one: {", ".join(chosen)}')
+    if chosen and kind == 'index':
+      with open(os.path.join(folder, chosen[0]), encoding='utf-8') as handle:
+        index = json.load(handle)['weight_map']
+      shards = sorted(set(index.values()))
+      gone = [s for s in shards if s not in names]
+      if gone:
+        raise FileNotFoundError(
+          f'path={folder!r}: {len(gone)} of {len(shards)} shards are missing: {", ".join(gone)}'
+        )
+      return [os.path.join(folder, s) for s in shards], index
+    if chosen:
+      return [os.path.join(folder, chosen[0])], None
+  shards = [n for n in names if n.endswith('.safetensors')]
+  if shards:
+    raise FileNotFoundError(
+      f'path={folder!r} has shards but no *.safetensors.index.json: {", ".join(shards)}'
+    )
+  pickles = [n for n in names if n.endswith(PICKLES)]
+  if pickles:
+    raise FileNotFoundError(_pickled(os.path.join(folder, pickles[0])))
+  raise FileNotFoundError(f'path={folder!r} has no *.safetensors; it has: {", ".join(names)}')
+
+
+def open_file(path):
+  """A safetensors file, its tensors unread; `FileNotFoundError` or `ValueError` if it is none."""
+  from safetensors import SafetensorError, safe_open
+
+  if not os.path.isfile(path):
+    raise FileNotFoundError(f'no weights at path={str(path)!r}')
+  try:
+    return safe_open(path, framework='numpy')
+  except (SafetensorError, struct.error, OSError) as error:
+    raise ValueError(f'path={str(path)!r} is truncated or no safetensors file: {error}') from error
+
+
+def _open_files(place, files, index, identity):
+  header, owner, found, stamp = {}, {}, {}, []
+  for path in files:
+    with open_file(path) as file:
+      for name in file.keys():  # noqa: SIM118, not a dict
+        view = file.get_slice(name)
+        kind = _DTYPES.get(view.get_dtype())
+        if kind is None:
+          raise ValueError(
+            f'path={path!r}: {name} has dtype {view.get_dtype()}; allowed are {", ".join(_DTYPES)}'
+          )
+        header[name] = (tuple(view.get_shape()), kind)
+        owner[name] = path
+      found.update(from_metadata(file.metadata() or {}))
+    stat = os.stat(path)
+    stamp.append(f'{os.path.abspath(path)}:{stat.st_size}:{stat.st_mtime_ns}')
+  lost = [n for n, shard in (index or {}).items() if os.path.basename(owner.get(n, '')) != shard]
+  if lost:
+    raise ValueError(
+      f'path={place!r}: the index promises tensors that its shards do not hold: {_some(lost)}'
+    )
+
+  def read(name):
+    with open_file(owner[name]) as file:
+      return file.get_tensor(name)
+
+  folder = place if os.path.isdir(place) else os.path.dirname(os.path.abspath(place))
+  config = {**read_config(folder), **found}
+  return Source(place, header, read, config, identity or ';'.join(stamp))
+
+
+def _some(names: Iterable[str], limit=40) -> str:
+  names = list(names)
+  more = f' and {len(names) - limit} more' if len(names) > limit else ''
+  return ', '.join(names[:limit]) + more
+
+
+# ------------------------------------------------------------------------------------------ config
+
+
+def from_metadata(metadata: Mapping[str, str]) -> dict:
+  """Options in safetensors metadata: values that are JSON, Python literals or YAML mappings become
+  what they say; the `format` tag of torch is no option."""
+  return {k: _literal(v) for k, v in metadata.items() if k != 'format'}
+
+
+def _literal(text):
+  for parse in (json.loads, ast.literal_eval):
+    try:
+      return parse(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+      continue
+  if '\n' in text and ':' in text:
+    import yaml
+
+    try:
+      return yaml.safe_load(text)
+    except yaml.YAMLError:
+      pass
+  return text
+
+
+def read_config(folder) -> dict:
+  """`config.yaml`, else `config.json` of a folder, else `{}`.
+
+  Raises:
+    ValueError: a file that does not parse to a mapping.
+  """
+  for name in ('config.yaml', 'config.json'):
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+      continue
+    with open(path, encoding='utf-8') as handle:
+      text = handle.read()
+    try:
+      if name.endswith('json'):
+        config = json.loads(text)
+      else:
+        import yaml
+
+        config = yaml.safe_load(text)
+    except Exception as error:
+      raise ValueError(f'path={path!r} does not parse: {error}') from error
+    if not isinstance(config, dict):
+      raise ValueError(f'path={path!r} holds a {type(config).__name__}, a mapping is needed')
+    return config
+  return {}
