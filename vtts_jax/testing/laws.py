@@ -271,6 +271,15 @@ class _Counted:
       self._add(rows * self._part.cost('fatten', 0, _least(stage)))
     return self._part.fatten(params, ctx, slim, stage, like)
 
+  def value(self, params, ctx, slim, stage):
+    rows = int(np.prod(jax.tree.leaves(slim)[0].shape[:2]))
+    self._add(rows * self._part.cost('value', _least(stage)))
+    return self._part.value(params, ctx, slim, stage)
+
+  def rollout(self, params, ctx, slim, keys, stage, count, **options):
+    self._add(keys.size * self._part.cost('rollout', _least(stage), count))
+    return self._part.rollout(params, ctx, slim, keys, stage, count, **options)
+
   def render(self, params, ctx, state, stage):
     self._add(int(np.prod(jax.tree.leaves(state)[0].shape[:2])) * self._part.cost('render'))
     return self._part.render(params, ctx, state, stage)

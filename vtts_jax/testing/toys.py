@@ -37,6 +37,8 @@ class Tokens(core.Generator):
   vocab: int = 8
   anytime: bool = True
   coarse: bool = False  # a cheaper render: bars black or white
+  value_of: str = ''  # 'target' for a value head
+  rollout_policy: str = ''  # 'small' for a policy that draws any token alike
 
   @property
   def num_stages(self):
@@ -110,8 +112,28 @@ class Tokens(core.Generator):
   def log_prob(self, state):
     return state.logp
 
+  def value(self, params, ctx, slim, stage):
+    if not self.value_of:
+      return super().value(params, ctx, slim, stage)
+    drawn = jnp.arange(self.length) < jnp.asarray(stage)[..., None]
+    mean = jnp.where(drawn, slim.tokens, 0).sum(-1) / (self.length * self.vocab)
+    return -0.1 - 0.1 * mean * (1 + jnp.sin(jnp.float32(ctx)))[:, None]
+
+  def rollout(self, params, ctx, slim, keys, stage, count, *, greedy=False):
+    if not self.rollout_policy:
+      return super().rollout(params, ctx, slim, keys, stage, count, greedy=greedy)
+    flat = jnp.zeros((*keys.shape, self.vocab))
+
+    def one(tokens, t):
+      token = jnp.argmax(flat, -1) if greedy else sampling.draw(flat, core.fold(keys, t))
+      here = jnp.arange(self.length) == jnp.asarray(t)[..., None]
+      return jnp.where(here, token[..., None], tokens)
+
+    return slim._replace(tokens=core.run_stages(one, slim.tokens, stage, count, self.length))
+
   def cost(self, op, stage=0, count=1):
-    evals = {'extend': count, 'fork': 1, 'force': count, 'fatten': 1}.get(op, 0)
+    evals = {'extend': count, 'fork': 1, 'force': count, 'fatten': 1, 'value': 1}
+    evals = (evals | {'rollout': 1 + count}).get(op, 0)
     drawing = (1 if self.coarse else 100) * float(op == 'render')
     return core.Cost(generator=evals, render=drawing > 0, flops=self.vocab * evals + drawing)
 
