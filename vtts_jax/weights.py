@@ -60,19 +60,19 @@ def save(path, params, metadata=None, dtype=None):
   """
   from safetensors.numpy import save_file
 
-  arrays = {}
+  plain = {}
   for key, leaf in flatten(params).items():
     array = np.asarray(leaf)
     if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
       array = array.astype(dtype)
-    arrays[key] = np.asarray(array, order='C')  # keeps 0-d
+    plain[key] = np.asarray(array, order='C')  # keeps 0-d
   text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
   folder = os.path.dirname(os.path.abspath(path))
   os.makedirs(folder, exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
   os.close(handle)
   try:
-    save_file(arrays, temporary, metadata=text)
+    save_file(plain, temporary, metadata=text)
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
   except BaseException:
@@ -158,7 +158,8 @@ def convert(source, rules: Sequence[Rule], template, dtype=None, sharding=None):
       shape, kind = source.header[name]
       shape = _reordered(shape, op)
       if shape is not None and shape != tuple(want[target].shape):
-        problems.append(_misfit(name, 'shape', source.shape(name), target, want[target].shape))
+        turned = f'{source.shape(name)}, {shape} after {op!r}' if op else shape
+        problems.append(_misfit(name, 'shape', turned, target, want[target].shape))
       if _floating(kind) != _floating(want[target].dtype):
         problems.append(_misfit(name, 'dtype', kind, target, want[target].dtype))
   if problems:
@@ -206,7 +207,12 @@ def _leaf(source, names, target, leaf, dtype, place):
   for name, op in names:
     new = source.get(name)
     if callable(op):
-      new = np.asarray(op(new))
+      try:
+        new = np.asarray(op(new))
+      except Exception as error:
+        raise ValueError(
+          f'{source.where} does not fit: {name} of shape {new.shape} for {target}: {error}'
+        ) from error
       if new.shape != tuple(leaf.shape):
         raise ValueError(
           f'{source.where} does not fit: {_misfit(name, "shape", new.shape, target, leaf.shape)}'

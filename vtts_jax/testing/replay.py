@@ -1,4 +1,4 @@
-"""Replays golden fixtures through the production loader: `python -m vtts_jax.testing.replay FILE...`
+"""Golden fixtures through the production loader: `python -m vtts_jax.testing.replay FILE...`
 
 A fixture is one `.npz` with a JSON `config` (its `"model"` names the family), the weights of the
 public reference under `params/`, inputs under `in/` and its outputs under `out/`. The weights go

@@ -1,0 +1,107 @@
+"""AutoencoderKL: from the diffusers layout, with old and new names of the attention."""
+
+import re
+from collections.abc import Mapping
+
+from vtts_jax import weights
+from vtts_jax.core import ConfigError
+from vtts_jax.models.autoencoder_kl import modeling
+
+
+def linear(weight):
+  """`[out, in]`, or a 1 x 1 convolution `[out, in, 1, 1]` of older files, -> `[in, out]`."""
+  return weight.reshape(weight.shape[:2]).T
+
+
+MIDDLE = r'((?:en|de)coder\.mid_block)\.attentions\.0'
+RULES = [
+  *[
+    rule
+    for name, ours in (('to_q|query', 'q'), ('to_k|key', 'k'), ('to_v|value', 'v'),
+                       (r'to_out\.0|proj_attn', 'out'))
+    for rule in (
+      (rf'{MIDDLE}\.(?:{name})\.weight', rf'\1.attention.{ours}.kernel', linear),
+      (rf'{MIDDLE}\.(?:{name})\.bias', rf'\1.attention.{ours}.bias', ''),
+    )
+  ],
+  (MIDDLE + r'\.group_norm\.weight', r'\1.attention.group_norm.scale', ''),
+  (MIDDLE + r'\.group_norm\.bias', r'\1.attention.group_norm.bias', ''),
+  (r'(.*)\.(down|up)samplers\.0\.conv\.weight', r'\1.\2sample.kernel', 'conv'),
+  (r'(.*)\.(down|up)samplers\.0\.conv\.bias', r'\1.\2sample.bias', ''),
+  (r'(.*(?:norm1|norm2|conv_norm_out))\.weight', r'\1.scale', ''),
+  (r'(.*(?:conv1|conv2|conv_shortcut|conv_in|conv_out|quant_conv))\.weight', r'\1.kernel', 'conv'),
+  (r'((?:(?:en|de)coder\..*)|(?:post_)?quant_conv)\.bias', r'\1.bias', ''),
+]  # fmt: skip
+
+
+def rules(prefix: str = '', target: str = '', encoder: bool = True) -> list[weights.Rule]:
+  """`RULES` for names under `prefix`, into the parameters under `target` (both end in a dot);
+  `encoder` False knowingly leaves the encoder."""
+  lead = re.escape(prefix)
+  skip = [] if encoder else [(lead + r'(encoder\..*|quant_conv\..*)', None, '')]
+  return skip + [(lead + p, target + t, op) for p, t, op in RULES]
+
+
+def config_of(
+  source, prefix: str = '', options: Mapping | None = None, encoder: bool = True
+) -> modeling.Config:
+  """The config of a checkpoint: `options` (its `config.json` by default) decide, the rest is read
+  off the tensors under `prefix`.
+
+  `scaling_factor` is no tensor: a diffusers config without one means 0.18215, and a checkpoint
+  without a config leaves it None.
+
+  Raises:
+    ValueError: there is no AutoencoderKL under `prefix`.
+    ConfigError: an option that the port does not know.
+  """
+  options = dict(source.config if options is None else options)
+  kind = options.get('_class_name', 'AutoencoderKL')
+  if kind != 'AutoencoderKL':
+    raise ConfigError(f'_class_name={kind!r}: allowed is AutoencoderKL')
+  if '_class_name' in options:
+    options.setdefault('scaling_factor', 0.18215)
+  for name, allowed in (
+    ('act_fn', 'silu'), ('down_block_types', 'DownEncoderBlock2D'),
+    ('up_block_types', 'UpDecoderBlock2D'),
+  ):  # fmt: skip
+    value = options.get(name, allowed)
+    if {value} - {allowed} if isinstance(value, str) else set(value) - {allowed}:
+      raise ConfigError(f'{name}={value!r}: allowed is {allowed!r}')
+  shape = lambda name: source.shape(prefix + name)
+  names = [n[len(prefix) :] for n in source.names() if n.startswith(prefix)]
+  try:
+    ups = _count(names, r'decoder\.up_blocks\.(\d+)\..*')
+    found = {
+      'latent_channels': shape('decoder.conv_in.weight')[1],
+      'block_out_channels': tuple(
+        shape(f'decoder.up_blocks.{i}.resnets.0.conv1.weight')[0] for i in reversed(range(ups))
+      ),
+      'layers_per_block': _count(names, r'decoder\.up_blocks\.0\.resnets\.(\d+)\..*') - 1,
+      'out_channels': shape('decoder.conv_out.weight')[0],
+      'use_quant_conv': 'quant_conv.weight' in names,
+      'use_post_quant_conv': 'post_quant_conv.weight' in names,
+      'mid_block_add_attention': any('mid_block.attentions' in n for n in names),
+    }
+    if encoder:
+      found['in_channels'] = shape('encoder.conv_in.weight')[1]
+  except KeyError as error:
+    raise ValueError(
+      f'{source.where} has no AutoencoderKL under {prefix!r}: it lacks {error.args[0]}'
+    ) from error
+  known = set(modeling.Config.__dataclass_fields__) - {'encoder'}
+  found |= {k: v for k, v in options.items() if k in known and v is not None}
+  found['block_out_channels'] = tuple(found['block_out_channels'])
+  return modeling.Config(**found, encoder=encoder)
+
+
+def _count(names, pattern):
+  return 1 + max((int(m[1]) for n in names if (m := re.fullmatch(pattern, n))), default=-1)
+
+
+def load(source, dtype=None, sharding=None, encoder: bool = True):
+  """(graphdef, params) of the autoencoder in a `Source` of its own (`source.part(prefix)` cuts one
+  out); errors as in `weights.convert`."""
+  config = config_of(source, encoder=encoder)
+  graphdef, template = weights.abstract(lambda: modeling.build(config))
+  return graphdef, weights.convert(source, rules(encoder=encoder), template, dtype, sharding)
