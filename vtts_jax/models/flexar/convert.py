@@ -1,0 +1,100 @@
+"""Names of the reference checkpoint -> parameters of `modeling.FlexAR`, and its options.
+
+Layers are stacked first (`stacked`: `blocks.*`). T5 and the image tokenizer have checkpoints and
+converters of their own; where a file holds them too they are passed over here.
+"""
+
+from flax import nnx
+
+from vtts_jax import weights
+from vtts_jax.models.flexar.modeling import Config, FlexAR
+from vtts_jax.models.flextok.stacked import stacked, transposed
+
+HEAD = 64  # channels of a head where no per-head norm tells; every released model has 64
+_AR = r'models\.ar_image_model\.'
+_BLOCK = _AR + r'trunk\.blocks\.\*\.'
+
+_SHARED = [
+  (_AR + r'preprocessor\.embedding\.weight', 'embedding', ''),
+  (_AR + r'preprocessor\.positional_embedding', 'positions', ''),
+  (_AR + r'preprocessor\.sos_token_embed', 'start', lambda x: x.reshape(-1)),
+  (_AR + r'preprocessor\.cls_embedding\.weight', 'classes', ''),
+  (_AR + r'head\.linear\.weight', 'head.kernel', 'T'),
+  (_AR + r'trunk\.post_trunk_norm\.(weight|bias)', r'norm.\1', ''),
+  (r'models\.text_encoder\.mlp\.(fc[12])\.weight', r'text_mlp.\1.kernel', 'T'),
+  (r'models\.text_encoder\.t5_embedder\..*', None, ''),
+  (r'models\.image_tokenizer\..*', None, ''),
+  (_BLOCK + r'(?:self_)?attn\.(qkv|proj)\.weight', r'blocks.self_attn.\1.kernel', transposed),
+  (_BLOCK + r'(?:self_)?attn\.(qkv|proj)\.bias', r'blocks.self_attn.\1.bias', ''),
+  (_BLOCK + r'(?:self_)?attn\.([qk]_norm)\.weight', r'blocks.self_attn.\1.weight', ''),
+  (_BLOCK + r'cross_attn\.Wq\.weight', 'blocks.cross_attn.q.kernel', transposed),
+  (_BLOCK + r'cross_attn\.Wk\.weight', 'blocks.cross_attn.k.kernel', transposed),
+  (_BLOCK + r'cross_attn\.Wv\.weight', 'blocks.cross_attn.v.kernel', transposed),
+  (_BLOCK + r'cross_attn\.W([qkv])\.bias', r'blocks.cross_attn.\1.bias', ''),
+  (_BLOCK + r'cross_attn\.proj\.weight', 'blocks.cross_attn.proj.kernel', transposed),
+  (_BLOCK + r'cross_attn\.proj\.bias', 'blocks.cross_attn.proj.bias', ''),
+  (_BLOCK + r'cross_attn\.([qk]_norm)\.weight', r'blocks.cross_attn.\1.weight', ''),
+  (_BLOCK + r'mlp\.(fc[123])\.weight', r'blocks.ffn.\1.kernel', transposed),
+  (_BLOCK + r'mlp\.(fc[123])\.bias', r'blocks.ffn.\1.bias', ''),
+  (_BLOCK + r'norm_1\.(weight|bias)', r'blocks.norm_self.\1', ''),
+]
+RULES_TEXT = [
+  *_SHARED,
+  (_BLOCK + r'norm_2\.(weight|bias)', r'blocks.norm_cross.\1', ''),
+  (_BLOCK + r'norm_3\.(weight|bias)', r'blocks.norm_ffn.\1', ''),
+]
+RULES_CLASS = [*_SHARED, (_BLOCK + r'norm_2\.(weight|bias)', r'blocks.norm_ffn.\1', '')]
+
+
+def rules(config: Config):
+  """The table for a configuration: `norm_2` is another norm where there is no cross-attention."""
+  return RULES_CLASS if config.classes else RULES_TEXT
+
+
+def config_of(source, **options) -> Config:
+  """The configuration of a checkpoint: read off the names and shapes, `options` decide.
+
+  Args:
+    source: `checkpoints.Source`, layers not stacked.
+    options: fields of `Config` that the keys leave open, for example `eps`, or override them.
+
+  Raises:
+    ValueError: this is no FlexTok AR checkpoint.
+  """
+  source, ar = stacked(source), 'models.ar_image_model.'
+  block = f'{ar}trunk.blocks.*.'
+  table, places = f'{ar}preprocessor.embedding.weight', f'{ar}preprocessor.positional_embedding'
+  classes = f'{ar}preprocessor.cls_embedding.weight'
+  attention = f'{block}attn.' if classes in source else f'{block}self_attn.'
+  needed = [table, places, f'{attention}qkv.weight', f'{block}mlp.fc1.weight']
+  missing = [name for name in needed if name not in source]
+  if missing:
+    raise ValueError(f'{source.where} is no FlexTok AR checkpoint: no {", ".join(missing)}')
+  (codes, width), tokens = source.shape(table), source.shape(places)[0]
+  qk_norm = f'{attention}q_norm.weight' in source
+  head = source.shape(f'{attention}q_norm.weight')[1] if qk_norm else HEAD
+  text = 'models.text_encoder.mlp.fc1.weight'
+  found = {
+    'width': width,
+    'layers': source.shape(f'{block}mlp.fc1.weight')[0],
+    'heads': width // head,
+    'tokens': tokens,
+    'codes': codes,
+    'classes': source.shape(classes)[0] if classes in source else 0,
+    'text_width': source.shape(text)[1] if text in source else Config.text_width,
+    'hidden': source.shape(f'{block}mlp.fc1.weight')[1],
+    'norm': 'layernorm' if f'{block}norm_1.bias' in source else 'rmsnorm',
+    'qk_norm': qk_norm,
+    'ffn': 'swiglu' if f'{block}mlp.fc3.weight' in source else 'mlp_gelu',
+    'qkv_bias': f'{attention}qkv.bias' in source,
+    'bias': f'{attention}proj.bias' in source,
+    'post_norm': f'{ar}trunk.post_trunk_norm.weight' in source,
+  }
+  return Config(**(found | options))
+
+
+def load(source, config=None, dtype=None, sharding=None):
+  """(graphdef, params) of the checkpoint `source`; errors as in `weights.convert`."""
+  config = config_of(source) if config is None else config
+  graphdef, template = weights.abstract(lambda: FlexAR(config, rngs=nnx.Rngs(0)))
+  return graphdef, weights.convert(stacked(source), rules(config), template, dtype, sharding)
