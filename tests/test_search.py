@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from vtts_jax import core, run
+from vtts_jax import components, core, run
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.search.halving import Halving, Rung
+from vtts_jax.search.mcts import MCTS
 from vtts_jax.search.rollover import Rollover
 from vtts_jax.search.smc import SMC
 from vtts_jax.testing import laws, toys
@@ -20,6 +21,7 @@ from vtts_jax.testing import laws, toys
 KEY = jax.random.key(3)
 PROMPTS = ['a', 'bb', 'ccc']
 TOKENS, FLOW, TARGET = toys.Tokens(), toys.Flow(), toys.Target()
+AHEAD = toys.Tokens(value_of='target', rollout_policy='small')
 NONE = {'generator': {}, 'verifier': {}}
 HALVES = (Rung(keep=0.5, draft=(('coarse', True),)), Rung(keep=0.5), Rung(look=-1))
 
@@ -60,13 +62,24 @@ ALGORITHMS = {
   'threshold': (FLOW, Rollover(quota=2, schedule='fixed', threshold=-0.05, lookahead=1)),
   'halving': (TOKENS, Halving(Beam(width=2, branch=6, schedule=(2, 4, 6)), least=2)),
   'halving-smc': (TOKENS, Halving(SMC(particles=8, size=3), HALVES, least=3)),
+  'puct': (TOKENS, MCTS(simulations=4, leaves=2, size=3, commit=2)),
+  'gumbel': (AHEAD, MCTS(simulations=6, leaves=2, rule='gumbel', mix=0.5, greedy=True)),
+  'dts': (AHEAD, MCTS(simulations=6, leaves=3, rule='dts', rollout='small', finish=2)),
+  'value': (AHEAD, MCTS(simulations=8, leaves=4, size=3, mix=0.0, finish=3)),
+  'uct-flow': (FLOW, MCTS(simulations=4, leaves=2, size=1, rule='uct', slots=2)),
 }
+SHAPES = {'rounds', 'beam', 'schedules', 'first', 'smc', 'rollover', 'puct'}  # the rest share code
 
 
 @pytest.mark.parametrize('name', ALGORITHMS)
 def test_algorithms_conform(name):
   gen, algo = ALGORITHMS[name]
-  laws.check_algorithm(algo, gen, TARGET, PROMPTS, KEY)
+  laws.check_algorithm(algo, gen, TARGET, PROMPTS, KEY, shapes=name in SHAPES)
+
+
+def test_every_algorithm_is_among_them():
+  shipped = {name for name in components.components() if name.startswith('search.')}
+  assert shipped == {f'search.{type(a).__module__.split(".")[-1]}' for _, a in ALGORITHMS.values()}
 
 
 @pytest.mark.parametrize('gen', [TOKENS, FLOW], ids=['tokens', 'flow'])

@@ -25,7 +25,8 @@ class Sweep(NamedTuple):
 
 
 def over(component: str, setting: str, values: Sequence, **fixed) -> Sweep:
-  """One algorithm at several budgets: `over('search.beam', 'width', (1, 2, 4, 8), branch=8)`.
+  """One algorithm at several budgets: `over('search.beam', 'width', (1, 2, 4, 8), branch=8)`. The
+  setting may lie inside another: 'inner.width'.
 
   Raises:
     ConfigError: no values, or a setting that is given twice.
@@ -54,8 +55,11 @@ def grid(
     for name, sweep in algorithms.items():
       if '/' in name or '/' in label:
         raise ConfigError(f"sweep: {name!r}, {label!r}: names must not hold '/'")
-      made = [{'name': sweep.component, **sweep.fixed, sweep.setting: v} for v in sweep.values]
-      names = [f'{name}/{sweep.setting[0]}{value}' for value in sweep.values]
+      made = [
+        _with({'name': sweep.component, **sweep.fixed}, sweep.setting, v) for v in sweep.values
+      ]
+      letter = sweep.setting.split('.')[-1][0]
+      names = [f'{name}/{letter}{value}' for value in sweep.values]
       ladders = [study.is_ladder(study.build(settings, 'search')) for settings in made]
       if all(ladders):
         most = max(range(len(made)), key=lambda i: sweep.values[i])
@@ -64,3 +68,9 @@ def grid(
         arm = f'{arm} {label}' if verifiers and len(verifiers) > 1 else arm
         arms[arm] = {'search': settings} | ({'verifier': dict(verifier)} if verifier else {})
   return arms
+
+
+def _with(settings: Mapping, path: str, value) -> dict:
+  """`settings` with `value` at a dotted path."""
+  first, _, rest = path.partition('.')
+  return {**settings, first: _with(settings.get(first, {}), rest, value) if rest else value}

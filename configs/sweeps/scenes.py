@@ -2,6 +2,7 @@
 
     vtts run --config=configs/sweeps/scenes.py:budget       searches at rising budgets
     vtts run --config=configs/sweeps/scenes.py:verifier     each verifier searched on by each search
+    vtts run --config=configs/sweeps/scenes.py:alphago      tree search by value, rollout and both
     vtts run --config=configs/sweeps/scenes.py:all          the whole grid
     vtts run --config=configs/sweeps/scenes.py:budget,2d    the same on grid tokens
     vtts run --config=configs/sweeps/scenes.py:all,runlocal anything, shrunk to minutes
@@ -26,20 +27,54 @@ VERIFIERS = {
 }
 ALGORITHMS = {  # a new one is a line here; the second argument is the setting that is its budget
   'best-of-n': sweep.over('search.best_of_n', 'n', (64,)),
-  'beam': sweep.over('search.beam', 'width', (1, 2, 4, 8), branch=8),
-  'chunks': sweep.over(
-    'search.beam', 'width', (1, 2, 4, 8), branch=4, schedule='linear', size=8, branch_at='first'
+  'beam': sweep.over('search.beam', 'width', (2, 4, 8), branch=8),
+  'lookahead': sweep.over('search.beam', 'width', (1, 2), branch=4, lookahead=-1),
+  'halving': sweep.over(
+    'search.halving',
+    'inner.width',
+    (1, 2),
+    inner={'name': 'search.beam', 'branch': 4},
+    rungs=({'keep': 0.5}, {'look': -1}),
+    least=1,
   ),
-  'lookahead': sweep.over('search.beam', 'width', (1, 2, 4), branch=4, lookahead=-1),
-  'smc': sweep.over('search.smc', 'particles', (4, 8, 16, 32)),
+  'smc': sweep.over(
+    'search.smc', 'particles', (4, 8), preset='best', size=4, lookahead=-1, strength=2.0
+  ),
+  'rollover': sweep.over('search.rollover', 'quota', (2, 4), size=4),
+  'mcts': sweep.over('search.mcts', 'simulations', (16, 32), slots=8, size=8, greedy=True),
 }
 AT_ONE = {  # for the sweep over verifiers: each algorithm at one budget
   'best-of-n': sweep.over('search.best_of_n', 'n', (64,)),
   'beam': sweep.over('search.beam', 'width', (4,), branch=8),
 }
+COLD = {  # greedy looks are part of most searches: what does a colder sampler buy by itself?
+  f'cold best-of-n t{round(10 * t)}': {
+    'generator': {'temperature': t},
+    'search': {'name': 'search.best_of_n', 'n': 16},
+  }
+  for t in (0.3, 0.6)
+}
+
+
+def alphago() -> dict:
+  """Leaves worth a value head, a rollout (of the policy or of the small one) or both, at about the
+  same FLOPs (AlphaGo's ablation, Silver et al. 2016, figure 4)."""
+  ahead = {'value_of': 'scenes_clip_a', 'rollout_policy': 'small'}
+  tree = {'name': 'search.mcts', 'slots': 8, 'size': 8, 'greedy': True}
+  arms = {
+    'rollout': {'simulations': 32},
+    'small rollout': {'simulations': 44, 'rollout': 'small'},
+    'value': {'simulations': 44, 'mix': 0.0, 'finish': 8},
+    'both': {'simulations': 32, 'mix': 0.5},
+    'both small': {'simulations': 44, 'mix': 0.5, 'rollout': 'small'},
+  }
+  return {name: {'generator': ahead, 'search': tree | own} for name, own in arms.items()}
+
+
 ARMS = {
-  'budget': lambda: sweep.grid(ALGORITHMS, {'clip_a': VERIFIERS['clip_a']}),
+  'budget': lambda: sweep.grid(ALGORITHMS, {'clip_a': VERIFIERS['clip_a']}) | COLD,
   'verifier': lambda: sweep.grid(AT_ONE, VERIFIERS),
+  'alphago': alphago,
   'all': lambda: sweep.grid(ALGORITHMS, VERIFIERS),
 }
 
