@@ -57,7 +57,7 @@ def arms(config: Mapping[str, Any]) -> list[Arm]:
       gen, ver, algo = (build(settings[part], part) for part in PARTS)
       measure = ensemble.build(members=settings['measure'], mode='minmax')
       run.validate(algo, gen, ver, settings['mode'])
-      run.validate(BestOfN(), gen, measure, 'stepped')  # what is measured takes no part in the search
+      run.validate(BestOfN(), gen, measure, 'stepped')  # measures only
       run.tokenize(gen, ver, texts)
       run.tokenize(gen, measure, texts)
       cost = sum(run.bill(algo, gen, ver), Cost())
