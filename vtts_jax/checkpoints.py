@@ -66,14 +66,16 @@ class Source:
       raise KeyError(f'{self.where} has no tensor {name!r}')
     return self.read(name)
 
-  def part(self, prefix: str) -> 'Source':
-    """The tensors under `prefix`, without it: `source.part('vae.')`."""
+  def part(self, prefix: str, config: Mapping | None = None) -> 'Source':
+    """The tensors under `prefix`, without it: `source.part('vae.')`. The options of the whole are
+    not those of a part, so they are `config` or none."""
     header = {n[len(prefix) :]: v for n, v in self.header.items() if n.startswith(prefix)}
     return dataclasses.replace(
       self,
       where=f'{self.where} ({prefix}*)',
       header=header,
       read=lambda name: self.read(prefix + name),
+      config=config or {},
       identity=f'{self.identity}/{prefix}',
     )
 

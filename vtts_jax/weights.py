@@ -6,6 +6,7 @@ never hold pickles; a key that is missing, unused, or of the wrong shape or kind
 names both sides.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
+from etils import epath
 from flax import nnx
 
 from vtts_jax import checkpoints
@@ -166,12 +169,16 @@ def convert(source, rules: Sequence[Rule], template, dtype=None, sharding=None):
     wrong = len(missing) > len(want) // 2
     kind = ' (it looks like another model)' if wrong else ''
     raise ValueError('\n  '.join([f'{source.where} does not fit{kind}:', *problems]))
-  places = flatten(sharding) if isinstance(sharding, dict) else dict.fromkeys(want, sharding)
+  places = _places(want, sharding)
   leaves = [
     _leaf(source, feeds[target], target, leaf, dtype, places[target])
     for target, leaf in want.items()
   ]
   return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(template), leaves)
+
+
+def _places(want, sharding):
+  return flatten(sharding) if isinstance(sharding, dict) else dict.fromkeys(want, sharding)
 
 
 def _match(name, rules):
@@ -224,8 +231,59 @@ def _leaf(source, names, target, leaf, dtype, place):
         f'{source.where} does not fit: {names[0][0]} and {name} both go to {target} and differ'
       )
     value = new
-  kind = dtype if dtype is not None and _floating(leaf.dtype) else leaf.dtype
-  value = np.asarray(value, dtype=kind)
+  value = np.asarray(value, dtype=_kind(leaf, dtype))
   if place is None:
     return jnp.asarray(value)
   return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+
+# -------------------------------------------------------------------------------------------- cache
+
+
+def cached(folder, source, rules: Sequence[Rule], template, dtype=None, sharding=None):
+  """`convert`, or the copy that an earlier call left in `folder` (Orbax; local or `gs://`).
+
+  A copy is found by what it was made of (the source's identity, the rules, the template, `dtype`),
+  so that a changed file or table makes a new one. It loads with any `sharding`, each process
+  reading its own shards only.
+
+  Raises:
+    ValueError: as in `convert`; a source without an identity (arrays in memory).
+  """
+  if not source.identity:
+    raise ValueError(f'{source.where} has no identity to find a kept copy by: use convert')
+  import orbax.checkpoint as ocp
+
+  want = flatten(template)
+  path = epath.Path(os.fspath(folder)).absolute() / _fingerprint(source, rules, want, dtype)
+  with ocp.StandardCheckpointer() as keeper:
+    if not path.exists():
+      params = convert(source, rules, template, dtype, sharding)
+      keeper.save(path, flatten(params))
+      keeper.wait_until_finished()
+      logging.info('kept a converted copy of %s in %s', source.where, path)
+      return params
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = _places(want, sharding)
+    abstract = {
+      k: jax.ShapeDtypeStruct(v.shape, _kind(v, dtype), sharding=places[k] or local)
+      for k, v in want.items()
+    }
+    have = keeper.restore(path, abstract)
+  return jax.tree_util.tree_unflatten(
+    jax.tree_util.tree_structure(template), [have[k] for k in want]
+  )
+
+
+def _kind(leaf, dtype):
+  return jnp.dtype(dtype if dtype is not None and _floating(leaf.dtype) else leaf.dtype)
+
+
+def _fingerprint(source, rules, want, dtype):
+  ops = [(p, t, op if isinstance(op, str) else op.__qualname__) for p, t, op in rules]
+  made_of = [
+    source.identity,
+    ops,
+    [(k, tuple(v.shape), str(_kind(v, dtype))) for k, v in want.items()],
+  ]
+  return hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
