@@ -1,0 +1,126 @@
+"""Names of the reference checkpoint -> parameters of `modeling.FlexTok`, and its options.
+
+Layers are stacked first (`stacked`: `blocks.*`). The VAE has a converter of its own, and parts that
+only training uses (alignment heads) are passed over.
+"""
+
+from flax import nnx
+
+from vtts_jax import weights
+from vtts_jax.models.flextok import modeling
+from vtts_jax.models.flextok.modeling import Config
+from vtts_jax.models.flextok.stacked import stacked, transposed
+
+_ENCODER, _DECODER = r'encoder\.module_dict\.', r'decoder\.module_dict\.'
+
+
+def _grid(table):  # [1, D, h, w] -> [h, w, D]
+  return table[0].transpose(1, 2, 0)
+
+
+def _line(table):  # [1, 1, D, K] -> [K, D]
+  return table[0, 0].T
+
+
+def _blocks(lead, target):
+  return [
+    (lead + r'blocks\.\*\.(attn|mlp)\.(\w+)\.weight', target + r'.blocks.\1.\2.kernel', transposed),
+    (
+      lead + r'blocks\.\*\.adaLN_modulation\.1\.weight',
+      f'{target}.blocks.adaln.kernel',
+      transposed,
+    ),
+    (lead + r'blocks\.\*\.adaLN_modulation\.1\.bias', f'{target}.blocks.adaln.bias', ''),
+  ]
+
+
+def _linear(name, target):
+  return [(name + r'\.weight', f'{target}.kernel', 'T'), (name + r'\.bias', f'{target}.bias', '')]
+
+
+RULES = [
+  *_linear(_ENCODER + r'enc_patch_emb\.patch_proj', 'encoder.patch'),
+  (_ENCODER + r'enc_posemb_module\.posembs', 'encoder.places', _grid),
+  (_ENCODER + r'enc_register_module\.registers', 'encoder.registers', ''),
+  *_blocks(_ENCODER + r'enc_transformer\.', 'encoder'),
+  *_linear(_ENCODER + r'enc_to_latents\.proj', 'encoder.to_code'),
+  *_linear(_DECODER + r'dec_from_latents\.proj', 'decoder.from_code'),
+  (_DECODER + r'dec_registers_posemb_module\.posembs', 'decoder.register_places', _line),
+  (_DECODER + r'dec_nested_dropout\.dropout_mask_token', 'decoder.dropped', ''),
+  (_DECODER + r'dec_latent_dropout\.nullcond', 'decoder.unconditional', ''),
+  *_linear(_DECODER + r'dec_noise_patch_emb\.patch_proj', 'decoder.patch'),
+  (_DECODER + r'dec_patches_posemb_module\.posembs', 'decoder.places', _grid),
+  *_linear(_DECODER + r'dec_time_embedder\.mlp\.0', 'decoder.time_in'),
+  *_linear(_DECODER + r'dec_time_embedder\.mlp\.2', 'decoder.time_out'),
+  *_blocks(_DECODER + r'dec_transformer\.', 'decoder'),
+  *_linear(_DECODER + r'dec_to_patches\.adaLN_modulation\.1', 'decoder.last'),
+  *_linear(_DECODER + r'dec_to_patches\.proj', 'decoder.to_patch'),
+  (r'vae\..*', None, ''),
+  (r'.*repa.*', None, ''),
+]
+
+
+def config_of(source, **options) -> Config:
+  """The configuration of a checkpoint: shapes decide sizes, its metadata the time scale and the
+  levels, `options` (fields of `Config`) override.
+
+  Raises:
+    ValueError: this is no FlexTok checkpoint, or its levels do not fit its shapes.
+  """
+  stack = stacked(source)
+  encoder, decoder = 'encoder.module_dict.', 'decoder.module_dict.'
+  names = {
+    'grid': f'{encoder}enc_posemb_module.posembs',
+    'patch': f'{encoder}enc_patch_emb.patch_proj.weight',
+    'encoder': f'{encoder}enc_transformer.blocks.*.attn.wq.weight',
+    'decoder': f'{decoder}dec_transformer.blocks.*.attn.wq.weight',
+    'adaln': f'{decoder}dec_transformer.blocks.*.adaLN_modulation.1.weight',
+    'code': f'{encoder}enc_to_latents.proj.weight',
+  }
+  missing = [name for name in names.values() if name not in stack]
+  if missing:
+    raise ValueError(f'{source.where} is no FlexTok checkpoint: no {", ".join(missing)}')
+  shape = {key: stack.shape(name) for key, name in names.items()}
+  registers = f'{encoder}enc_register_module.registers'
+  patch = options.get('patch', Config.patch)
+  grid = shape['grid'][-1]
+  found = {
+    'channels': shape['patch'][1] // patch**2,
+    'size': grid * patch,
+    'grid': grid,
+    'registers': stack.shape(registers)[0] if registers in stack else 0,
+    'levels': tuple(source.option('levels', 'fsq_levels', default=Config.levels)),
+    'encoder_layers': shape['encoder'][0],
+    'encoder_width': shape['encoder'][1],
+    'decoder_layers': shape['decoder'][0],
+    'decoder_width': shape['decoder'][1],
+    'head': source.option('head_dim', default=Config.head),
+    'max_timestep': float(source.option('max_timestep', default=Config.max_timestep)),
+    'streams': shape['adaln'][1] // (6 * shape['decoder'][1]),
+  }
+  config = Config(**(found | options))
+  if len(config.levels) != shape['code'][0]:
+    raise ValueError(
+      f'{source.where}: levels={config.levels} are {len(config.levels)} numbers, its codes have '
+      f'{shape["code"][0]}'
+    )
+  return config
+
+
+def load(source, config=None, dtype=None, sharding=None, part='all'):
+  """(graphdef, params) of the checkpoint `source`; errors as in `weights.convert`.
+
+  `part` is 'all' for `FlexTok`, or 'encoder' or 'decoder' for that alone: a search loads no
+  encoder.
+  """
+  config = config_of(source) if config is None else config
+  classes = {'all': modeling.FlexTok, 'encoder': modeling.Encoder, 'decoder': modeling.Decoder}
+  if part not in classes:
+    raise ValueError(f'part={part!r}: must be one of {tuple(classes)}')
+  rules = RULES
+  if part != 'all':
+    lead = f'{part}.'
+    mine = [(p, t[len(lead) :], op) for p, t, op in RULES if t and t.startswith(lead)]
+    rules = [*mine, (rf'(?!{part}\.).*', None, ''), *(r for r in RULES if r[1] is None)]
+  graphdef, template = weights.abstract(lambda: classes[part](config, rngs=nnx.Rngs(0)))
+  return graphdef, weights.convert(stacked(source), rules, template, dtype, sharding)
