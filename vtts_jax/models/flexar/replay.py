@@ -26,53 +26,61 @@ BRANCHES = 3  # candidates of the last token in the `topk` outputs
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """{output name: array} of one golden file; arguments as `testing.replay` passes them."""
   options = {'heads': config['num_heads'], 'eps': config['norm_eps']}
-  model = weights.merge(*convert.load(source, convert.config_of(source, **options)))
-  tokens = jnp.asarray(inputs['token_ids'], jnp.int32)[:, None]  # [B, 1, T]
-  out = {}
+  graphdef, params = convert.load(source, convert.config_of(source, **options))
+  t5, encoder = (), ()
   if config['conditioning'] == 'text':
-    ctx, out = _text(config, source, model, inputs)
+    t5, encoder = t5_convert.load(dataclasses.replace(source.part(T5), config=config['t5']))
+  inputs = {name: jnp.asarray(value, jnp.int32) for name, value in inputs.items()}
+
+  @jax.jit
+  def run(params, encoder, inputs):
+    return _run(config, weights.merge(graphdef, params), encoder and weights.merge(t5, encoder),
+                inputs)  # fmt: skip
+
+  return {name: np.asarray(value) for name, value in run(params, encoder, inputs).items()}
+
+
+def _run(config, model, t5, inputs):
+  tokens, scale = inputs['token_ids'][:, None], config['cfg_factor']  # [B, 1, T]
+  if t5:
+    ctx, out = _text(config, model, t5, inputs)
     after = ctx
   else:
-    labels = jnp.asarray(inputs['class_ids'], jnp.int32)
+    labels, out = inputs['class_ids'], {}
     ctx, after = (
       model.class_context(jnp.stack([labels, jnp.full_like(labels, null)], 1)) for null in (-1, 0)
     )
   fed = jnp.pad(tokens[..., :-1], ((0, 0), (0, 0), (1, 0)))
   places = jnp.broadcast_to(jnp.arange(fed.shape[-1]), fed.shape)
   out['input_embeddings'] = model.embed(ctx, fed, places)[:, 0, :, 0]
-  forced = jax.jit(lambda ctx, tokens: model.logits(model.prefill(ctx, tokens)[0])[:, 0])
-  logits = forced(ctx, tokens)  # [B, T, C, V]
+  logits = _forced(model, ctx, tokens)
   out['logits_cond'], out['logits_uncond'] = logits[:, :, 0], logits[:, :, 1]
-  out['logits_cfg'] = guided = guide(logits, config['cfg_factor'])
-  step = jax.jit(lambda *args: _next(model, *args))
-  greedy = lambda *args: _greedy(step, model, ctx, after, config['gen_tokens'], *args)
-  for kind, scale in (('cfg', config['cfg_factor']), ('nocfg', None)):
-    for name, k in (('greedy', 1), ('topk', BRANCHES)):
-      out[f'{name}_{kind}_ids'], out[f'{name}_{kind}_logprob'] = greedy(tokens[..., :0], scale, k)
-  ids, logp = greedy(tokens[..., :3], config['cfg_factor'], 1)
+  out['logits_cfg'] = guided = guide(logits, scale)
+  prompt = [jax.tree.map(lambda x: x[:, :1], c) for c in (ctx, after)]
+  for kind, contexts in (('cfg', (ctx, after)), ('nocfg', prompt)):
+    for name, ids, logp in _greedy(model, *contexts, tokens[..., :0], config['gen_tokens'], scale):
+      out[f'{name}_{kind}_ids'], out[f'{name}_{kind}_logprob'] = ids, logp
+  (_, ids, logp), _ = _greedy(model, ctx, after, tokens[..., :3], config['gen_tokens'], scale)
   out['greedy_prefix3_cfg_ids'], out['greedy_prefix3_cfg_logprob'] = ids, logp
-  best = guide(forced(ctx, out['greedy_cfg_ids'][:, None]), config['cfg_factor'])
+  best = guide(_forced(model, ctx, out['greedy_cfg_ids'][:, None]), scale)
   best = jax.lax.top_k(best, 2)[0]
   out['greedy_cfg_top1_minus_top2'] = best[..., 0] - best[..., 1]
   for name, filters in (('topk7', {'top_k': 7}), ('topp0.6', {'top_p': 0.6})):
     kept = sampling.adjust(guided[:, -1:], temperature=0.8, **filters)
     out[f'probs_temp0.8_{name}'] = jax.nn.softmax(kept, -1)
-  return {name: np.asarray(value) for name, value in out.items()}
+  return out
 
 
-def _text(config, source, model, inputs):
+def _text(config, model, t5, inputs):
   """Context of the prompts and the empty text, and the outputs of the text side."""
-  t5 = dataclasses.replace(source.part(T5), config=config['t5'])
-  encoder = weights.merge(*t5_convert.load(t5))
   batch = len(inputs['text_ids'])
-  states, masks = {}, {}
-  for name in ('text', 'uncond_text'):
-    ids, masks[name] = (jnp.asarray(inputs[f'{name}_{x}'], jnp.int32) for x in ('ids', 'mask'))
-    states[name] = jax.jit(encoder.__call__)(ids, masks[name])
-  both = lambda x: jnp.stack(
-    [x['text'], jnp.broadcast_to(x['uncond_text'], (batch, *x['uncond_text'].shape[1:]))], 1
+  states = {n: t5(inputs[f'{n}_ids'], inputs[f'{n}_mask']) for n in ('text', 'uncond_text')}
+  both = lambda prompts, empty: jnp.stack(
+    [prompts, jnp.broadcast_to(empty, (batch, *empty.shape[1:]))], 1
   )
-  ctx = jax.jit(model.text_context)(both(states), both(masks))
+  ctx = model.text_context(
+    both(*states.values()), both(inputs['text_mask'], inputs['uncond_text_mask'])
+  )
   bias = jnp.maximum(ctx['bias'][:, 0], -1)  # the files hold -1 for -inf
   return ctx, {
     't5_last_hidden': states['text'],
@@ -82,39 +90,43 @@ def _text(config, source, model, inputs):
   }
 
 
-def _next(model, ctx, cache, ids, t):
-  """Logits `[B, C, V]` of token t of `ids [B, 1, T]`, and the cache."""
-  fed = jax.lax.dynamic_slice_in_dim(ids, jnp.maximum(t - 1, 0), 1, 2)
-  hidden, cache = model.step(ctx, cache, fed, t)
-  return model.logits(hidden)[:, 0, 0], cache
+def _forced(model, ctx, tokens):
+  """Logits `[B, T, C, V]` of `tokens [B, 1, T]`."""
+  return model.logits(model.prefill(ctx, tokens)[0])[:, 0]
 
 
-def _greedy(step, model, ctx, after, length, prefix, scale, k):
-  """The most probable tokens up to `length`, at the last one the k most probable as k rows.
+def _greedy(model, ctx, after, prefix, length, scale):
+  """The most probable tokens after `prefix [B, 1, T0]` up to `length`, from the cache.
 
   Args:
     ctx, after: contexts of the first token and of those after it.
-    prefix: `[B, 1, T0]`. scale: of guidance, or None for the prompt's stream alone.
 
   Returns:
-    ids `[B * k, length]` and the summed log-probability `[B * k, 1]` of those drawn here.
+    (name, ids `[B * k, length]`, summed log-probability `[B * k, 1]` of those drawn here) for
+    'greedy', k = 1, and 'topk', where the last token branches into its k most probable.
   """
-  if scale is None:
-    ctx, after = (jax.tree.map(lambda x: x[:, :1], c) for c in (ctx, after))
   batch, _, known = prefix.shape
   ids = jnp.pad(prefix, ((0, 0), (0, 0), (0, length - known)))
-  new_cache = lambda: model.init_cache(batch, 1, ctx['start'].shape[1], length)
-  cache, logp = new_cache(), jnp.zeros((batch, 1))
-  for t in range(known):
-    _, cache = step(ctx, cache, ids, t)
-  for t in range(known, length):
-    logits, cache = step(ctx if t == known else after, cache, ids, t)
-    if t == known and after is not ctx:
-      cache = new_cache()
-      for u in range(t + 1):
-        _, cache = step(after, cache, ids, u)
-    logits = guide(logits, scale)
-    last = jax.lax.top_k(logits, k if t == length - 1 else 1)[1]
-    logp = logp + sampling.log_prob(logits[:, None], last)
-    ids = jnp.repeat(ids, last.shape[1], 1).at[:, :, t].set(last)
-  return ids.reshape(-1, length), logp.reshape(-1, 1)
+  logits = guide(_forced(model, ctx, ids)[:, known], scale)  # [B, V]
+
+  def choose(ids, logp, logits, t, k=1):
+    best = jax.lax.top_k(logits, k)[1]
+    put = lambda ids, best: jax.lax.dynamic_update_slice_in_dim(ids, best, t, 2)
+    return put(jnp.repeat(ids, k, 1), best[..., None]), logp + sampling.log_prob(
+      logits[:, None], best
+    )
+
+  def step(carry, t):
+    ids, logp, cache = carry
+    fed = jax.lax.dynamic_slice_in_dim(ids, t - 1, 1, 2)
+    hidden, cache = model.step(after, cache, fed, t)
+    logits = guide(model.logits(hidden)[:, 0, 0], scale)
+    return (*choose(ids, logp, logits, t), cache), (ids, logp, logits)
+
+  ids, logp = choose(ids, jnp.zeros((batch, 1)), logits, known)
+  cache = model.prefill(after, ids)[1]
+  _, before = jax.lax.scan(step, (ids, logp, cache), jnp.arange(known + 1, length))
+  last = jax.tree.map(lambda x: x[-1], before)
+  for name, k in (('greedy', 1), ('topk', BRANCHES)):
+    ids, logp = choose(*last, length - 1, k)
+    yield name, ids.reshape(-1, length), logp.reshape(-1, 1)

@@ -10,7 +10,7 @@ from vtts_jax.models.flextok.modeling import time_features
 
 
 def _last(x):  # NCHW -> NHWC
-  return jnp.asarray(x).transpose(0, 2, 3, 1)
+  return x.transpose(0, 2, 3, 1)
 
 
 def _first(x):
@@ -28,13 +28,21 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
     qk_norm=config['qk_norm'],
     max_timestep=config['max_timestep'],
   )
-  model = weights.merge(*convert.load(source, settings))
-  encoder, decoder, levels = model.encoder, model.decoder, settings.levels
-  codes = fsq.quantize(jnp.asarray(inputs['fsq_z']), levels)
-  looked_up = fsq.codes_of(jnp.asarray(inputs['fsq_ids']), levels)
+  graphdef, params = convert.load(source, settings)
+  inputs = {
+    k: jnp.asarray(v) if v.dtype.kind == 'f' else jnp.asarray(v, jnp.int32)
+    for k, v in inputs.items()
+  }
+  run = lambda params, inputs: _run(config, weights.merge(graphdef, params), inputs)
+  return {name: np.asarray(value) for name, value in jax.jit(run)(params, inputs).items()}
+
+
+def _run(config, model, inputs):
+  encoder, decoder, levels = model.encoder, model.decoder, model.config.levels
   latents, noise = _last(inputs['latents']), _last(inputs['noise'])
-  unquantized = jax.jit(encoder.unquantized)(latents)
-  ids = fsq.ids_of(fsq.quantize(unquantized, levels), levels)
+  unquantized = encoder.unquantized(latents)
+  codes, looked_up = fsq.quantize(inputs['fsq_z'], levels), fsq.codes_of(inputs['fsq_ids'], levels)
+  ids = encoder(latents)
   out = {
     'fsq_codes': codes,
     'fsq_indices': fsq.ids_of(codes, levels),
@@ -42,32 +50,27 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
     'fsq_codes_to_ids': fsq.ids_of(looked_up, levels),
     'enc_patch_tokens': encoder.project(latents),
     'enc_fsq_input': unquantized,
-    'enc_codes': fsq.codes_of(ids, levels),
+    'enc_codes': fsq.quantize(unquantized, levels),
     'enc_token_ids': ids,
   }
-  t = jnp.asarray(inputs['timesteps'])
-  full, some = decoder.condition(ids), decoder.condition(ids, jnp.asarray(inputs['keep_k']))
+  t, scale = inputs['timesteps'], config['guidance_scale']
+  full, some = decoder.condition(ids), decoder.condition(ids, inputs['keep_k'])
+  out['time_freq_embedding'] = time_features(t, model.config.max_timestep)
   null = jnp.broadcast_to(decoder.null(), full.shape)
-  velocity = jax.jit(decoder.__call__)
   for name, registers in (('full', full), ('trunc', some), ('uncond', null)):
-    out[f'vel_{name}'] = _first(velocity(noise, t, registers))
-  out['time_freq_embedding'] = time_features(t, settings.max_timestep)
-  scale = config['guidance_scale']
-  runs = {
-    'noguide': (full, 1.0, False),
-    'cfg': (full, scale, False),
-    'apg': (full, scale, True),
-    'apg_trunc': (some, scale, True),
-  }
-  for name, (registers, guidance, projected) in runs.items():
-    run = jax.jit(
-      lambda r, x, g=guidance, p=projected: flow.sample(decoder, r, x, config['sample_steps'], g, p)
-    )
-    out[f'sample_{name}'] = _first(run(registers, noise))
-  cond, uncond = ([_last(x) for x in inputs[f'pred_{n}']] for n in ('cond', 'uncond'))
-  out['cfg_step'] = _first(flow.cfg(cond[-1], uncond[-1], scale))
+    out[f'vel_{name}'] = _first(decoder(noise, t, registers))
+  for name, registers, guidance, projected in (
+    ('noguide', full, 1.0, False),
+    ('cfg', full, scale, False),
+    ('apg', full, scale, True),
+    ('apg_trunc', some, scale, True),
+  ):
+    latents = flow.sample(decoder, registers, noise, config['sample_steps'], guidance, projected)
+    out[f'sample_{name}'] = _first(latents)
   momentum = 0.0
-  for i in range(2):
-    guided, momentum = flow.apg(cond[i], uncond[i], scale, momentum)
+  for i, (cond, uncond) in enumerate(zip(inputs['pred_cond'], inputs['pred_uncond'])):
+    cond, uncond = _last(cond), _last(uncond)
+    guided, momentum = flow.apg(cond, uncond, scale, momentum)
     out[f'apg_step{i + 1}'] = _first(guided)
-  return {name: np.asarray(value) for name, value in out.items()}
+    out['cfg_step'] = _first(flow.cfg(cond, uncond, scale))  # the file holds the last one
+  return out
