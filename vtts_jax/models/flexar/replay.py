@@ -9,6 +9,7 @@ stream of guidance is class 0.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 
 from vtts_jax import sampling, weights
 from vtts_jax.models.flexar import convert
-from vtts_jax.models.flexar.modeling import guide
+from vtts_jax.models.flexar.modeling import FlexAR, guide
 from vtts_jax.models.t5 import convert as t5_convert
 
 T5 = 'models.text_encoder.t5_embedder.model.'
@@ -26,77 +27,86 @@ BRANCHES = 3  # candidates of the last token in the `topk` outputs
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """{output name: array} of one golden file; arguments as `testing.replay` passes them."""
   options = {'heads': config['num_heads'], 'eps': config['norm_eps']}
-  graphdef, params = convert.load(source, convert.config_of(source, **options))
-  t5, encoder = (), ()
-  if config['conditioning'] == 'text':
-    t5, encoder = t5_convert.load(dataclasses.replace(source.part(T5), config=config['t5']))
+  run = Runner(*convert.load(source, convert.config_of(source, **options)))
   inputs = {name: jnp.asarray(value, jnp.int32) for name, value in inputs.items()}
-
-  @jax.jit
-  def run(params, encoder, inputs):
-    return _run(config, weights.merge(graphdef, params), encoder and weights.merge(t5, encoder),
-                inputs)  # fmt: skip
-
-  return {name: np.asarray(value) for name, value in run(params, encoder, inputs).items()}
-
-
-def _run(config, model, t5, inputs):
-  tokens, scale = inputs['token_ids'][:, None], config['cfg_factor']  # [B, 1, T]
-  if t5:
-    ctx, out = _text(config, model, t5, inputs)
+  tokens, scale, length = inputs['token_ids'][:, None], config['cfg_factor'], config['gen_tokens']
+  if config['conditioning'] == 'text':
+    t5 = dataclasses.replace(source.part(T5), config=config['t5'])
+    ctx, out = _text(config, run, t5, inputs)
     after = ctx
   else:
     labels, out = inputs['class_ids'], {}
     ctx, after = (
-      model.class_context(jnp.stack([labels, jnp.full_like(labels, null)], 1)) for null in (-1, 0)
+      run.class_context(jnp.stack([labels, jnp.full_like(labels, null)], 1)) for null in (-1, 0)
     )
   fed = jnp.pad(tokens[..., :-1], ((0, 0), (0, 0), (1, 0)))
   places = jnp.broadcast_to(jnp.arange(fed.shape[-1]), fed.shape)
-  out['input_embeddings'] = model.embed(ctx, fed, places)[:, 0, :, 0]
-  logits = _forced(model, ctx, tokens)
+  out['input_embeddings'] = run.embed(ctx, fed, places)[:, 0, :, 0]
+  logits = run.forced(ctx, tokens)[0]
   out['logits_cond'], out['logits_uncond'] = logits[:, :, 0], logits[:, :, 1]
   out['logits_cfg'] = guided = guide(logits, scale)
   prompt = [jax.tree.map(lambda x: x[:, :1], c) for c in (ctx, after)]
   for kind, contexts in (('cfg', (ctx, after)), ('nocfg', prompt)):
-    for name, ids, logp in _greedy(model, *contexts, tokens[..., :0], config['gen_tokens'], scale):
+    for name, ids, logp in _greedy(run, *contexts, tokens, 0, length, scale):
       out[f'{name}_{kind}_ids'], out[f'{name}_{kind}_logprob'] = ids, logp
-  (_, ids, logp), _ = _greedy(model, ctx, after, tokens[..., :3], config['gen_tokens'], scale)
+  (_, ids, logp), _ = _greedy(run, ctx, after, tokens, 3, length, scale)
   out['greedy_prefix3_cfg_ids'], out['greedy_prefix3_cfg_logprob'] = ids, logp
-  best = guide(_forced(model, ctx, out['greedy_cfg_ids'][:, None]), scale)
-  best = jax.lax.top_k(best, 2)[0]
+  ids = tokens.at[:, 0, :length].set(out['greedy_cfg_ids'])
+  best = jax.lax.top_k(guide(run.forced(ctx, ids)[0], scale)[:, :length], 2)[0]
   out['greedy_cfg_top1_minus_top2'] = best[..., 0] - best[..., 1]
   for name, filters in (('topk7', {'top_k': 7}), ('topp0.6', {'top_p': 0.6})):
     kept = sampling.adjust(guided[:, -1:], temperature=0.8, **filters)
     out[f'probs_temp0.8_{name}'] = jax.nn.softmax(kept, -1)
-  return out
+  return {name: np.asarray(value) for name, value in out.items()}
 
 
-def _text(config, model, t5, inputs):
+class Runner:
+  """The model's methods, each compiled once for a shape."""
+
+  def __init__(self, graphdef, params):
+    def compiled(call):
+      run = jax.jit(lambda params, *args: call(weights.merge(graphdef, params), *args))
+      return lambda *args: run(params, *args)
+
+    def forced(model, ctx, tokens):
+      """Logits `[B, T, C, V]` of `tokens [B, 1, T]`, and the cache."""
+      hidden, cache = model.prefill(ctx, tokens)
+      return model.logits(hidden)[:, 0], cache
+
+    def step(model, ctx, ids, cache, t):
+      """Logits `[B, C, V]` of token t of `ids [B, 1, T]`, and the cache."""
+      fed = jax.lax.dynamic_slice_in_dim(ids, t - 1, 1, 2)
+      hidden, cache = model.step(ctx, cache, fed, t)
+      return model.logits(hidden)[:, 0, 0], cache
+
+    self.forced, self.step = compiled(forced), compiled(step)
+    self.embed, self.text_mlp = compiled(FlexAR.embed), compiled(lambda m, x: m.text_mlp(x))
+    self.text_context = compiled(FlexAR.text_context)
+    self.class_context = compiled(FlexAR.class_context)
+
+
+def _text(config, run, t5, inputs):
   """Context of the prompts and the empty text, and the outputs of the text side."""
   batch = len(inputs['text_ids'])
-  states = {n: t5(inputs[f'{n}_ids'], inputs[f'{n}_mask']) for n in ('text', 'uncond_text')}
-  both = lambda prompts, empty: jnp.stack(
-    [prompts, jnp.broadcast_to(empty, (batch, *empty.shape[1:]))], 1
+  graphdef, params = t5_convert.load(t5)
+  encoder = jax.jit(lambda params, *args: weights.merge(graphdef, params)(*args))
+  ids, mask = (
+    jnp.concatenate([inputs[f'text_{x}'], inputs[f'uncond_text_{x}']]) for x in ('ids', 'mask')
   )
-  ctx = model.text_context(
-    both(*states.values()), both(inputs['text_mask'], inputs['uncond_text_mask'])
-  )
+  states = encoder(params, ids, mask)
+  pairs = np.stack([np.arange(batch), np.full(batch, batch)], 1)  # the prompt, the empty text
+  ctx, projected = run.text_context(states[pairs], mask[pairs]), run.text_mlp(states)
   bias = jnp.maximum(ctx['bias'][:, 0], -1)  # the files hold -1 for -inf
   return ctx, {
-    't5_last_hidden': states['text'],
-    'text_embeddings_projected': model.text_mlp(states['text']),
-    'uncond_text_embeddings_projected': model.text_mlp(states['uncond_text']),
+    't5_last_hidden': states[:batch],
+    'text_embeddings_projected': projected[:batch],
+    'uncond_text_embeddings_projected': projected[batch:],
     'text_attn_bias': jnp.broadcast_to(bias[:, None], (batch, config['num_tokens'], bias.shape[1])),
   }
 
 
-def _forced(model, ctx, tokens):
-  """Logits `[B, T, C, V]` of `tokens [B, 1, T]`."""
-  return model.logits(model.prefill(ctx, tokens)[0])[:, 0]
-
-
-def _greedy(model, ctx, after, prefix, length, scale):
-  """The most probable tokens after `prefix [B, 1, T0]` up to `length`, from the cache.
+def _greedy(run, ctx, after, tokens, known, length, scale):
+  """The most probable tokens after `known` of `tokens [B, 1, T]` up to `length`.
 
   Args:
     ctx, after: contexts of the first token and of those after it.
@@ -105,28 +115,26 @@ def _greedy(model, ctx, after, prefix, length, scale):
     (name, ids `[B * k, length]`, summed log-probability `[B * k, 1]` of those drawn here) for
     'greedy', k = 1, and 'topk', where the last token branches into its k most probable.
   """
-  batch, _, known = prefix.shape
-  ids = jnp.pad(prefix, ((0, 0), (0, 0), (0, length - known)))
-  logits = guide(_forced(model, ctx, ids)[:, known], scale)  # [B, V]
+  ids = jnp.where(jnp.arange(tokens.shape[-1]) < known, tokens, 0)
+  logp, cache = jnp.zeros((len(ids), 1)), None
+  for t in range(known, length):
+    if t == known:
+      logits = run.forced(ctx, ids)[0][:, t]
+    else:
+      cache = run.forced(after, ids)[1] if cache is None else cache
+      logits, cache = run.step(after, ids, cache, t)
+    logits = guide(logits, scale)
+    rows = [_put(ids, logp, logits, t, k) for k in ((1, BRANCHES) if t == length - 1 else (1,))]
+    ids, logp = rows[0]
+  return [
+    (name, ids[..., :length].reshape(-1, length), logp.reshape(-1, 1))
+    for name, (ids, logp) in zip(('greedy', 'topk'), rows)
+  ]
 
-  def choose(ids, logp, logits, t, k=1):
-    best = jax.lax.top_k(logits, k)[1]
-    put = lambda ids, best: jax.lax.dynamic_update_slice_in_dim(ids, best, t, 2)
-    return put(jnp.repeat(ids, k, 1), best[..., None]), logp + sampling.log_prob(
-      logits[:, None], best
-    )
 
-  def step(carry, t):
-    ids, logp, cache = carry
-    fed = jax.lax.dynamic_slice_in_dim(ids, t - 1, 1, 2)
-    hidden, cache = model.step(after, cache, fed, t)
-    logits = guide(model.logits(hidden)[:, 0, 0], scale)
-    return (*choose(ids, logp, logits, t), cache), (ids, logp, logits)
-
-  ids, logp = choose(ids, jnp.zeros((batch, 1)), logits, known)
-  cache = model.prefill(after, ids)[1]
-  _, before = jax.lax.scan(step, (ids, logp, cache), jnp.arange(known + 1, length))
-  last = jax.tree.map(lambda x: x[-1], before)
-  for name, k in (('greedy', 1), ('topk', BRANCHES)):
-    ids, logp = choose(*last, length - 1, k)
-    yield name, ids.reshape(-1, length), logp.reshape(-1, 1)
+@functools.partial(jax.jit, static_argnames='k')
+def _put(ids, logp, logits, t, k):
+  """The k most probable tokens at t, as rows `[B, k, T]`, and their log-probability `[B, k]`."""
+  best = jax.lax.top_k(logits, k)[1]
+  ids = jax.lax.dynamic_update_slice_in_dim(jnp.repeat(ids, k, 1), best[..., None], t, 2)
+  return ids, logp + sampling.log_prob(logits[:, None], best)
