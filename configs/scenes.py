@@ -12,6 +12,7 @@ What comes out: runs/scenes-<what>-<hash>/ with report.html, curve.png, grid.png
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vtts_jax.components import defaults
 
@@ -63,6 +64,7 @@ def get_config(arg: str = 'demo') -> ConfigDict:
     'batch': 24,
     'render_chunk': 4,  # x 24 prompts: 96 pictures fit a core's cache, 1,536 do not (12 x slower)
     'mode': 'fused',
+    'stop': placeholder(float),  # a score at which a prompt's search ends
     'budget': {'generator': 0.0, 'render': 0.0, 'verify': 0.0, 'flops': 0.0},
     'traces': 6,
   }

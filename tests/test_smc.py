@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from vtts_jax import components, core, run, select, step
-from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.search.smc import PRESETS, SMC
 from vtts_jax.testing import laws, toys
 
@@ -113,11 +112,7 @@ def test_particles_follow_the_tilted_distribution(potential, ess):
 
 @pytest.mark.parametrize('gen', [toys.Tokens(), toys.Flow()], ids=['tokens', 'flow'])
 def test_no_strength_is_best_of_n(gen):
-  prompts = ['a', 'bb', 'ccc']
-  bon = run.search(BestOfN(n=5), gen, toys.Target(), NONE, prompts, KEY, trace=True)
-  smc = SMC(particles=5, size=2, strength=0.0)
-  found = run.search(smc, gen, toys.Target(), NONE, prompts, KEY, trace=True)
-  laws.same(found.steps[-1].shown, bon.steps[-1].shown, 'the particles')
+  laws.law_particles_are_best_of_n(gen, toys.Target(), ['a', 'bb', 'ccc'], KEY, size=2)
 
 
 def test_infinite_strength_copies_the_best_alone():

@@ -274,7 +274,7 @@ def test_what_a_prompt_did_not_need_is_not_on_its_bill():
 
   gen, ver = toys.Tokens(), toys.Target()
   algo = Beam(width=2, branch=3, schedule='linear', size=2)
-  arm = study.Arm('x', gen, ver, algo, ver, 'fused', 0, 0, core.Cost())
+  arm = study.Arm('x', gen, ver, algo, ver, 'fused', 0, 0, np.inf, core.Cost())
   texts = [e['prompt'] for e in toys.prompts(10)]
   args = (algo, gen, ver, {'generator': {}, 'verifier': {}}, texts, jax.random.key(0))
   full, _, _, totals = study.snapshots(arm, run.search(*args, trace=True))

@@ -38,6 +38,7 @@ class Arm:
   mode: str
   batch: int
   render_chunk: int
+  stop: float
   cost: Cost
 
 
@@ -68,7 +69,9 @@ def arms(config: Mapping[str, Any]) -> list[Arm]:
     except ConfigError as err:
       raise ConfigError(f'arm {name}: {err}' if name else str(err)) from None
     mode, batch, chunk = (settings[k] for k in ('mode', 'batch', 'render_chunk'))
-    made.append(Arm(name or 'main', gen, ver, algo, measure, mode, batch, chunk, cost))
+    stop = settings.get('stop')
+    stop = float('inf') if stop is None else float(stop)
+    made.append(Arm(name or 'main', gen, ver, algo, measure, mode, batch, chunk, stop, cost))
   return made
 
 
@@ -237,6 +240,7 @@ def _batch(config, arm, seed, batch, size, mesh, metric, store):
     mode=arm.mode,
     batch=size,
     render_chunk=arm.render_chunk,
+    stop=arm.stop,
     trace=True,
   )
   costs, states, stages, totals = snapshots(arm, result)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from vtts_jax import components, core
-from vtts_jax.search import policies, settings, tree
+from vtts_jax.search import policies, settings, simulate, tree
 from vtts_jax.search.rules import Rule
 
 RULES = {
@@ -31,7 +31,7 @@ RULES = {
   'gumbel': policies.Gumbel,
   'dts': policies.DTS,
 }
-ROLLOUT, NOISE, FINISH = core.CHILD - 3, core.CHILD - 4, core.CHILD - 5  # folded into keys
+ROLLOUT, NOISE, FINISH, COMMIT = (core.CHILD - i for i in range(3, 7))  # folded into keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,9 @@ class MCTS(core.Algorithm):
     rule: how a slot is selected: 'puct' (AlphaZero's constants), 'alphago', 'uct', 'gumbel' or
       'dts'.
     rule_settings: settings of the rule's class in `policies.py`, as pairs; a mapping in a config.
-    commit: after so many simulations the root moves to its most visited child, and what is below
-      that stays; 0 for never.
+    commit: after so many simulations the root moves to a child, and what is below that stays; 0 for
+      never.
+    temperature: the child is drawn by visits ** (1 / temperature); 0 takes the most visited.
     mix: share of the rollout in a leaf's value; below 1 the generator needs a value head.
     rollout: 'policy', or 'small' for the generator's small rollout policy.
     greedy: whether rollouts take the most likely stage or draw.
@@ -62,6 +63,7 @@ class MCTS(core.Algorithm):
   rule: str = 'puct'
   rule_settings: tuple[tuple[str, object], ...] = ()
   commit: int = 0
+  temperature: float = 0.0
   mix: float = 1.0
   rollout: str = 'policy'
   greedy: bool = False
@@ -75,6 +77,7 @@ class MCTS(core.Algorithm):
     ):  # fmt: skip
       settings.integer(name, getattr(self, name), low)
     settings.number('mix', self.mix, 0, 1)
+    settings.number('temperature', self.temperature, 0)
     settings.one_of('rollout', self.rollout, ('policy', 'small'))
     settings.flag('greedy', self.greedy)
     for name in ('simulations', 'commit'):
@@ -206,7 +209,8 @@ class MCTS(core.Algorithm):
     grown = tree.backup(grown, self._rule(), paths, value)
     if self.commit:
       after = (step.index * self.leaves) % self.commit == 0
-      action = self._rule().best(*tree.at_root(grown, self._rule()))
+      keys = core.fold(core.fold(prompt, COMMIT), step.index) if self.temperature else None
+      action = simulate.root_summary(grown, self._rule(), keys, self.temperature).action
       moved = tree.stir(tree.commit(grown, action), self._rule(), self._noise(prompt, step.index))
       pick = lambda a, b: jnp.where(after, a, b)
       grown = grown._replace(

@@ -16,6 +16,7 @@ from vtts_jax import core, run, step
 from vtts_jax.core import Cost
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.search.smc import SMC
 
 TOLERANCE = 2e-5
 
@@ -327,3 +328,13 @@ def law_beam_is_best_of_n(gen, ver, prompts, key, n: int = 6, **settings) -> Non
   beam = run.search(Beam(width=n, branch=1, **settings), gen, ver, params, prompts, key, trace=True)
   ends = [np.sort(r.steps[-1].totals, axis=1) for r in (bon, beam)]
   same(ends[1], ends[0], 'the final candidates')
+
+
+def law_particles_are_best_of_n(gen, ver, prompts, key, n: int = 5, **settings) -> None:
+  """Particles of no strength (an infinite temperature) are the n samples of best-of-n."""
+  params = parameters(gen, ver)
+  bon = run.search(BestOfN(n=n), gen, ver, params, prompts, key, trace=True)
+  smc = SMC(particles=n, strength=0.0, **settings)
+  found = run.search(smc, gen, ver, params, prompts, key, trace=True)
+  same(found.steps[-1].shown, bon.steps[-1].shown, 'the particles at the end')
+  same(found.steps[-1].totals, bon.steps[-1].totals, 'their totals')
