@@ -25,7 +25,12 @@ import numpy as np
 from vtts_jax import weights
 
 FLOOR, FACTOR = 1e-4, 20
-FAMILIES = {'autoencoderkl': 'autoencoder_kl', 'flexar': 'flexar', 'flextok': 'flextok'}
+FAMILIES = {  # "model" of a fixture -> folder of models/
+  'autoencoderkl': 'autoencoder_kl',
+  'flexar': 'flexar',
+  'flextok': 'flextok',
+  't5': 't5',
+}
 
 
 class Line(NamedTuple):
@@ -52,7 +57,8 @@ def read(path: str):
     ValueError: no fixture, or one without `config` or outputs.
   """
   try:
-    with np.load(path) as file:  # never a pickle: the default of numpy
+    # never a pickle: the default of numpy; the handle is ours, as numpy forgets it on an error
+    with open(path, 'rb') as handle, np.load(handle) as file:
       data = {name: file[name] for name in file.files}
     config = json.loads(str(data.pop('config')))
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -83,12 +89,12 @@ def compare(name: str, want: np.ndarray, have, number: float | None) -> Line:
   have = np.asarray(have)
   if have.shape != want.shape:
     return Line(name, want.shape, np.nan, tolerance, False, f'shape {have.shape}')
-  gap = np.abs(have.astype(np.float64) - want.astype(np.float64))
-  # where both are the same infinity (masks) the difference of them is no number
-  gap = np.where(have == want, 0.0, gap)
-  difference = float(gap.max(initial=0.0))
+  with np.errstate(invalid='ignore'):  # of two equal infinities, as in masks
+    gap = np.abs(have.astype(np.float64) - want.astype(np.float64))
+  difference = float(np.where(have == want, 0.0, gap).max(initial=0.0))
+  ok = np.array_equal(have, want) if exact else difference <= tolerance  # nan is not
   note = '' if exact or number is not None else 'no number in tolerances.json'
-  return Line(name, want.shape, difference, tolerance, bool(difference <= tolerance), note)
+  return Line(name, want.shape, difference, tolerance, bool(ok), note)
 
 
 def replay(path: str) -> list[Line]:
@@ -106,8 +112,7 @@ def replay(path: str) -> list[Line]:
   with jax.default_matmul_precision('highest'):
     have = model.replay(config, source, inputs)
   numbers = tolerances(path) or {}
-  with np.errstate(invalid='ignore'):
-    return [compare(k, v, have.get(k), numbers.get(k)) for k, v in outputs.items()]
+  return [compare(k, v, have.get(k), numbers.get(k)) for k, v in outputs.items()]
 
 
 def main(paths: Sequence[str]) -> int:

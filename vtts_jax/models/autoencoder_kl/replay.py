@@ -1,5 +1,6 @@
 """Golden files of the family `autoencoderkl`: their arrays are NCHW, ours NHWC."""
 
+import jax
 import numpy as np
 
 from vtts_jax import weights
@@ -12,14 +13,17 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
   options = {'_class_name': 'AutoencoderKL', **config['params']}  # constructor arguments
   settings = convert.config_of(source, options=options)
   graphdef, template = weights.abstract(lambda: modeling.build(settings))
-  model = weights.merge(graphdef, weights.convert(source, convert.rules(), template))
+  params = weights.convert(source, convert.rules(), template)
+  encode = jax.jit(lambda p, x: weights.merge(graphdef, p).encode(x))
+  decode = jax.jit(lambda p, x: weights.merge(graphdef, p).decode(x))
   inside = lambda x: x.transpose(0, 2, 3, 1)
   outside = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
   latents = inside(inputs['latents'])
-  mean, log_variance = model.encode(inside(inputs['images']))
+  mean, log_variance = encode(params, inside(inputs['images']))
+  model = weights.merge(graphdef, params)
   return {
-    'decoded': outside(model.decode(latents)),
-    'decoded_scaled': outside(model.decode(model.unscale(latents))),
+    'decoded': outside(decode(params, latents)),
+    'decoded_scaled': outside(decode(params, model.unscale(latents))),
     'posterior_mean': outside(mean),
     'posterior_logvar': outside(log_variance),
     'mode_scaled': outside(model.scale(mean)),

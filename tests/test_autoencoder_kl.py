@@ -1,0 +1,123 @@
+"""AutoencoderKL: sizes, options, what its loader reads and says."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vtts_jax import weights
+from vtts_jax.core import ConfigError
+from vtts_jax.models.autoencoder_kl import convert, modeling
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden/autoencoderkl_c16.npz'
+
+
+@pytest.mark.parametrize(
+  ('name', 'channels', 'size'),
+  [
+    ('sd1', 4, 83_653_863),
+    ('sdxl', 4, 83_653_863),
+    ('flextok_vae_c4', 4, 83_653_863),
+    ('flextok_vae_c8', 8, 83_709_419),
+    ('flextok_vae_c16', 16, 83_821_011),
+    ('sd3', 16, 83_819_683),
+    ('flux', 16, 83_819_683),
+  ],
+)
+def test_released_sizes(name, channels, size):
+  config = modeling.RELEASED[name]
+  assert (config.latent_channels, config.downscale) == (channels, 8)
+  graphdef, template = weights.abstract(lambda: modeling.build(config))
+  assert weights.size(template) == size
+  run = lambda p, x: weights.merge(graphdef, p).decode(x)
+  shape = jax.eval_shape(run, template, jax.ShapeDtypeStruct((2, 32, 32, channels), jnp.float32))
+  assert shape.shape == (2, 256, 256, 3)
+
+
+@pytest.fixture
+def tensors():
+  with np.load(GOLDEN) as file:
+    return {k[7:]: file[k] for k in file.files if k.startswith('params/')}
+
+
+OPTIONS = {'_class_name': 'AutoencoderKL', 'norm_num_groups': 4}
+
+
+def test_config_decides_then_keys(tensors):
+  config = convert.config_of(weights.arrays(tensors, OPTIONS))
+  assert config == modeling.Config(
+    latent_channels=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+    use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.18215,
+  )  # fmt: skip
+  said = {'norm_num_groups': 4, 'shift_factor': 0.5}
+  bare = convert.config_of(weights.arrays(tensors, said))
+  assert bare == dataclasses.replace(config, scaling_factor=None, shift_factor=0.5)
+  model = weights.merge(*convert.load(weights.arrays(tensors, said)))
+  with pytest.raises(ConfigError, match='scaling_factor=None'):
+    model.unscale(jnp.zeros((1, 2, 2, 16)))
+
+
+def test_scale_and_back():
+  config = modeling.Config(scaling_factor=2.0, shift_factor=0.5)
+  model = weights.merge(*weights.abstract(lambda: modeling.build(config)))
+  assert model.scale(1.0) == 1.0 and model.unscale(1.0) == 1.0
+  assert model.scale(3.0) == 5.0 and model.unscale(5.0) == 3.0
+
+
+def test_decoder_alone(tensors):
+  source = weights.arrays(tensors, OPTIONS)
+  whole = weights.merge(*convert.load(source))
+  graphdef, params = convert.load(source, encoder=False)
+  half = weights.merge(graphdef, params)
+  assert not any(k.startswith('encoder') for k in weights.flatten(params))
+  rest = {k: v for k, v in weights.flatten(weights.split(whole)[1]).items() if k[:7] == 'decoder'}
+  assert rest.keys() == weights.flatten(params).keys()
+  for key, value in weights.flatten(params).items():
+    np.testing.assert_array_equal(value, rest[key])
+  with pytest.raises(ConfigError, match='encoder=False'):
+    half.encode(jnp.zeros((1, 4, 4, 3)))
+  with pytest.raises(ConfigError, match=r'image size=\(5, 4\): multiples of 2'):
+    whole.encode(jnp.zeros((1, 5, 4, 3)))
+
+
+@pytest.mark.parametrize('convolutions', [False, True])
+def test_old_attention_names(tensors, convolutions):
+  names = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}
+  old = {}
+  for key, value in tensors.items():
+    for new, name in names.items():
+      if f'attentions.0.{new}.' in key:
+        key = key.replace(f'.{new}.', f'.{name}.')
+        value = value[:, :, None, None] if convolutions and value.ndim == 2 else value
+    old[key] = value
+  assert any('proj_attn' in key for key in old)
+  new, old = (convert.load(weights.arrays(t, OPTIONS))[1] for t in (tensors, old))
+  jax.tree.map(np.testing.assert_array_equal, new, old)
+
+
+def test_posterior():
+  mean, spread = jnp.full((20_000, 1, 1, 1), 2.0), jnp.full((20_000, 1, 1, 1), jnp.log(9.0))
+  drawn = modeling.sample(jax.random.key(0), mean, spread)
+  assert abs(drawn.mean() - 2) < 0.1 and abs(drawn.std() - 3) < 0.1
+  np.testing.assert_allclose(
+    modeling.divergence(mean, spread)[0], 0.5 * (4 + 9 - 1 - np.log(9.0)), rtol=1e-6
+  )
+
+
+def test_what_is_wrong_is_said(tensors):
+  with pytest.raises(ValueError, match='has no AutoencoderKL'):
+    convert.load(weights.arrays({'x': np.zeros(1)}))
+  for options, say in (
+    ({'_class_name': 'AutoencoderTiny'}, "_class_name='AutoencoderTiny'"),
+    ({'act_fn': 'relu'}, "act_fn='relu': allowed is 'silu'"),
+    ({'down_block_types': ['DownEncoderBlock2D', 'AttnDownEncoderBlock2D']}, 'down_block_types='),
+    ({'norm_num_groups': 5}, r'block_out_channels=\(8, 16\): .* norm_num_groups=5'),
+    ({'block_out_channels': []}, 'at least one block'),
+  ):
+    with pytest.raises(ConfigError, match=say):
+      convert.config_of(weights.arrays(tensors), options=options)
+  with pytest.raises(ValueError, match=r'wanted by the model: quant_conv\.kernel'):
+    convert.load(weights.arrays(tensors, OPTIONS | {'use_quant_conv': True}))

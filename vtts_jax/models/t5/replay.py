@@ -1,0 +1,20 @@
+"""Golden files of the family `t5` (tests/golden): ids and mask in, hidden states out."""
+
+import jax
+import numpy as np
+
+from vtts_jax import weights
+from vtts_jax.models.t5 import convert, modeling
+
+
+def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """`last_hidden` of `ids` under `mask`, and `last_hidden_unmasked`."""
+  settings = convert.config_of(source, options=config['params'])
+  graphdef, template = weights.abstract(lambda: modeling.build(settings))
+  params = weights.convert(source, convert.RULES, template)
+  encode = jax.jit(lambda p, *args: weights.merge(graphdef, p)(*args))
+  ids, mask = inputs['ids'], inputs['mask']
+  return {
+    'last_hidden': np.asarray(encode(params, ids, mask)),
+    'last_hidden_unmasked': np.asarray(encode(params, ids)),
+  }
