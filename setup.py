@@ -19,6 +19,9 @@ setup(
     'optax',
     'orbax-checkpoint',
     'safetensors',
+    'transformers',  # tokenizers and configs
+    'huggingface_hub',
+    'pyyaml',
     'ml_collections',
     'absl-py',
     'etils[epath]',
@@ -30,7 +33,7 @@ setup(
   ],
   extras_require={
     'test': ['pytest', 'pytest-xdist', 'hypothesis', 'scipy', 'ruff', 'mctx'],
-    'parity': ['torch', 'transformers'],
+    'parity': ['torch', 'transformers', 'diffusers'],
     'tpu': ['jax[tpu]'],
   },
   entry_points={'console_scripts': ['vtts = vtts_jax.main:cli']},

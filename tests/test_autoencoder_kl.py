@@ -16,25 +16,31 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden/autoencoderkl_c16.npz'
 
 
 @pytest.mark.parametrize(
-  ('name', 'channels', 'size'),
+  ('names', 'channels', 'size'),
   [
-    ('sd1', 4, 83_653_863),
-    ('sdxl', 4, 83_653_863),
-    ('flextok_vae_c4', 4, 83_653_863),
-    ('flextok_vae_c8', 8, 83_709_419),
-    ('flextok_vae_c16', 16, 83_821_011),
-    ('sd3', 16, 83_819_683),
-    ('flux', 16, 83_819_683),
+    (('sd1', 'sdxl', 'flextok_vae_c4'), 4, 83_653_863),
+    (('flextok_vae_c8',), 8, 83_709_419),
+    (('flextok_vae_c16',), 16, 83_821_011),
+    (('sd3', 'flux'), 16, 83_819_683),
   ],
 )
-def test_released_sizes(name, channels, size):
-  config = modeling.RELEASED[name]
+def test_released_sizes(names, channels, size):
+  configs = [modeling.RELEASED[name] for name in names]
+  no_factor = {
+    dataclasses.replace(config, scaling_factor=None, shift_factor=0.0) for config in configs
+  }
+  assert len(no_factor) == 1  # of one size, they differ in their factors only
+  config = configs[0]
   assert (config.latent_channels, config.downscale) == (channels, 8)
+  assert weights.size(weights.abstract(lambda: modeling.build(config))[1]) == size
+
+
+def test_released_shapes():
+  config = dataclasses.replace(modeling.RELEASED['flextok_vae_c16'], encoder=False)
   graphdef, template = weights.abstract(lambda: modeling.build(config))
-  assert weights.size(template) == size
   run = lambda p, x: weights.merge(graphdef, p).decode(x)
-  shape = jax.eval_shape(run, template, jax.ShapeDtypeStruct((2, 32, 32, channels), jnp.float32))
-  assert shape.shape == (2, 256, 256, 3)
+  out = jax.eval_shape(run, template, jax.ShapeDtypeStruct((2, 32, 32, 16), jnp.float32))
+  assert out.shape == (2, 256, 256, 3)
 
 
 @pytest.fixture
