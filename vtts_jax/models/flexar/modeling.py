@@ -224,7 +224,7 @@ class FlexAR(nnx.Module):
       self.classes = _table(rngs, c.classes, c.width)
     else:
       self.text_mlp = TextMLP(c, rngs=rngs)
-    self.blocks = stack(lambda: Block(c, rngs=rngs), c.layers)
+    self.blocks = stack(lambda rngs: Block(c, rngs=rngs), c.layers, rngs)
     self.norm = Norm(c.width, c.norm, c.eps) if c.post_norm else None
     self.head = _linear(c.width, c.codes, False, rngs)
 

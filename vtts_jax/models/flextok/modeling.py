@@ -194,7 +194,7 @@ class Encoder(nnx.Module):
     self.patch = _linear(c.patch**2 * c.channels, D, rngs, bias=True)
     self.places = _table(rngs, c.grid, c.grid, D)
     self.registers = _table(rngs, c.registers, D) if c.registers else None
-    self.blocks = stack(lambda: Block(D, 0, c, rngs=rngs), c.encoder_layers)
+    self.blocks = stack(lambda rngs: Block(D, 0, c, rngs=rngs), c.encoder_layers, rngs)
     self.to_code = _linear(D, len(c.levels), rngs, bias=True)
 
   def project(self, latents):
@@ -237,7 +237,7 @@ class Decoder(nnx.Module):
     self.places = _table(rngs, c.grid, c.grid, D)
     self.time_in = _linear(FREQUENCIES, D, rngs, bias=True)
     self.time_out = _linear(D, D, rngs, bias=True)
-    self.blocks = stack(lambda: Block(D, c.streams, c, rngs=rngs), c.decoder_layers)
+    self.blocks = stack(lambda rngs: Block(D, c.streams, c, rngs=rngs), c.decoder_layers, rngs)
     self.last = _linear(D, 2 * D, rngs, bias=True)
     self.to_patch = _linear(D, c.patch**2 * c.channels, rngs, bias=True)
 

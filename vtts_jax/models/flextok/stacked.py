@@ -11,17 +11,17 @@ import dataclasses
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 LAYER = re.compile(r'\bblocks\.(\d+)\.')
 
 
-def stack(build, layers: int) -> nnx.Module:
-  """`layers` modules made by `build()` as one whose parameters are `[L, ...]`."""
-  parts = [nnx.split(build()) for _ in range(layers)]
-  return nnx.merge(parts[0][0], jax.tree.map(lambda *x: jnp.stack(x), *(s for _, s in parts)))
+def stack(build, layers: int, rngs: nnx.Rngs) -> nnx.Module:
+  """`layers` modules made by `build(rngs)` as one whose parameters are `[L, ...]`."""
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+  one = lambda key: nnx.split(build(nnx.Rngs(params=key)))[1]
+  return nnx.merge(graphdef, jax.vmap(one)(jax.random.split(rngs.params(), layers)))
 
 
 def scan(blocks: nnx.Module, body, carry, xs=None):
