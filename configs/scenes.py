@@ -3,7 +3,8 @@
     vtts run --config=configs/scenes.py:demo          accuracy rising with budget, 1 min, 2 cores
     vtts run --config=configs/scenes.py:study         token orders x searches, 3 seeds
     vtts run --config=configs/scenes.py:verifiers     each verifier searched on and measured with
-    vtts run --config=configs/scenes.py:beam          one search: bon, beam, lookahead or uniform
+    vtts run --config=configs/scenes.py:beam          one search: bon, beam, lookahead, uniform,
+                                                      smc, rollover, mcts or halving
     vtts run --config=configs/scenes.py:beam,2d       the same on grid tokens
     vtts run --config=configs/scenes.py:study,runlocal   anything, shrunk to a minute
 
@@ -35,8 +36,19 @@ def beam(**settings):
 SINGLE = {
   'bon': BON,
   'beam': beam(),
-  'lookahead': beam(lookahead=-1),
+  'lookahead': beam(branch=4, lookahead=-1),
   'uniform': beam(schedule='fixed'),
+  'smc': {'search': {'name': 'search.smc', 'anneal': 'increasing', 'lookahead': -1}},
+  'rollover': {'search': {'name': 'search.rollover'}},
+  'mcts': {'search': {'name': 'search.mcts', 'simulations': 32, 'size': 8, 'greedy': True}},
+  'halving': {
+    'search': {
+      'name': 'search.halving',
+      'inner': {'name': 'search.beam', 'width': 1, 'branch': 4},
+      'rungs': ({'keep': 0.5}, {'look': -1}),
+      'least': 1,
+    }
+  },
 }
 
 

@@ -10,7 +10,7 @@ import importlib
 import pathlib
 from typing import Any
 
-from vtts_jax.core import ConfigError
+from vtts_jax.core import Algorithm, ConfigError, Generator, Verifier
 
 FOLDERS = ('generators', 'verifiers', 'search')
 
@@ -78,6 +78,7 @@ def describe(name: str) -> str:
   cls = _class_of(name)
   lines = [module(name, 'build').__doc__ or '', 'Settings:']
   lines += [f'  {key} = {value!r}' for key, value in settings_of(cls).items()]
+  lines += [f'  {f.name}: required' for f in dataclasses.fields(cls) if _required(f)]
   return '\n'.join([*lines, '', cls.__doc__ or ''])
 
 
@@ -88,21 +89,26 @@ def defaults(name: str, **settings) -> dict[str, Any]:
 
 def _class_of(name: str):
   found = module(name, 'build')
+  roles = (Generator, Verifier, Algorithm)
   return next(
     c
     for c in vars(found).values()
-    if dataclasses.is_dataclass(c) and c.__module__ == found.__name__
+    if isinstance(c, type) and issubclass(c, roles) and c.__module__ == found.__name__
   )
 
 
 def settings_of(cls) -> dict[str, Any]:
-  """Names and defaults of a component's settings."""
-  return {f.name: f.default for f in dataclasses.fields(cls)}
+  """Names and defaults of a component's settings, those without a default left out."""
+  return {f.name: f.default for f in dataclasses.fields(cls) if not _required(f)}
+
+
+def _required(field) -> bool:
+  return field.default is dataclasses.MISSING
 
 
 def build_dataclass(cls, **settings):
   """A component from its settings; lists become tuples, an unknown setting is a `ConfigError`."""
-  known = settings_of(cls)
+  known = [field.name for field in dataclasses.fields(cls)]
   made = {}
   for name, value in settings.items():
     if name not in known:
