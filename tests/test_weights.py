@@ -171,6 +171,14 @@ def test_truncated_file(tmp_path):
       weights.open_source(tmp_path)
 
 
+def test_unknown_dtype(tmp_path):
+  header = json.dumps({'x': {'dtype': 'F8_E4M3', 'shape': [2], 'data_offsets': [0, 2]}}).encode()
+  path = tmp_path / 'model.safetensors'
+  path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(2))
+  with pytest.raises(ValueError, match='x has dtype F8_E4M3; allowed are F64, F32'):
+    weights.open_source(path)
+
+
 def test_missing_shard_and_broken_index(tmp_path):
   shards(tmp_path, tensors())
   second = tmp_path / 'model-00002-of-00002.safetensors'
@@ -199,6 +207,7 @@ def test_folders_without_weights(tmp_path):
     save_file({'x': np.zeros(1)}, tmp_path / f'{name}.safetensors')
   with pytest.raises(ValueError, match='name one: a.safetensors, b.safetensors'):
     weights.open_source(tmp_path)
+  assert weights.open_source(tmp_path, file='b.safetensors').names() == ['x']
   save_file({'y': np.zeros(1)}, tmp_path / 'diffusion_pytorch_model.safetensors')
   save_file({'z': np.zeros(1)}, tmp_path / 'diffusion_pytorch_model.fp16.safetensors')
   assert weights.open_source(tmp_path).names() == ['y']
@@ -268,6 +277,8 @@ def test_hub_from_the_local_cache_without_a_network(tmp_path, template, monkeypa
     assert source.identity == f'owner/toy@{commit}'
     check(weights.convert(source, RULES, template), values)
   assert weights.open_source('owner/toy').names() == ['x']
+  save_file({'y': np.zeros(1)}, folder / 'ae.safetensors')
+  assert weights.open_source('owner/toy', file='ae.safetensors').names() == ['y']
   with pytest.raises(FileNotFoundError, match=r'owner/toy@v2.*not in the local hub cache'):
     weights.open_source('owner/toy@v2')
   with pytest.raises(FileNotFoundError, match='owner/other'):
@@ -281,10 +292,10 @@ def test_hub_downloads_what_the_cache_lacks(tmp_path, monkeypatch):
 
   def download(name, *, revision, allow_patterns, local_files_only=False):
     asked.append((name, revision, local_files_only, tuple(allow_patterns)))
-    if local_files_only:
-      raise FileNotFoundError('not cached')
     folder = tmp_path / ('b' * 40)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    if local_files_only:  # an earlier visit left the config alone
+      return str(folder)
     save_file({'x': np.zeros(1)}, folder / 'model.safetensors')
     return str(folder)
 

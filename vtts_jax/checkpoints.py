@@ -103,7 +103,10 @@ def arrays(values: Mapping[str, np.ndarray], config=None, where='arrays') -> Sou
 
 
 def open_source(
-  place: str | os.PathLike, revision: str | None = None, subfolder: str | None = None
+  place: str | os.PathLike,
+  revision: str | None = None,
+  subfolder: str | None = None,
+  file: str | None = None,
 ) -> Source:
   """Opens a safetensors file, a local folder, or a repository of the hub.
 
@@ -113,6 +116,7 @@ def open_source(
       pinned one works without a network.
     revision: commit, tag or branch; an unpinned repository logs the commit to pin.
     subfolder: folder inside `place`, for example `vae`.
+    file: the one to take where a folder has several, for example `ae.safetensors`.
 
   Raises:
     FileNotFoundError: no such file, folder or repository; a shard that the index names is missing;
@@ -122,9 +126,9 @@ def open_source(
   place, identity = os.fspath(place), ''
   if not os.path.exists(place) and re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', place):
     name, _, pinned = place.partition('@')
-    place, identity = _hub(name, revision or pinned or None, subfolder)
-  if subfolder:
-    place = os.path.join(place, subfolder)
+    place, identity = _hub(name, revision or pinned or None, subfolder or '', file)
+  for part in (subfolder, file):
+    place = os.path.join(place, part) if part else place
   if os.path.isdir(place):
     files, index = _files(place)
   elif os.path.isfile(place):
@@ -139,17 +143,18 @@ def open_source(
 # ----------------------------------------------------------------------------------------- the hub
 
 
-def _hub(name, revision, subfolder):
+def _hub(name, revision, subfolder, file):
   """(local folder, identity) of a snapshot; the cache first, then the network."""
   import huggingface_hub
 
-  lead = f'{subfolder}/' if subfolder else ''
-  allow = [lead + p for p in PATTERNS]
+  wanted = PATTERNS if file is None else (file, *PATTERNS[2:])
+  allow = [os.path.join(subfolder, pattern) for pattern in wanted]
   options = {'revision': revision, 'allow_patterns': allow}
   try:
     folder = huggingface_hub.snapshot_download(name, local_files_only=True, **options)
-    _files(os.path.join(folder, subfolder or ''))  # a cached config alone is not the weights
-  except Exception:  # not cached, or not wholly; the hub's errors have many classes
+  except Exception:  # not cached; the hub's errors have many classes
+    folder = None
+  if folder is None or not _whole(os.path.join(folder, subfolder), file):
     try:
       folder = huggingface_hub.snapshot_download(name, **options)
     except Exception as error:
@@ -162,6 +167,16 @@ def _hub(name, revision, subfolder):
   if revision is None:
     logging.warning('%s is not pinned: write %s@%s', name, name, commit)
   return folder, f'{name}@{commit}'
+
+
+def _whole(folder, file):
+  """Whether a cached snapshot has the weights: the hub also keeps ones with a config alone."""
+  if file is not None:
+    return os.path.isfile(os.path.join(folder, file))
+  try:
+    return all(os.path.isfile(path) for path in _files(folder)[0])
+  except FileNotFoundError:
+    return False
 
 
 # -------------------------------------------------------------------------------- files and headers
