@@ -64,7 +64,7 @@ def alphago() -> dict:
   arms = {
     'rollout': {'simulations': 32},
     'small rollout': {'simulations': 44, 'rollout': 'small'},
-    'value': {'simulations': 44, 'mix': 0.0, 'finish': 8},
+    'value': {'simulations': 52, 'mix': 0.0, 'finish': 8},
     'both': {'simulations': 32, 'mix': 0.5},
     'both small': {'simulations': 44, 'mix': 0.5, 'rollout': 'small'},
   }
