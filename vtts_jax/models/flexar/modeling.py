@@ -362,3 +362,28 @@ def guide(logits, scale):
     return logits[..., 0, :]
   prompt, null = logits[..., 0, :], logits[..., 1, :]
   return null + scale * (prompt - null)
+
+
+# ------------------------------------------------------------------------------------------- cost
+
+
+def flops_text(config, words) -> int:
+  """Matmul FLOPs of `text_context` for one stream of a prompt; T5 itself is not in it."""
+  c = config
+  if c.classes:
+    return 0
+  return words * (2 * c.text_width * (c.text_width + c.width) + c.layers * 4 * c.width**2)
+
+
+def flops_trunk(config, keys, words) -> int:
+  """Matmul FLOPs of one position of one stream that attends to `keys` slots and `words` words."""
+  c, D = config, config.width
+  layer = 8 * D * D + 4 * keys * D + 2 * (3 if c.ffn == 'swiglu' else 2) * D * c.hidden
+  if not c.classes:
+    layer += 4 * D * D + 4 * words * D
+  return c.layers * layer
+
+
+def flops_head(config) -> int:
+  """Matmul FLOPs of `logits` for one position of one stream."""
+  return 2 * config.width * config.codes

@@ -45,9 +45,8 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
   logits = run.forced(ctx, tokens)[0]
   out['logits_cond'], out['logits_uncond'] = logits[:, :, 0], logits[:, :, 1]
   out['logits_cfg'] = guided = guide(logits, scale)
-  prompt = [jax.tree.map(lambda x: x[:, :1], c) for c in (ctx, after)]
-  for kind, contexts in (('cfg', (ctx, after)), ('nocfg', prompt)):
-    for name, ids, logp in _greedy(run, *contexts, tokens, 0, length, scale):
+  for kind, factor in (('cfg', scale), ('nocfg', None)):
+    for name, ids, logp in _greedy(run, ctx, after, tokens, 0, length, factor):
       out[f'{name}_{kind}_ids'], out[f'{name}_{kind}_logprob'] = ids, logp
   (_, ids, logp), _ = _greedy(run, ctx, after, tokens, 3, length, scale)
   out['greedy_prefix3_cfg_ids'], out['greedy_prefix3_cfg_logprob'] = ids, logp
@@ -110,6 +109,7 @@ def _greedy(run, ctx, after, tokens, known, length, scale):
 
   Args:
     ctx, after: contexts of the first token and of those after it.
+    scale: of guidance; None for the stream of the prompt alone.
 
   Returns:
     (name, ids `[B * k, length]`, summed log-probability `[B * k, 1]` of those drawn here) for
@@ -123,7 +123,7 @@ def _greedy(run, ctx, after, tokens, known, length, scale):
     else:
       cache = run.forced(after, ids)[1] if cache is None else cache
       logits, cache = run.step(after, ids, cache, t)
-    logits = guide(logits, scale)
+    logits = logits[:, 0] if scale is None else guide(logits, scale)
     rows = [_put(ids, logp, logits, t, k) for k in ((1, BRANCHES) if t == length - 1 else (1,))]
     ids, logp = rows[0]
   return [
