@@ -43,5 +43,5 @@ def ids_of(codes, levels: tuple[int, ...]):
 def codes_of(ids, levels: tuple[int, ...]):
   """ids `[...]` -> codes `[..., Q]` float32."""
   levels, half = np.array(levels), np.array(levels) // 2
-  digits = ids[..., None] // _basis(tuple(levels)) % levels
+  digits = jnp.asarray(ids)[..., None] // _basis(tuple(levels)) % levels
   return (digits - half).astype(jnp.float32) / half
