@@ -123,6 +123,22 @@ def test_masked_words_do_not_matter():
   close(prefill()(ctx | rubbish, tokens)[0], forced()[0])
 
 
+def test_bfloat16_weights_give_bfloat16_caches_and_float32_logits():
+  graphdef, params = weights.split(small())
+  low = weights.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  states, mask = jnp.ones((B, C, W, SMALL.text_width)), jnp.ones((B, C, W))
+
+  def run(model):
+    ctx = model.text_context(states, mask)
+    hidden, cache = model.prefill(ctx, case()[2])
+    hidden, cache = model.step(ctx, cache, case()[2][..., 5:6], 6)
+    return model.logits(hidden), cache
+
+  shapes = jax.eval_shape(lambda: run(low))
+  assert shapes[0].dtype == jnp.float32
+  assert {x.dtype for x in jax.tree.leaves(shapes[1])} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_classes_and_no_class():
   model = small(classes=5)
   ctx = model.class_context(jnp.array([[3, -1], [0, -1]]))

@@ -157,6 +157,18 @@ def test_euler_steps_by_hand():
   assert np.abs(shared[1] - projected[1]).max() > 1e-2
 
 
+def test_bfloat16_weights_are_run_in_bfloat16_and_latents_stay_float32():
+  graphdef, params = weights.split(tok())
+  low = weights.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+
+  def run(noise):
+    registers = low.decoder.condition(low.encoder(noise))
+    return registers, flow.sample(low.decoder, registers, noise, 2)
+
+  registers, latents = jax.eval_shape(run, pictures(0))
+  assert registers.dtype == jnp.bfloat16 and latents.dtype == jnp.float32
+
+
 # ----------------------------------------------------------------------------------- grid variant
 
 

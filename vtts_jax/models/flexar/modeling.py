@@ -235,7 +235,7 @@ class FlexAR(nnx.Module):
 
     Stream 0 is the prompt, stream 1, if there is one, the empty text.
     """
-    text = self.text_mlp(states)
+    text = self.text_mlp(states.astype(self.embedding[...].dtype))
     bias = jnp.where(mask != 0, 0.0, -jnp.inf).astype(jnp.float32)
     _, kv = scan(self.blocks, lambda block, _, x: (None, block.cross_attn.keys_values(text)), None)
     k, v = (jnp.moveaxis(x, 0, 2) for x in kv)
