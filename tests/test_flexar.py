@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vtts_jax import core, weights
+from vtts_jax import checkpoints, core, weights
 from vtts_jax.models.flexar import convert, modeling
 from vtts_jax.testing import replay
 
@@ -183,6 +183,42 @@ def test_flops_are_those_of_the_compiled_program():
   trunk = modeling.flops_trunk(SMALL, SMALL.tokens, W)
   exact = trunk / SMALL.layers + modeling.flops_head(SMALL)  # XLA counts a loop body once
   assert exact < counted < 1.35 * exact  # the rest: norms, softmax, gates at a width of 16
+
+
+def header(name):
+  """What the header of a released text checkpoint says: {torch name: shape}; no array behind it."""
+  c = modeling.RELEASED[name]
+  D, F, ar = c.width, c.hidden, 'models.ar_image_model.'
+  block = {f'norm_{i}': (D,) for i in (1, 2, 3)}
+  block |= {'self_attn.qkv': (3 * D, D), 'mlp.fc1': (F, D), 'mlp.fc2': (D, F), 'mlp.fc3': (F, D)}
+  block |= {f'cross_attn.W{x}': (D, D) for x in 'qkv'}
+  for kind in ('self_attn', 'cross_attn'):
+    block |= {f'{kind}.proj': (D, D), f'{kind}.q_norm': (64,), f'{kind}.k_norm': (64,)}
+  names = {f'{ar}trunk.blocks.{i}.{k}.weight': v for i in range(c.layers) for k, v in block.items()}
+  return names | {
+    f'{ar}preprocessor.positional_embedding': (256, D),
+    f'{ar}preprocessor.sos_token_embed': (1, 1, D),
+    f'{ar}preprocessor.embedding.weight': (64000, D),
+    f'{ar}trunk.post_trunk_norm.weight': (D,),
+    f'{ar}head.linear.weight': (64000, D),
+    'models.text_encoder.mlp.fc1.weight': (2048, 2048),
+    'models.text_encoder.mlp.fc2.weight': (D, 2048),
+  }
+
+
+def test_headers_of_released_checkpoints_give_the_released_configs():
+  def read(name):
+    raise AssertionError(f'{name} was read')
+
+  for name in ('flexar_113m', 'flexar_3b'):
+    shapes = {k: (v, 'bfloat16') for k, v in header(name).items()}
+    source = checkpoints.Source('here', shapes, read)
+    assert convert.config_of(source) == modeling.RELEASED[name]
+  with pytest.raises(AssertionError, match='was read'):  # names and shapes fit: it starts to read
+    convert.load(source)
+  lost = {k: v for k, v in shapes.items() if '.7.cross_attn.Wk' not in k}
+  with pytest.raises(ValueError, match=r'here has no .*cross_attn.Wk.weight for layers \[7\]'):
+    convert.load(checkpoints.Source('here', lost, read), modeling.RELEASED[name])
 
 
 def test_errors_name_setting_value_and_what_is_allowed():

@@ -10,7 +10,7 @@ from vtts_jax import weights
 from vtts_jax.models.flexar.modeling import Config, FlexAR
 from vtts_jax.models.flextok.stacked import stacked, transposed
 
-HEAD = 64  # channels of a head where no per-head norm tells; every released model has 64
+HEAD = 64  # channels of a head where neither a per-head norm nor the config tells
 _AR = r'models\.ar_image_model\.'
 _BLOCK = _AR + r'trunk\.blocks\.\*\.'
 
@@ -52,7 +52,8 @@ def rules(config: Config):
 
 
 def config_of(source, **options) -> Config:
-  """The configuration of a checkpoint: read off the names and shapes, `options` decide.
+  """The configuration of a checkpoint: names and shapes decide, its config where they cannot
+  (`num_heads` without per-head norms), and `options` override.
 
   Args:
     source: `checkpoints.Source`, layers not stacked.
@@ -72,12 +73,15 @@ def config_of(source, **options) -> Config:
     raise ValueError(f'{source.where} is no FlexTok AR checkpoint: no {", ".join(missing)}')
   (codes, width), tokens = source.shape(table), source.shape(places)[0]
   qk_norm = f'{attention}q_norm.weight' in source
-  head = source.shape(f'{attention}q_norm.weight')[1] if qk_norm else HEAD
+  if qk_norm:
+    heads = width // source.shape(f'{attention}q_norm.weight')[1]
+  else:
+    heads = source.option('num_heads', default=width // HEAD)
   text = 'models.text_encoder.mlp.fc1.weight'
   found = {
     'width': width,
     'layers': source.shape(f'{block}mlp.fc1.weight')[0],
-    'heads': width // head,
+    'heads': heads,
     'tokens': tokens,
     'codes': codes,
     'classes': source.shape(classes)[0] if classes in source else 0,
