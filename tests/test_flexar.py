@@ -19,6 +19,7 @@ SMALL = modeling.Config(
   width=16, layers=2, heads=2, tokens=7, codes=13, text_width=8, hidden=24, qk_norm=True
 )
 B, N, C, W = 2, 3, 2, 4
+MASK = np.arange(W) < np.array([[4, 1], [2, 1]])[..., None]  # [B, C, W]
 
 
 @functools.cache
@@ -35,9 +36,8 @@ def case():
   """(model, context, tokens `[B, N, T]`) with text of different lengths."""
   rng = np.random.default_rng(0)
   states = jnp.asarray(rng.normal(size=(B, C, W, SMALL.text_width)), jnp.float32)
-  mask = np.arange(W) < np.array([[4, 1], [2, 1]])[..., None]
   tokens = jnp.asarray(rng.integers(0, SMALL.codes, (B, N, SMALL.tokens)), jnp.int32)
-  return small(), jax.jit(small().text_context)(states, jnp.asarray(mask)), tokens
+  return small(), jax.jit(small().text_context)(states, jnp.asarray(MASK)), tokens
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def test_one_pool_for_all_candidates_moves_indices_and_not_caches():
 
 def test_masked_words_do_not_matter():
   _, ctx, tokens = case()
-  rubbish = {n: jnp.where(jnp.isinf(ctx['bias'])[:, :, None, :, None], 7.0, ctx[n]) for n in 'kv'}
+  rubbish = {n: jnp.where(MASK[:, :, None, :, None], ctx[n], 7.0) for n in 'kv'}
   close(prefill()(ctx | rubbish, tokens)[0], forced()[0])
 
 
