@@ -40,7 +40,7 @@ SINGLE = {
   'uniform': beam(schedule='fixed'),
   'smc': {'search': {'name': 'search.smc', 'anneal': 'increasing', 'lookahead': -1}},
   'rollover': {'search': {'name': 'search.rollover'}},
-  'mcts': {'search': {'name': 'search.mcts', 'simulations': 32, 'size': 8, 'greedy': True}},
+  'mcts': {'search': {'name': 'search.mcts', 'simulations': 32}},
   'halving': {
     'search': {
       'name': 'search.halving',

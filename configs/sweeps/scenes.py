@@ -41,7 +41,7 @@ ALGORITHMS = {  # a new one is a line here; the second argument is the setting t
     'search.smc', 'particles', (4, 8), preset='best', size=4, lookahead=-1, strength=2.0
   ),
   'rollover': sweep.over('search.rollover', 'quota', (2, 4), size=4),
-  'mcts': sweep.over('search.mcts', 'simulations', (16, 32), slots=8, size=8, greedy=True),
+  'mcts': sweep.over('search.mcts', 'simulations', (16, 32)),
 }
 AT_ONE = {  # for the sweep over verifiers: each algorithm at one budget
   'best-of-n': sweep.over('search.best_of_n', 'n', (64,)),
@@ -60,13 +60,13 @@ def alphago() -> dict:
   """Leaves worth a value head, a rollout (of the policy or of the small one) or both, at about the
   same FLOPs (AlphaGo's ablation, Silver et al. 2016, figure 4)."""
   ahead = {'value_of': 'scenes_clip_a', 'rollout_policy': 'small'}
-  tree = {'name': 'search.mcts', 'slots': 8, 'size': 8, 'greedy': True}
+  tree = {'name': 'search.mcts'}
   arms = {
     'rollout': {'simulations': 32},
-    'small rollout': {'simulations': 44, 'rollout': 'small'},
-    'value': {'simulations': 52, 'mix': 0.0, 'finish': 8},
+    'small rollout': {'simulations': 48, 'rollout': 'small'},
+    'value': {'simulations': 60, 'mix': 0.0, 'finish': 8},
     'both': {'simulations': 32, 'mix': 0.5},
-    'both small': {'simulations': 44, 'mix': 0.5, 'rollout': 'small'},
+    'both small': {'simulations': 48, 'mix': 0.5, 'rollout': 'small'},
   }
   return {name: {'generator': ahead, 'search': tree | own} for name, own in arms.items()}
 

@@ -43,8 +43,8 @@ class MCTS(core.Algorithm):
     leaves: of these, how many a step; they avoid each other by virtual loss.
     slots: continuations that a node may have.
     size: stages from a node to its children.
-    rule: how a slot is selected: 'puct' (AlphaZero's constants), 'alphago', 'uct', 'gumbel' or
-      'dts'.
+    rule: how a slot is selected: 'puct' (AlphaZero's constants, which explore little where the prior
+      is uniform), 'alphago', 'uct', 'gumbel' or 'dts'.
     rule_settings: settings of the rule's class in `policies.py`, as pairs; a mapping in a config.
     commit: after so many simulations the root moves to a child, and what is below that stays; 0 for
       never.
@@ -58,15 +58,15 @@ class MCTS(core.Algorithm):
 
   simulations: int = 64
   leaves: int = 4
-  slots: int = 8
+  slots: int = 16
   size: int = 4
-  rule: str = 'puct'
+  rule: str = 'gumbel'
   rule_settings: tuple[tuple[str, object], ...] = ()
   commit: int = 0
   temperature: float = 0.0
   mix: float = 1.0
   rollout: str = 'policy'
-  greedy: bool = False
+  greedy: bool = True
   finish: int = 0
   initial: int = 0
 
@@ -207,6 +207,7 @@ class MCTS(core.Algorithm):
     closed = stage >= gen.num_stages
     grown = tree.expand(grown, paths, embedding, uniform, value, zero, zero + 1, closed)
     grown = tree.backup(grown, self._rule(), paths, value)
+    grown = self._retire(gen, grown)
     if self.commit:
       after = (step.index * self.leaves) % self.commit == 0
       keys = core.fold(core.fold(prompt, COMMIT), step.index) if self.temperature else None
@@ -220,6 +221,18 @@ class MCTS(core.Algorithm):
         logits=pick(moved.logits, grown.logits),
       )
     return told._replace(inner=(prompt, grown))
+
+  def _retire(self, gen, grown):
+    """No sample is looked at twice: slots below which all is finished are not tried again."""
+    below = lambda done: (grown.child >= 0) & jnp.take_along_axis(
+      done[:, :, None], jnp.maximum(grown.child, 0), axis=1
+    )
+    done = grown.embedding[2] >= gen.num_stages
+    for _ in range(-(-(gen.num_stages - self.initial) // self.size) - 1):
+      done |= below(done).all(-1)
+    grown = grown._replace(logits=jnp.where(below(done), -jnp.inf, grown.logits))
+    nodes = jnp.broadcast_to(jnp.arange(grown.raw.shape[1]), grown.raw.shape)
+    return tree.prepare(grown, self._rule(), nodes)
 
   def _noise(self, prompt, index):
     return core.fold(core.fold(prompt, NOISE), index)

@@ -313,7 +313,7 @@ def backup(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
       q=tree.q.at[edge].set(reward + discount * value, mode='drop'),
       pending=tree.pending.at[edge].set(0, mode='drop') if leaves > 1 else tree.pending,
     )
-    return _prepare(tree, rule, nodes), above, c - 1
+    return prepare(tree, rule, nodes), above, c - 1
 
   state = tree, jnp.zeros_like(values), paths.length.max() // size
   return jax.lax.while_loop(lambda s: s[2] >= 0, levels, state)[0]
@@ -375,7 +375,7 @@ def _row(tree, rule, nodes) -> Row:
   )
 
 
-def _prepare(tree, rule, nodes):
+def prepare(tree, rule, nodes):
   """Evaluates the rule at nodes `[B, ...]` and keeps what it says in `best`."""
   slot = rule.choose(_row(tree, rule, nodes))
   rows = jnp.arange(nodes.shape[0]).reshape(-1, *(1,) * (nodes.ndim - 1))
@@ -393,7 +393,7 @@ def _touch(tree, rule, one: Paths):
     depth = c * LEVELS + jnp.arange(LEVELS)
     edge = _edge(tree, nodes, (depth > 0) & (depth <= one.length[:, None]))
     tree = tree._replace(pending=tree.pending.at[edge].add(1, mode='drop'))
-    return _prepare(tree, rule, nodes), c - 1
+    return prepare(tree, rule, nodes), c - 1
 
   state = tree, one.length.max() // LEVELS
   return jax.lax.while_loop(lambda s: s[1] >= 0, levels, state)[0]
