@@ -34,46 +34,68 @@ def test_children_of_the_root_are_the_continuations_of_its_keys():
 def test_what_is_tried_gets_better():
   """The mean score of the leaves rises over the search, and above that of plain samples."""
   prompts = [f'p{i}' for i in range(32)]
-  algo = mcts.build(simulations=96, leaves=4, size=1, rule_settings={'fraction': 0.0})
+  algo = mcts.build(
+    simulations=96,
+    leaves=4,
+    size=1,
+    slots=8,
+    rule='puct',
+    greedy=False,
+    rule_settings={'fraction': 0.0},
+  )
   means = [s.totals.mean() for s in run.search(algo, GEN, VER, NONE, prompts, KEY).steps]
   drawn = run.search(BestOfN(n=97), GEN, VER, NONE, prompts, KEY).steps[0].totals
   assert np.mean(means[1:5]) < np.mean(means[9:13]) < np.mean(means[21:])
   assert np.mean(means[21:]) > drawn.mean() + 0.5 * drawn.std()
 
 
-def test_commit_moves_the_root_and_keeps_what_is_below():
-  algo = mcts.build(simulations=24, leaves=4, size=2, slots=3, commit=8)
-  ctx = GEN.encode({}, GEN.tokenize(PROMPTS))
+def trees(algo, gen=GEN):
+  """The tree after each step, at first of the root alone; a score is how near tokens are to 3."""
+  ctx = gen.encode({}, gen.tokenize(PROMPTS))
   prompt_keys = core.prompt_keys(KEY, jnp.arange(3))
-  told = algo.init(GEN, {}, ctx, prompt_keys, jnp.zeros((3, 0), jnp.int32))
+  told = algo.init(gen, {}, ctx, prompt_keys, jnp.zeros((3, 0), jnp.int32))
   best = core.Best((), jnp.zeros(3), {}, jnp.zeros(3))
   state = core.SearchState(told.frontier, told.keys, told.scores, best, told.inner)
-  roots = []
 
-  @jax.jit
-  def one(state, index, first):
-    cands = algo.ask(GEN, {}, ctx, state, core.Step(index, 1))
+  def one(state, step):
+    cands = algo.ask(gen, {}, ctx, state, step)
     totals = -((cands.shown.tokens - 3.0) ** 2).mean(-1)
-    told = algo.tell(GEN, {}, ctx, state, cands, totals, core.Step(index, 1))
+    told = algo.tell(gen, {}, ctx, state, cands, totals, step)
     return state._replace(inner=told.inner)
 
-  cands = algo.ask(GEN, {}, ctx, state, core.Step(0, 0))
-  told = algo.tell(GEN, {}, ctx, state, cands, jnp.zeros((3, 1)), core.Step(0, 0))
-  state = state._replace(inner=told.inner)
-  for index in range(1, 7):
-    before = state.inner[1]
-    state = one(state, jnp.int32(index), 1)
-    grown = state.inner[1]
-    roots.append(np.asarray(grown.root))
-    if index % 2 == 0:
-      rows = np.arange(3)
-      top = np.asarray(grown.counts)[rows, before.root].max(1)
+  grow = jax.jit(lambda state, index: one(state, core.Step(index, 1)))
+  state = one(state, core.Step(0, 0))
+  yield state.inner[1]
+  for index in range(1, algo.num_steps(gen)):
+    state = grow(state, jnp.int32(index))
+    yield state.inner[1]
+
+
+def test_commit_moves_the_root_and_keeps_what_is_below():
+  algo = mcts.build(simulations=24, leaves=4, size=2, slots=3, commit=8, rule='puct')
+  before, rows = None, np.arange(3)
+  for index, grown in enumerate(trees(algo)):
+    if index and index % 2 == 0:
+      open_ = np.asarray(grown.logits)[rows, before.root] > -np.inf
+      top = np.where(open_, np.asarray(grown.counts)[rows, before.root], 0).max(1)
       np.testing.assert_array_equal(np.asarray(grown.parent)[rows, grown.root], before.root)
-      np.testing.assert_array_equal(np.asarray(grown.visits)[rows, grown.root], top)
-    else:
+      left = top > 0  # else all below the root is finished
+      assert index > 4 or left.all()
+      np.testing.assert_array_equal(np.asarray(grown.visits)[rows, grown.root][left], top[left])
+    elif index:
       np.testing.assert_array_equal(grown.root, before.root)
-  stage = np.asarray(state.inner[1].embedding[2])[np.arange(3), roots[-1]]
-  assert (stage == 6).all(), 'three commits of two stages each reach the end'
+    before = grown
+  stage = np.asarray(grown.embedding[2])[rows, grown.root]
+  assert (stage >= 4).all(), 'commits move on'
+
+
+@pytest.mark.parametrize('rule', ['puct', 'uct', 'gumbel', 'dts'])
+def test_no_finished_sample_is_tried_again(rule):
+  """Two chunks of two slots each: six leaves in all, and no more however long the search."""
+  *_, grown = trees(mcts.build(simulations=6, leaves=1, size=3, slots=2, rule=rule))
+  finished = (grown.embedding[2] >= GEN.num_stages) & (jnp.arange(7) < grown.used[:, None])
+  assert (grown.used == 7).all() and (finished.sum(1) == 4).all()
+  assert (np.asarray(grown.visits)[np.asarray(finished)] == 1).all()
 
 
 def test_a_rollout_with_a_bad_score_is_the_worst():
@@ -107,7 +129,7 @@ def test_a_node_costs_bytes_not_a_cache():
   [
     ({'simulations': 6, 'leaves': 4}, 'multiple of search.leaves=4'),
     ({'rule': 'best'}, "'gumbel'"),
-    ({'rule_settings': {'cpuct': 1}}, "'fraction'"),
+    ({'rule': 'puct', 'rule_settings': {'cpuct': 1}}, "'fraction'"),
     ({'mix': 0.0}, 'search.finish=0'),
     ({'mix': 2.0}, r'in \[0, 1\]'),
     ({'rollout': 'small'}, 'has no small policy'),

@@ -62,9 +62,12 @@ ALGORITHMS = {
   'threshold': (FLOW, Rollover(quota=2, schedule='fixed', threshold=-0.05, lookahead=1)),
   'halving': (TOKENS, Halving(Beam(width=2, branch=6, schedule=(2, 4, 6)), least=2)),
   'halving-smc': (TOKENS, Halving(SMC(particles=8, size=3), HALVES, least=3)),
-  'puct': (TOKENS, MCTS(simulations=4, leaves=2, size=3, commit=2, temperature=1.0)),
-  'gumbel': (AHEAD, MCTS(simulations=6, leaves=2, rule='gumbel', mix=0.5, greedy=True)),
-  'dts': (AHEAD, MCTS(simulations=6, leaves=3, rule='dts', rollout='small', finish=2)),
+  'puct': (TOKENS, MCTS(simulations=4, leaves=2, size=3, rule='puct', commit=2, temperature=1.0)),
+  'gumbel': (AHEAD, MCTS(simulations=6, leaves=2, mix=0.5)),
+  'dts': (
+    AHEAD,
+    MCTS(simulations=6, leaves=3, rule='dts', rollout='small', greedy=False, finish=2),
+  ),
   'value': (AHEAD, MCTS(simulations=8, leaves=4, size=3, mix=0.0, finish=3)),
   'uct-flow': (FLOW, MCTS(simulations=4, leaves=2, size=1, rule='uct', slots=2)),
 }

@@ -43,8 +43,8 @@ class MCTS(core.Algorithm):
     leaves: of these, how many a step; they avoid each other by virtual loss.
     slots: continuations that a node may have.
     size: stages from a node to its children.
-    rule: how a slot is selected: 'puct' (AlphaZero's constants, which explore little where the prior
-      is uniform), 'alphago', 'uct', 'gumbel' or 'dts'.
+    rule: how a slot is selected: 'puct' (AlphaZero's constants, which explore little under a
+      uniform prior), 'alphago', 'uct', 'gumbel' or 'dts'.
     rule_settings: settings of the rule's class in `policies.py`, as pairs; a mapping in a config.
     commit: after so many simulations the root moves to a child, and what is below that stays; 0 for
       never.

@@ -186,7 +186,8 @@ class Gumbel(Rule):
     return row.logits + self.completed_q(row)
 
   def best(self, row, root):
-    return self._leader(row, root, root.since, root.since.max(-1))
+    most = jnp.where(row.logits > NEVER, root.since, -1).max(-1)
+    return self._leader(row, root, root.since, most)
 
   def _leader(self, row, root, tried, wanted):
     """The best by noise, prior and q among the slots with the wanted number of visits `[B]`."""
@@ -261,7 +262,7 @@ class DTS(Rule):
     return jnp.where(row.visits > 0, self.sharpness * row.q, -jnp.inf)
 
   def best(self, row, root):
-    return first_max(row.q, row.visits > 0)
+    return first_max(row.q, (row.visits > 0) & (row.logits > NEVER))
 
 
 def halving_table(considered: int, simulations: int) -> tuple[tuple[int, ...], ...]:

@@ -114,12 +114,13 @@ class Rule:
     """Logits `[B, K]` of the search's own policy at the root: proportional to visits."""
     total = row.visits.sum(-1, keepdims=True)
     share = jnp.where(total > 0, row.visits / jnp.maximum(total, 1), 1 / row.visits.shape[-1])
-    return jnp.log(jnp.maximum(share, TINY))
+    return jnp.where(row.logits > NEVER, jnp.log(jnp.maximum(share, TINY)), jnp.log(TINY))
 
   def best(self, row: Row, root: Root) -> jax.Array:
     """The slot to commit to `[B]`: the most visited, the better one on ties."""
-    most = row.visits == row.visits.max(-1, keepdims=True)
-    return first_max(jnp.where(row.visits > 0, row.q, NEVER), most & (row.logits > NEVER))
+    legal = row.logits > NEVER
+    most = row.visits == jnp.where(legal, row.visits, -1).max(-1, keepdims=True)
+    return first_max(jnp.where(row.visits > 0, row.q, NEVER), most & legal)
 
 
 # ----------------------------------------------------------------------------------------- pieces
