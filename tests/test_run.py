@@ -169,11 +169,12 @@ LAYERS = {
   'run': {'core', 'step', 'drivers'},
   'sharding': {'core'},
   'models': {'models', 'weights', 'data', 'core'},
-  'generators': {'core', 'components', 'sampling', 'models', 'weights', 'data'},
+  'generators': {'core', 'components', 'sampling', 'models', 'weights', 'data', 'generators'},
   'verifiers': {'core', 'components', 'select', 'models', 'weights', 'data', 'verifiers'},
   'data': {'data', 'core'},
   'metrics': {'metrics', 'data', 'core'},
-  'weights': {'core'},
+  'weights': {'core', 'checkpoints'},
+  'checkpoints': {'core'},
 }
 
 

@@ -1,6 +1,6 @@
 """How a winner came about: of each step the best candidates, their parents, the winner's ancestors.
 
-Letters: S steps, C columns (candidates shown of a step).
+Letters: S steps that showed anything, C columns (candidates shown of a step).
 """
 
 import functools
@@ -21,12 +21,13 @@ def tree(result: SearchResult, row: int) -> dict[str, np.ndarray]:
     parent's column in the step before (-1 for none or not shown); `winner [S]`, the column of the
     returned candidate's ancestor (-1 for none); `stage [S, C]`, stages done.
   """
-  steps = len(result.steps)
+  looks = _looks(result)
+  steps = len(looks)
   index, parent = np.full((2, steps, COLUMNS), -1)
   stage = np.zeros((steps, COLUMNS), np.int32)
   totals = np.full((steps, COLUMNS), -np.inf, np.float32)
   slots = {}  # frontier slot -> column of the step before
-  for s, step in enumerate(result.steps):
+  for s, step in enumerate(looks):
     kept = list(dict.fromkeys(step.kept[row].tolist()))  # these first: they have children
     others = np.argsort(-step.totals[row], kind='stable').tolist()
     order = (kept + [i for i in others if i not in kept])[:COLUMNS]
@@ -46,12 +47,17 @@ def tree(result: SearchResult, row: int) -> dict[str, np.ndarray]:
   return {'index': index, 'totals': totals, 'parent': parent, 'winner': winner, 'stage': stage}
 
 
+def _looks(result: SearchResult):
+  """The steps that showed anything (a tree search by value alone shows its last one only)."""
+  return [step for step in result.steps if step.totals.shape[1]]
+
+
 def pictures(gen, params, result: SearchResult, row: int, found) -> np.ndarray:
   """Pictures of the candidates in a tree: uint8 `[S, C, H, W, 3]`, anything where none is."""
   index = np.maximum(found['index'], 0)
   states = [
     jax.tree.map(lambda x, i=i: x[row : row + 1, i], step.shown)
-    for i, step in zip(index, result.steps)
+    for i, step in zip(index, _looks(result))
   ]
   states = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *states)
   stages = found['stage'].reshape(1, -1)
