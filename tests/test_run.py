@@ -168,7 +168,7 @@ LAYERS = {
   'drivers': {'core', 'step'},
   'run': {'core', 'step', 'drivers'},
   'sharding': {'core'},
-  'models': {'models', 'weights', 'data', 'core'},
+  'models': {'models', 'weights', 'data', 'core', 'sampling'},
   'generators': {'core', 'components', 'sampling', 'models', 'weights', 'data', 'generators'},
   'verifiers': {'core', 'components', 'select', 'models', 'weights', 'data', 'verifiers'},
   'data': {'data', 'core'},
