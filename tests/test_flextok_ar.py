@@ -56,25 +56,34 @@ class Pattern(core.Verifier):
 class Plain:
   """The models without caches or batches: one prefix at a time."""
 
-  def __init__(self, gen, params, text):
-    self.gen, self.params = gen, params
-    self.models = {n: parts.merge(c, params[n]) for n, c in gen.configs._asdict().items()}
+  def __init__(self, params):
+    configs = tiny().configs
+    self.models = {n: parts.merge(c, params[n]) for n, c in configs._asdict().items()}
+    prior, decoder, vae = (self.models[n] for n in ('prior', 'tokenizer', 'vae'))
+
+    def context(ids, mask):
+      return prior.text_context(self.models['text'](ids, mask)[None], mask[None])
+
+    def picture(ids, keep, noise):
+      latent = flow.sample(decoder, decoder.condition(ids[None], keep), noise[None], 2, 7.5)
+      return jnp.clip((vae.decode(vae.unscale(latent))[0] + 1) / 2, 0, 1)
+
+    self._context, self._picture = jax.jit(context), jax.jit(picture)
+    self._logits = jax.jit(lambda ctx, ids: prior.logits(prior.prefill(ctx, ids)[0])[0, 0])
+
+  def read(self, gen, text):
+    """Takes the prompt and the settings of what follows."""
+    self.gen = gen
     ids, mask = np.zeros((2, 2, gen.words), np.int32)
     for row, words in enumerate((parts.hash_tokenizer(text), [parts.END])):
       ids[row, : len(words)], mask[row, : len(words)] = words, 1
-    states = jnp.stack([self.models['text'](i[None], m[None])[0] for i, m in zip(ids, mask)])
-    self.ctx = self.models['prior'].text_context(states[None], mask[None])
-
-  @functools.cached_property
-  def _logits(self):
-    prior = self.models['prior']
-    return jax.jit(lambda ids: prior.logits(prior.prefill(self.ctx, ids)[0])[0, 0])
+    self.ctx = self._context(ids, mask)
 
   def logits(self, prefix):
     """Adjusted guided logits `[V]` after a list of tokens."""
     ids = np.full((1, 1, self.gen.num_stages), 7, np.int32)  # rubbish after the prefix
     ids[0, 0, : len(prefix)] = prefix
-    prompt, null = np.asarray(self._logits(ids)[len(prefix)])
+    prompt, null = np.asarray(self._logits(self.ctx, ids)[len(prefix)])
     x = (null + self.gen.scale * (prompt - null)) / self.gen.temperature
     if self.gen.top_k:
       x[np.argsort(-x)[self.gen.top_k :]] = -np.inf
@@ -85,20 +94,18 @@ class Plain:
       x[order[before >= self.gen.top_p]] = -np.inf
     return x
 
-  @functools.cached_property
-  def _picture(self):
-    decoder, vae = self.models['tokenizer'], self.models['vae']
-
-    def picture(ids, keep, noise):
-      latent = flow.sample(decoder, decoder.condition(ids[None], keep), noise[None], 2, 7.5)
-      return jnp.clip((vae.decode(vae.unscale(latent))[0] + 1) / 2, 0, 1)
-
-    return jax.jit(picture)
-
   def score(self, prefix, noise):
     ids = np.zeros(self.gen.num_stages, np.int32)
     ids[: len(prefix)] = prefix
     return float((self._picture(ids, len(prefix), noise) * PATTERN).mean())
+
+
+@functools.cache
+def models():
+  """(parameters, `Plain` of them), far from the initialisation: a token depends on all before."""
+  params = tiny().load()
+  params['prior'] = jax.tree.map(lambda x: 2 * x, params['prior'])
+  return params, Plain(params)
 
 
 def published(plain, prompt_key, marks, replace):
@@ -136,12 +143,11 @@ def published(plain, prompt_key, marks, replace):
 def test_beam_is_the_published_loop_token_by_token(replace, marks, settings):
   gen, ver = tiny(**settings), Pattern()
   beam = Beam(width=WIDTH, branch=BRANCH, roots=1, schedule=marks, replace=replace, complete=False)
-  params = laws.parameters(gen, ver)
-  # far from the initialisation, so that a token depends on all before it
-  params['generator']['prior'] = jax.tree.map(lambda x: 2 * x, params['generator']['prior'])
+  params, plain = models()
+  params = {'generator': params, 'verifier': {}}
   found = run.search(beam, gen, ver, params, PROMPTS, KEY, trace=True)
   for p, text in enumerate(PROMPTS):
-    plain = Plain(gen, params['generator'], text)
+    plain.read(gen, text)
     steps = published(plain, jax.random.fold_in(KEY, p), marks, replace)
     for step, mark, (tokens, scores, kept) in zip(found.steps, marks, steps, strict=True):
       np.testing.assert_array_equal(step.shown.tokens[p, :, :mark], tokens)
