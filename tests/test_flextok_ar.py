@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import core, run
+from vtts_jax import core, main, run, study
+from vtts_jax.data import prompts
 from vtts_jax.generators import flextok_parts as parts
 from vtts_jax.generators.flextok_ar import FlexTokAR, build
 from vtts_jax.models.flexar import modeling as flexar
@@ -255,3 +257,49 @@ def test_settings_that_cannot_run(settings, message):
 def test_prompts_that_cannot_be_read(settings, text, message):
   with pytest.raises(core.ConfigError, match=message):
     tiny(**settings).tokenize([text])
+
+
+# ----------------------------------------------------------------------------- configs and prompts
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+
+
+@pytest.mark.parametrize(
+  ('name', 'steps', 'evals'),
+  [
+    # local: 2 beams of 3 after 1, 2, 4, 8 of 8 tokens: 1 root, then 2 beams, 1 + 1 + 2 + 4 tokens
+    ('beam', 4, 1 + 2 * 7),
+    ('bon', 1, 4 * 8),
+    ('lookahead', 4, 1 + 2 * 7 + 3 * 2 + 6 * 2 + 6 * 2),
+    ('uncond', 4, 1 + 2 * 7),
+    ('uniform', 3, 0),
+  ],
+)
+def test_configs_build_and_foretell_their_bill(name, steps, evals):
+  (arm,) = study.arms(main.read_config([f'--config={CONFIGS}/flextok_{name}.py:runlocal']))
+  assert arm.algo.num_steps(arm.gen) == steps and arm.cost.generator == evals
+  published = main.read_config([f'--config={CONFIGS}/flextok_{name}.py:coco'])
+  assert published['generator']['random'] == '' and published['prompts']['count'] == 300
+
+
+def test_a_config_names_what_its_argument_may_be():
+  with pytest.raises(core.ConfigError, match='must be one of geneval, coco, file, one verifier'):
+    main.read_config([f'--config={CONFIGS}/flextok_beam.py:imagenet'])
+
+
+def test_prompts_come_from_a_file_or_the_config(tmp_path):
+  lines, objects = tmp_path / 'a.txt', tmp_path / 'b.jsonl'
+  lines.write_text('a cat\n\n two dogs \n')
+  objects.write_text('{"prompt": "a cat", "tag": "single_object"}\n')
+  assert prompts.prompts(str(lines)) == [{'prompt': 'a cat'}, {'prompt': 'two dogs'}]
+  assert prompts.prompts(str(lines), count=1) == prompts.prompts(texts=['a cat'])
+  assert prompts.prompts(str(objects))[0]['tag'] == 'single_object'
+  objects.write_text('{"prompt": "a cat"}\n{"text": "a dog"}\n')
+  for given, message in (
+    ({'path': str(objects)}, 'line 2: an object'),
+    ({'path': str(lines), 'count': 3}, 'count=3: must be in 0'),
+    ({'path': str(tmp_path / 'c.txt')}, 'no such file'),
+    ({}, 'give one of the two'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      prompts.prompts(**given)
