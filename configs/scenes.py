@@ -1,8 +1,8 @@
 """The embedded scene world: searches that run on a laptop, with no download.
 
     vtts run --config=configs/scenes.py:demo          accuracy rising with budget, 1 min, 2 cores
-    vtts run --config=configs/scenes.py:study         token orders x searches, 3 seeds
-    vtts run --config=configs/scenes.py:verifiers     each verifier searched on and measured with
+    vtts run --config=configs/scenes.py:study         token orders x searches, 3 seeds, 45 min
+    vtts run --config=configs/scenes.py:verifiers     each verifier searched on and measured, 10 min
     vtts run --config=configs/scenes.py:beam          one search: bon, beam, lookahead, uniform,
                                                       smc, rollover, mcts or halving
     vtts run --config=configs/scenes.py:beam,2d       the same on grid tokens

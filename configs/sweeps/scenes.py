@@ -10,7 +10,9 @@
 
 What comes out: runs/sweep-<what>-<order>-<hash>/ with report.html: curves, tables at equal budgets,
 the compute-optimal choice by difficulty, selection rules, fitted laws. Best-of-N runs once, at the
-largest N. Arms resume one by one: repeat the command. Many processes: --distributed (see launch/).
+largest N. On two cores a seed of `budget` takes about 15 minutes and one of `alphago` 6
+(--config.seeds='(0,)'). Arms resume one by one: repeat the command. Many processes: --distributed
+(see launch/).
 """
 
 from ml_collections import ConfigDict
