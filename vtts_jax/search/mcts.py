@@ -136,7 +136,7 @@ class MCTS(core.Algorithm):
     depth = -(-(gen.num_stages - self.initial) // self.size)
     grown, paths = tree.select(grown, self._rule(), leaves=self.leaves, depth=depth)
     above, data, begin = tree.parents(grown, paths)
-    keys = core.child_key(jax.random.wrap_key_data(data), begin, paths.action)
+    keys = core.child_key(_typed(data, state.keys), begin, paths.action)
     fat = gen.fatten(params, ctx, above, begin)
     fat = gen.extend(params, ctx, fat, keys, begin, self.size)
     leaf, stage = gen.slim(fat), jnp.minimum(begin + self.size, gen.num_stages)
@@ -165,7 +165,7 @@ class MCTS(core.Algorithm):
       node = jnp.where(counts.max(1) > 0, child, node)
     leaf, data, begin = jax.tree.map(lambda x: tree.at(x, node[:, None]), grown.embedding)
     fat = core.repeat(gen.fatten(params, ctx, leaf, begin), self.finish)
-    keys = core.fold(jax.random.wrap_key_data(data), FINISH)
+    keys = core.fold(_typed(data, state.keys), FINISH)
     keys = core.fold(jnp.broadcast_to(keys, (len(keys), self.finish)), jnp.arange(self.finish))
     count = gen.num_stages - self.initial
     fat = gen.extend(params, ctx, fat, keys, jnp.broadcast_to(begin, keys.shape), count)
@@ -202,9 +202,7 @@ class MCTS(core.Algorithm):
     worst = jnp.where(used & (grown.visits > 0), grown.raw, jnp.inf).min(1, keepdims=True)
     closed = embedding[2] >= gen.num_stages
     value = self._value(value, totals, worst, closed)
-    uniform = jnp.zeros((*value.shape, self.slots))
-    zero, stage = jnp.zeros(value.shape), embedding[2]
-    closed = stage >= gen.num_stages
+    uniform, zero = jnp.zeros((*value.shape, self.slots)), jnp.zeros(value.shape)
     grown = tree.expand(grown, paths, embedding, uniform, value, zero, zero + 1, closed)
     grown = tree.backup(grown, self._rule(), paths, value)
     grown = self._retire(gen, grown)
@@ -261,6 +259,11 @@ class MCTS(core.Algorithm):
       one += gen.cost('rollout' if self.rollout == 'small' else 'extend', self.initial, left)
     start = settings.start_cost(gen, self.initial) if step == 0 else core.Cost()
     return start + n * one, n if self.mix else 0
+
+
+def _typed(data, like):
+  """Keys of the kind of `like` from the numbers that a tree holds."""
+  return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
 
 
 def build(**given) -> MCTS:
