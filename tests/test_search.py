@@ -71,7 +71,7 @@ ALGORITHMS = {
   'value': (AHEAD, MCTS(simulations=8, leaves=4, size=3, mix=0.0, finish=3)),
   'uct-flow': (FLOW, MCTS(simulations=4, leaves=2, size=1, rule='uct', slots=2)),
 }
-SHAPES = {'rounds', 'beam', 'schedules', 'first', 'smc', 'rollover', 'puct'}  # the rest share code
+SHAPES = {'rounds', 'beam', 'smc', 'puct'}  # batches and chunks are the drivers' business
 
 
 @pytest.mark.parametrize('name', ALGORITHMS)
