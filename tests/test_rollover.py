@@ -1,6 +1,7 @@
 """Rollover budget forcing against an independent loop, threshold stopping, shrinking batches."""
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ class Calls(toys.Target):
 
   jittable = False
   rows = 6
-  seen: list = []  # noqa: RUF012
+  seen: ClassVar[list] = []
 
   def score(self, params, vctx, images, **signals):
     self.seen.append(images.shape[0])

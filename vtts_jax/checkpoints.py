@@ -240,7 +240,7 @@ def _open_files(place, files, index, identity):
   header, owner, found, stamp = {}, {}, {}, []
   for path in files:
     with open_file(path) as file:
-      for name in file.keys():  # noqa: SIM118, not a dict
+      for name in sorted(file.keys()):
         view = file.get_slice(name)
         kind = _DTYPES.get(view.get_dtype())
         if kind is None:

@@ -16,18 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax.keys import (  # noqa: F401  the vocabulary of every part: core.take, core.fold ...
-  CHILD,
-  candidate_keys,
-  child_key,
-  child_keys,
-  fold,
-  prompt_keys,
-  repeat,
-  run_stages,
-  take,
-  where,
-)
+# the vocabulary of every part: core.take, core.fold ...
+from vtts_jax.keys import CHILD as CHILD
+from vtts_jax.keys import candidate_keys as candidate_keys
+from vtts_jax.keys import child_key as child_key
+from vtts_jax.keys import child_keys as child_keys
+from vtts_jax.keys import fold as fold
+from vtts_jax.keys import prompt_keys as prompt_keys
+from vtts_jax.keys import repeat as repeat
+from vtts_jax.keys import run_stages as run_stages
+from vtts_jax.keys import take as take
+from vtts_jax.keys import where as where
 
 NEG_INF = float('-inf')
 

@@ -10,7 +10,7 @@ with warnings.catch_warnings():
   import torch
   import transformers
 
-  diffusers.AutoencoderKL, transformers.T5EncoderModel  # noqa: B018, lazy modules load here
+  LAZY = (diffusers.AutoencoderKL, transformers.T5EncoderModel)  # they load when they are named
 
 from vtts_jax import weights
 

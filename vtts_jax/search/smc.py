@@ -30,10 +30,17 @@ RESAMPLE = core.CHILD - 2  # folded into the prompt's key, with the step, for th
 PRESETS = {
   'fk': {'strength': 10.0, 'potential': 'max', 'resampler': 'multinomial', 'ess': 0.5},
   'das': {'anneal': 'increasing', 'potential': 'difference', 'resampler': 'ssp', 'ess': 0.5},
-  'svdd': {'anneal': 'infinite', 'potential': 'current', 'branch': 10, 'groups': 'particles'},
+  'svdd': {
+    'anneal': 'infinite',
+    'potential': 'current',
+    'resampler': 'multinomial',
+    'branch': 10,
+    'groups': 'particles',
+  },
   'tts_var': {
     'strength': 10.0,
     'potential': 'current',
+    'resampler': 'multinomial',
     'particles': (8, 8, 6, 6, 6, 4, 2, 2, 2, 1, 1, 1, 1),
     'diverse': (1, 4),  # before scales 2 and 5
     'resample_at': (5, 8),  # and 6 and 9
