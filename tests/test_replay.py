@@ -11,7 +11,6 @@ import pytest
 from vtts_jax.testing import replay
 
 HERE = pathlib.Path(__file__).parent / 'golden'
-SHARED = pathlib.Path(__file__).parents[2] / 'shared/golden'
 SMALL = 't5_a.npz'
 
 
@@ -19,14 +18,6 @@ SMALL = 't5_a.npz'
 def test_committed_fixtures(path):
   lines = replay.replay(str(path))
   assert lines and all(line.ok and not line.note for line in lines), '\n'.join(map(str, lines))
-
-
-def test_shared_autoencoder():
-  path = SHARED / 'autoencoderkl_a.npz'
-  if not path.exists():
-    pytest.skip('shared/golden is not beside this clone; tests/golden holds a smaller one')
-  lines = replay.replay(str(path))
-  assert len(lines) == 6 and all(line.ok for line in lines), '\n'.join(map(str, lines))
 
 
 def changed(tmp_path, change, number=True):

@@ -13,7 +13,6 @@ from vtts_jax.core import ConfigError
 from vtts_jax.models.t5 import convert, modeling
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/t5_a.npz'
-SHARED = pathlib.Path(__file__).parents[2] / 'shared/golden'
 SMALL = modeling.Config(
   vocab_size=30, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=3,
   relative_attention_num_buckets=8, relative_attention_max_distance=16,
@@ -66,9 +65,8 @@ def test_masked_tokens_are_not_seen():
 
 def test_flexar_text_encoder():
   """The T5 inside the golden files of FlexAR, under its prefix there."""
-  paths = sorted(SHARED.glob('flexar_[ac]*.npz'))
-  if not paths:
-    pytest.skip('shared/golden is not beside this clone; tests/golden/t5_a.npz is replayed')
+  paths = sorted(GOLDEN.parent.glob('flexar_[ac]*.npz'))
+  assert len(paths) == 2
   prefix = 'params/models.text_encoder.t5_embedder.model.'
   for path in paths:
     with np.load(path) as file:
