@@ -115,6 +115,17 @@ def test_no_strength_is_best_of_n(gen):
   laws.law_particles_are_best_of_n(gen, toys.Target(), ['a', 'bb', 'ccc'], KEY, size=2)
 
 
+def test_steps_that_are_not_due_weigh_nothing():
+  """The one resampling weighs by its own scores, not by the sum of all on the way."""
+  algo = SMC(particles=6, size=1, potential='current', strength=20.0, resample_at=(3,))
+  steps = run.search(algo, toys.Tokens(), toys.Target(), NONE, ['a', 'bb'], KEY).steps
+  np.testing.assert_array_equal(steps[2].kept, np.tile(np.arange(6), (2, 1)))
+  for kept, scores in zip(np.asarray(steps[3].kept), np.asarray(steps[3].totals)):
+    expected = 6 * np.asarray(jax.nn.softmax(20.0 * scores))
+    counts = np.bincount(kept, minlength=6)
+    assert (np.abs(counts - expected) < 1).all()  # the SSP resampler rounds up or down
+
+
 def test_infinite_strength_copies_the_best_alone():
   gen, ver = toys.Tokens(), toys.Target()
   algo = SMC(particles=6, size=2, anneal='infinite', potential='current', resampler='multinomial')

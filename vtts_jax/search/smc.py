@@ -80,11 +80,11 @@ class SMC(core.Algorithm):
       DAS); 'infinite', only the best is copied.
     potential: what a particle is weighed by: its score, its gain, its best or its sum.
     resampler: see `select.resample`.
-    every: resample at every so manieth step.
+    every: weigh and resample at every so manieth step, and at the last.
     ess: and only if the effective sample size is below this share of M (1: whenever weights
       differ).
-    resample_at: the steps (from 0) at which particles are resampled; empty for `every`. Where the
-      population shrinks they always are.
+    resample_at: the steps (from 0) at which particles are weighed and resampled; empty for `every`.
+      Where the population shrinks they always are.
     diverse: steps at which particles are picked by k-means++ on the verifier's features instead.
     lookahead: greedy stages before a particle is looked at; -1 to the end.
     initial: stages that are given and not drawn.
@@ -147,6 +147,7 @@ class SMC(core.Algorithm):
     for s, (mark, n) in enumerate(zip(marks, sizes)):
       after = sizes[min(s + 1, len(sizes) - 1)]
       chosen = s in self.resample_at if self.resample_at else (s + 1) % self.every == 0
+      chosen |= s == len(marks) - 1
       look = end - mark if self.lookahead < 0 else min(self.lookahead, end - mark)
       how = 'diverse' if s in self.diverse else 'resample' if chosen else 'carry'
       if how == 'carry' and (after < n or self.branch > 1):
@@ -210,7 +211,12 @@ class SMC(core.Algorithm):
     move, _, strength = self._at(gen, step)
     weights, prompt = state.inner
     last = step.index == len(self.plan(gen)) - 1
-    weights = self._weigh(core.repeat(weights, self.branch), totals, strength, last)
+    weights = core.repeat(weights, self.branch)
+    if move.how == 'carry':  # not due: particles are not weighed, but a bad score is out
+      bad = jnp.isneginf(totals)
+      weights = weights._replace(logw=jnp.where(bad, core.NEG_INF, weights.logw))
+    else:
+      weights = self._weigh(weights, totals, strength, last)
     keys = core.fold(core.fold(prompt, RESAMPLE), step.index)
     if move.how == 'diverse':
       index = select.diverse(keys, cands.features, totals > core.NEG_INF, move.after)
