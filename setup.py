@@ -32,7 +32,7 @@ setup(
     'rich',
   ],
   extras_require={
-    'test': ['pytest', 'pytest-xdist', 'hypothesis', 'scipy', 'ruff', 'mctx'],
+    'test': ['pytest', 'pytest-xdist', 'hypothesis', 'scipy', 'ruff', 'mctx', 'pillow>=13'],
     'parity': ['torch', 'transformers', 'diffusers'],
     'tpu': ['jax[tpu]'],
   },

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from vtts_jax import core, weights
-from vtts_jax.models.flextok import convert, flow, fsq, modeling, stacked
+from vtts_jax.models import stacked
+from vtts_jax.models.flextok import convert, flow, fsq, modeling
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/flextok_a.npz'
 SMALL = modeling.Config(

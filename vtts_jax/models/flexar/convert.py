@@ -8,7 +8,7 @@ from flax import nnx
 
 from vtts_jax import weights
 from vtts_jax.models.flexar.modeling import Config, FlexAR
-from vtts_jax.models.flextok.stacked import stacked, transposed
+from vtts_jax.models.stacked import stacked, transposed
 
 HEAD = 64  # channels of a head where neither a per-head norm nor the config tells
 _AR = r'models\.ar_image_model\.'

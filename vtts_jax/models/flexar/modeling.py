@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vtts_jax.core import ConfigError
-from vtts_jax.models.flextok.stacked import scan, stack
+from vtts_jax.models.stacked import scan, stack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from flax import nnx
 from vtts_jax import weights
 from vtts_jax.models.flextok import modeling
 from vtts_jax.models.flextok.modeling import Config
-from vtts_jax.models.flextok.stacked import stacked, transposed
+from vtts_jax.models.stacked import stacked, transposed
 
 _ENCODER, _DECODER = r'encoder\.module_dict\.', r'decoder\.module_dict\.'
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 from vtts_jax.core import ConfigError
 from vtts_jax.models.flextok import fsq
-from vtts_jax.models.flextok.stacked import scan, stack
+from vtts_jax.models.stacked import scan, stack
 
 EPS = 1e-5  # of every norm
 FREQUENCIES = 256  # features of a time

@@ -1,0 +1,50 @@
+"""Preprocessing inside jit against PIL."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vtts_jax import images
+from vtts_jax.core import ConfigError
+
+SIZES = [((61, 40), (24, 33)), ((40, 61), (33, 24)), ((16, 20), (37, 41)), ((9, 9), (9, 9))]
+
+
+@pytest.mark.parametrize('method', ['bilinear', 'bicubic', 'lanczos'])
+@pytest.mark.parametrize(('old', 'new'), SIZES)
+def test_resize_is_pil(method, old, new):
+  rng = np.random.default_rng(0)
+  picture = rng.integers(0, 256, (*old, 3), np.uint8)  # noise: the filters overshoot everywhere
+  want = Image.fromarray(picture).resize(new[::-1], getattr(Image.Resampling, method.upper()))
+  have = jax.jit(lambda x: images.resize(x, new, method))(picture[None] / np.float32(255))[0]
+  gap = np.abs(np.rint(np.asarray(have) * 255) - np.asarray(want, np.float32))
+  assert gap.max() <= 1 and (gap > 0).mean() < 0.02
+
+
+def test_shortest_side_crop_and_normalise():
+  picture = np.random.default_rng(1).random((2, 3, 30, 47, 3), np.float32)
+  small = images.resize_shortest(picture, 20)
+  assert small.shape == (2, 3, 20, 31, 3)
+  crop = images.center_crop(small, 15)
+  np.testing.assert_array_equal(crop, small[..., 2:17, 8:23, :])
+  np.testing.assert_allclose(
+    images.normalize(crop, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))[..., 2], (crop[..., 2] - 0.3) / 0.5,
+    rtol=1e-6,
+  )  # fmt: skip
+  with pytest.raises(ConfigError, match='crop of 40 from a picture of 30 x 47'):
+    images.center_crop(picture, 40)
+
+
+def test_what_is_no_picture_is_said():
+  good = np.full((3, 4, 4, 3), 0.5, np.float32)
+  images.check(good)
+  for value in (np.nan, 1.5, -0.1, np.inf):
+    bad = good.copy()
+    bad[1, 2, 2, 0] = value
+    with pytest.raises(ConfigError, match='picture 1 has values .* must be in'):
+      images.check(bad)
+  with pytest.raises(ConfigError, match='dtype uint8'):
+    images.check(good.astype(np.uint8))
+  with pytest.raises(ConfigError, match=r'shape \(3, 3, 4, 4\)'):
+    images.check(good.transpose(0, 3, 1, 2))
