@@ -1,4 +1,4 @@
-"""Prompts as the verifiers' text towers read them: token ids and masks, padded, cut with a warning."""
+"""Prompts as text towers read them: token ids and masks, padded, and cut with a warning."""
 
 import functools
 import zlib
