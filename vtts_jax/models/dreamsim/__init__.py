@@ -1,0 +1,1 @@
+"""DreamSim, a learned distance between pictures. See README.md beside this file."""

@@ -1,0 +1,104 @@
+"""DreamSim (Fu, Tamir et al. 2023, arXiv 2306.09344): a distance between pictures that agrees with
+people; one minus the cosine of two embeddings.
+
+The embedding puts together what several vision transformers say of a picture, each tuned by low
+rank adapters: DINO's class token as the last block leaves it (before the norm), and CLIP's and
+OpenCLIP's projected class token; its mean over the dimensions is taken off and its length made 1.
+Written from dreamsim 0.2.1 (github.com/ssundaram21/dreamsim); the branches are checked against
+`transformers` (tests/parity).
+
+Letters: R pictures · D width of a branch · E width of the embedding.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from vtts_jax import images as pictures
+from vtts_jax.core import ConfigError
+from vtts_jax.models.dino import modeling as dino
+
+SIDE = 224
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+_CLIP = {'eps': 1e-5, 'embed_norm': True, 'project': 512}
+BRANCHES = {  # in the original names
+  'dino_vitb16': dino.Config(offset=0.1),
+  'dinov2_vitb14': dino.Config(patch=14, grid=37, layer_scale=True, offset=0.1),
+  'clip_vitb16': dino.Config(**_CLIP, act='quick_gelu', offset=0.1),
+  'clip_vitb32': dino.Config(**_CLIP, patch=32, grid=7, act='quick_gelu', offset=0.1),
+  'open_clip_vitb16': dino.Config(**_CLIP, offset=0.1),
+  'open_clip_vitb32': dino.Config(**_CLIP, patch=32, grid=7, offset=0.1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The branches, `dino.Config` each, in the order of the embedding."""
+
+  branches: tuple[dino.Config, ...]
+
+  @property
+  def width(self) -> int:
+    """E."""
+    return sum(c.project or c.width for c in self.branches)
+
+
+ENSEMBLE = ('dino_vitb16', 'clip_vitb16', 'open_clip_vitb16')
+SINGLES = ('dino_vitb16', 'dinov2_vitb14', 'clip_vitb32', 'open_clip_vitb32')
+MEMBERS = {'ensemble': ENSEMBLE, **{name: (name,) for name in SINGLES}}
+RELEASED = {
+  name: Config(tuple(BRANCHES[member] for member in members)) for name, members in MEMBERS.items()
+}
+_TINY = dataclasses.replace(dino.TINY, width=8, hidden=16, eps=1e-5)
+_TINY_CLIP = dataclasses.replace(_TINY, embed_norm=True, project=6)
+TINY = Config((_TINY, dataclasses.replace(_TINY_CLIP, act='quick_gelu'), _TINY_CLIP))
+
+
+class DreamSim(nnx.Module):
+  """`__call__(images [R, 224, 224, 3] in [0, 1])` -> embeddings `[R, E]` float32 of length 1."""
+
+  def __init__(self, config: Config, *, rngs):
+    self.config = config
+    self.branches = nnx.List([dino.Dino(c, rngs=rngs) for c in config.branches])
+
+  def __call__(self, images):
+    x = jnp.concatenate([feature(branch, images) for branch in self.branches], -1)
+    x = x - x.mean(-1, keepdims=True)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def feature(branch, images):
+  """What a branch adds, `[R, D]` (of CLIP as wide as its projection) float32."""
+  if branch.project is not None:
+    return branch.features(pictures.normalize(images, CLIP_MEAN, CLIP_STD))
+  tokens = branch.trunk(branch.embed(pictures.normalize(images, dino.MEAN, dino.STD)))
+  return tokens[:, 0].astype(jnp.float32)
+
+
+def build(config: Config, seed=0) -> DreamSim:
+  """A random model; under `weights.abstract` no memory is used."""
+  return DreamSim(config, rngs=nnx.Rngs(seed))
+
+
+def prepare(images):
+  """Pictures `[..., H, W, 3]` -> `[..., 224, 224, 3]` by PIL's bicubic, proportions lost."""
+  return pictures.resize(images, (SIDE, SIDE))
+
+
+def released(name: str, setting: str) -> Config:
+  """The config called `name`, 'tiny' or a key of `RELEASED`.
+
+  Raises:
+    ConfigError: no such name; the message calls it `setting`.
+  """
+  known = {'tiny': TINY, **RELEASED}
+  if name not in known:
+    raise ConfigError(f'{setting}={name!r}: must be one of {", ".join(known)}')
+  return known[name]
+
+
+def flops(c: Config) -> int:
+  """Matmul FLOPs of an embedding."""
+  return sum(dino.flops(branch, SIDE) for branch in c.branches)
