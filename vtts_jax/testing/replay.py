@@ -27,9 +27,16 @@ from vtts_jax import weights
 FLOOR, FACTOR = 1e-4, 20
 FAMILIES = {  # "model" of a fixture -> folder of models/
   'autoencoderkl': 'autoencoder_kl',
+  'blip': 'blip',
+  'clip': 'clip',
+  'dino': 'dino',
+  'dreamsim': 'dreamsim',
   'flexar': 'flexar',
   'flextok': 'flextok',
+  'inception': 'inception',
+  'owlvit': 'owlvit',
   't5': 't5',
+  'yolos': 'yolos',
 }
 
 

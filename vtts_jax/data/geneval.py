@@ -1,0 +1,125 @@
+"""GenEval's prompts: what they ask for, read off the sentence; its classes and colours.
+
+The benchmark's prompts are a closed grammar of six templates (Ghosh et al. 2023, arXiv 2310.11513;
+github.com/djghosh13/geneval, MIT licence), so its metadata can be read off them: `parse` gives what
+`evaluation_metadata.jsonl` says in each of its 553 rows. Classes are COCO's in GenEval's words.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+
+from vtts_jax.core import ConfigError
+from vtts_jax.data import prompts
+
+COLOURS = (
+  'red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown', 'black', 'white',
+)  # fmt: skip
+RELATIONS = ('left of', 'right of', 'above', 'below')
+NUMBERS = ('two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
+TAGS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
+CLASSES = {  # name -> number in COCO's annotations, 1 .. 90 with gaps
+  'person': 1, 'bicycle': 2, 'car': 3, 'motorcycle': 4, 'airplane': 5, 'bus': 6, 'train': 7,
+  'truck': 8, 'boat': 9, 'traffic light': 10, 'fire hydrant': 11, 'stop sign': 13,
+  'parking meter': 14, 'bench': 15, 'bird': 16, 'cat': 17, 'dog': 18, 'horse': 19, 'sheep': 20,
+  'cow': 21, 'elephant': 22, 'bear': 23, 'zebra': 24, 'giraffe': 25, 'backpack': 27,
+  'umbrella': 28, 'handbag': 31, 'tie': 32, 'suitcase': 33, 'frisbee': 34, 'skis': 35,
+  'snowboard': 36, 'sports ball': 37, 'kite': 38, 'baseball bat': 39, 'baseball glove': 40,
+  'skateboard': 41, 'surfboard': 42, 'tennis racket': 43, 'bottle': 44, 'wine glass': 46,
+  'cup': 47, 'fork': 48, 'knife': 49, 'spoon': 50, 'bowl': 51, 'banana': 52, 'apple': 53,
+  'sandwich': 54, 'orange': 55, 'broccoli': 56, 'carrot': 57, 'hot dog': 58, 'pizza': 59,
+  'donut': 60, 'cake': 61, 'chair': 62, 'couch': 63, 'potted plant': 64, 'bed': 65,
+  'dining table': 67, 'toilet': 70, 'tv': 72, 'laptop': 73, 'computer mouse': 74, 'tv remote': 75,
+  'computer keyboard': 76, 'cell phone': 77, 'microwave': 78, 'oven': 79, 'toaster': 80,
+  'sink': 81, 'refrigerator': 82, 'book': 84, 'clock': 85, 'vase': 86, 'scissors': 87,
+  'teddy bear': 88, 'hair drier': 89, 'toothbrush': 90,
+}  # fmt: skip
+FORMS = (
+  "'a photo of a dog', 'a photo of a dog and a cup', 'a photo of three dogs', 'a photo of a red "
+  "dog', 'a photo of a dog left of a cup' or 'a photo of a red dog and a green cup', of COCO's "
+  'classes'
+)
+
+
+def article(words: str) -> str:
+  """'a dog', 'an orange'."""
+  return f'an {words}' if words[0] in 'aeiou' else f'a {words}'
+
+
+def plural(name: str) -> str:
+  """As GenEval writes it: 'buses', and also 'benchs'."""
+  return f'{name}es' if name.endswith('s') else f'{name}s'
+
+
+_THINGS = {article(name): (name, None) for name in CLASSES} | {
+  article(f'{colour} {name}'): (name, colour) for colour in COLOURS for name in CLASSES
+}
+_PLURALS = {plural(name): name for name in CLASSES}
+_JOINT = re.compile(f'(.+?) (and|{"|".join(RELATIONS)}) (.+)')
+
+
+def parse(text: str) -> dict:
+  """A prompt's row of metadata: {'tag', 'include', 'exclude' where counted, 'prompt'}.
+
+  Raises:
+    ConfigError: a prompt of another form.
+  """
+  found = re.fullmatch('a photo of (.+)', text)
+  said = _read(found[1]) if found else None
+  if said is None:
+    raise ConfigError(f'prompts: {text!r} is no prompt of GenEval; it must read like {FORMS}')
+  tag, include, *exclude = said
+  return {'tag': tag, 'include': include, **({'exclude': exclude} if exclude else {}),
+          'prompt': text}  # fmt: skip
+
+
+def _read(words):
+  """(tag, include, what is excluded ...), None if it is no such sentence."""
+  number, _, many = words.partition(' ')
+  if number in NUMBERS and many in _PLURALS:
+    name, count = _PLURALS[many], NUMBERS.index(number) + 2
+    return 'counting', [_entry(name, None, count)], _entry(name, None, count + 1)
+  if words in _THINGS:
+    name, colour = _THINGS[words]
+    return 'colors' if colour else 'single_object', [_entry(name, colour)]
+  found = _JOINT.fullmatch(words)
+  if not found or found[1] not in _THINGS or found[3] not in _THINGS:
+    return None
+  (a, colour_a), (b, colour_b) = _THINGS[found[1]], _THINGS[found[3]]
+  if found[2] != 'and':
+    if colour_a or colour_b:
+      return None
+    return 'position', [_entry(b), {**_entry(a), 'position': [found[2], 0]}]
+  if bool(colour_a) != bool(colour_b):
+    return None
+  return 'color_attr' if colour_a else 'two_object', [_entry(a, colour_a), _entry(b, colour_b)]
+
+
+def _entry(name, colour=None, count=1):
+  return {'class': name, 'count': count, **({'color': colour} if colour else {})}
+
+
+@functools.cache
+def _rows(path):
+  return {row['prompt']: row for row in prompts.prompts(path)}
+
+
+def metadata(texts: Sequence[str], path: str = '') -> list[dict]:
+  """A row of metadata for each prompt: from the file `path` in GenEval's format, or by `parse`.
+
+  Raises:
+    ConfigError: no such file, a row without 'include', a prompt that the file or the grammar does
+      not have.
+  """
+  if not path:
+    return [parse(text) for text in texts]
+  try:
+    rows = _rows(path)
+  except ValueError as error:
+    raise ConfigError(f'verifier.metadata: {error}') from None
+  for text in texts:
+    if not rows.get(text, {}).get('include'):
+      raise ConfigError(
+        f'verifier.metadata={path!r}: has no row with an include for the prompt {text!r}'
+      )
+  return [rows[text] for text in texts]

@@ -1,0 +1,250 @@
+"""OWL-ViT and OWLv2: a CLIP whose every patch token is a detection, named by free text.
+
+Minderer et al. 2022 (arXiv 2205.06230) and 2023 (OWLv2, 2306.09683). The class token is multiplied
+into the patch tokens; from each of them a small head predicts a box around the token's own place,
+another an embedding that is compared with the text queries under a shift and a scale of the token's
+own, and in OWLv2 a third one whether there is any object. Checked against transformers
+(`OwlViTForObjectDetection`, `Owlv2ForObjectDetection`; tests/parity).
+
+Letters: R images · T = (S / P)^2 patch tokens · S image side · P patch side · D width · Q queries ·
+W words of a query · E width of embeddings.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vtts_jax import images as pictures
+from vtts_jax.core import ConfigError
+from vtts_jax.models import vit
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+GREY = 0.5  # what OWLv2 pads pictures with
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes; `embed` is E, `v2` has the objectness head and OWLv2's preprocessing.
+
+  Raises:
+    ConfigError: an image side that is no multiple of the patch side.
+  """
+
+  vision: vit.Config
+  text: vit.Config
+  size: int
+  patch: int
+  vocab: int = 49408
+  context: int = 16
+  embed: int = 512
+  v2: bool = False
+
+  def __post_init__(self):
+    if self.size % self.patch:
+      raise ConfigError(f'size={self.size}: must be a multiple of patch={self.patch}')
+
+  @property
+  def grid(self):
+    return self.size // self.patch
+
+
+_clip = lambda width, layers, hidden: vit.Config(width, layers, width // 64, hidden, 'quick_gelu')
+_BASE = {'vision': _clip(768, 12, 3072), 'text': _clip(512, 12, 2048)}
+_LARGE = {'vision': _clip(1024, 24, 4096), 'text': _clip(768, 12, 3072), 'embed': 768, 'patch': 14}
+_HEADS_16 = {'text': dataclasses.replace(_LARGE['text'], heads=16)}  # its config.json; see README
+RELEASED = {  # google/owlvit-base-patch32 ..., google/owlv2-base-patch16-ensemble ...
+  'owlvit_b32': Config(**_BASE, size=768, patch=32),
+  'owlvit_b16': Config(**_BASE, size=768, patch=16),
+  'owlvit_l14': Config(**_LARGE | _HEADS_16, size=840),
+  'owlv2_b16': Config(**_BASE, size=960, patch=16, v2=True),
+  'owlv2_l14': Config(**_LARGE, size=1008, v2=True),
+}
+
+
+def name_of(c: Config) -> str:
+  """'owlvit_b32' for a released size, 'owlvit_w64_p8' for another."""
+  known = {config: name for name, config in RELEASED.items()}
+  return known.get(c, f'{"owlv2" if c.v2 else "owlvit"}_w{c.vision.width}_p{c.patch}')
+
+
+class Vision(nnx.Module):
+  """`[R, S, S, 3]` normalised -> `[R, 1 + T, D]`, the class token first, before the last norm."""
+
+  def __init__(self, c: Config, *, rngs):
+    self.patch, width = c.patch, c.vision.width
+    self.embed = nnx.Linear(3 * c.patch**2, width, use_bias=False, rngs=rngs)
+    draw = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+    self.token, self.position = draw(width), draw(1 + c.grid**2, width)
+    self.norm_pre = vit.LayerNorm(width, c.vision.eps)
+    self.trunk = vit.Trunk(c.vision, rngs=rngs)
+    self.norm = vit.LayerNorm(width, c.vision.eps)
+
+  def start(self, images):
+    x = self.embed(vit.patches(images, self.patch))
+    token = jnp.broadcast_to(self.token[...], (x.shape[0], 1, x.shape[2]))
+    return self.norm_pre(jnp.concatenate([token, x], 1) + self.position[...])
+
+  def __call__(self, images):
+    return self.trunk(self.start(images))
+
+
+class Text(nnx.Module):
+  """Ids `[Q, W]` -> unit embeddings `[Q, E]`, read off the first end token (the largest id)."""
+
+  def __init__(self, c: Config, *, rngs):
+    self.embed = nnx.Embed(c.vocab, c.text.width, rngs=rngs)
+    self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (c.context, c.text.width)))
+    self.trunk = vit.Trunk(c.text, rngs=rngs)
+    self.norm = vit.LayerNorm(c.text.width, c.text.eps)
+    self.project = nnx.Linear(c.text.width, c.embed, use_bias=False, rngs=rngs)
+
+  def states(self, ids):
+    x = self.embed(ids) + self.position[: ids.shape[1]]
+    return self.norm(self.trunk(x, vit.causal(ids.shape[1])))
+
+  def __call__(self, ids):
+    x = self.states(ids)[jnp.arange(len(ids)), ids.argmax(-1)]
+    return unit(self.project(x), 0.0)
+
+
+class Head(nnx.Module):
+  """Three layers with GELU between them, `[..., D]` -> `[..., out]`."""
+
+  def __init__(self, width, out, *, rngs):
+    self.first, self.second = (nnx.Linear(width, width, rngs=rngs) for _ in range(2))
+    self.last = nnx.Linear(width, out, rngs=rngs)
+
+  def __call__(self, x):
+    gelu = vit.ACTIVATIONS['gelu']
+    return self.last(gelu(self.second(gelu(self.first(x)))))
+
+
+class OwlViT(nnx.Module):
+  """Features once per picture, queries once per prompt, then heads."""
+
+  def __init__(self, config: Config, *, rngs):
+    c = self.config = config
+    width = c.vision.width
+    self.vision, self.text = Vision(c, rngs=rngs), Text(c, rngs=rngs)
+    self.norm = vit.LayerNorm(width, c.vision.eps)  # of tokens times class token
+    self.classes = nnx.Linear(width, c.embed, rngs=rngs)
+    self.shift, self.scale = (nnx.Linear(width, 1, rngs=rngs) for _ in range(2))
+    self.box = Head(width, 4, rngs=rngs)
+    self.object = Head(width, 1, rngs=rngs) if c.v2 else None
+
+  def features(self, images):
+    """Pictures `[R, S, S, 3]` of `prepare` -> `[R, T, D]`."""
+    x = self.vision.norm(self.vision(images))
+    return self.norm(x[:, 1:] * x[:, :1])
+
+  def logits(self, features, queries):
+    """`[R, T, D]`, unit queries `[R, Q, E]` -> `[R, T, Q]` float32; the sigmoid is the score."""
+    likeness = jnp.einsum(
+      'rte,rqe->rtq', unit(self.classes(features)), unit(queries),
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    shift, scale = (f(features).astype(jnp.float32) for f in (self.shift, self.scale))
+    return (likeness + shift) * (jax.nn.elu(scale) + 1)
+
+  def boxes(self, features):
+    """`[R, T, D]` -> `[R, T, 4]` float32: centre x, y, width, height as shares of the side S."""
+    return jax.nn.sigmoid(self.box(features).astype(jnp.float32) + box_bias(self.config.grid))
+
+  def objectness(self, features):
+    """Logits `[R, T]` of OWLv2: is there an object of whatever class?"""
+    return self.object(features)[..., 0].astype(jnp.float32)
+
+
+def unit(x, eps=1e-6):
+  """x / (its length + eps), in float32, in the dtype of x."""
+  y = x.astype(jnp.float32)
+  return (y / (jnp.sqrt((y * y).sum(-1, keepdims=True)) + eps)).astype(x.dtype)
+
+
+def box_bias(grid: int) -> np.ndarray:
+  """Logits `[T, 4]` of a box at each token's lower right corner, a patch wide and high.
+
+  In float32 throughout, as the reference: the last row and column lie at log(1e-4) after a
+  cancellation.
+  """
+  line = np.arange(1, grid + 1, dtype=np.float32) / np.float32(grid)
+  x, y = np.meshgrid(line, line)
+  one = np.full_like(x, 1 / grid)
+  share, tiny = np.stack([x, y, one, one], -1).reshape(-1, 4), np.float32(1e-4)
+  return np.log(share + tiny) - np.log1p(tiny - share)
+
+
+# ---------------------------------------------------------------------------------- preprocessing
+
+
+def prepare(c: Config, images):
+  """Pictures `[R, H, W, 3]` in [0, 1] -> `[R, S, S, 3]` as the released processors make them.
+
+  OWL-ViT: 8 bit bicubic to the square, whatever the proportions. OWLv2: padded with grey at the
+  bottom and on the right, then blurred and sampled linearly (skimage's `resize`; in float).
+  """
+  if not c.v2:
+    return pictures.normalize(pictures.resize(images, (c.size, c.size), 'bicubic'), MEAN, STD)
+  x = pad(pictures.quantize(images))
+  table = blur_and_sample(x.shape[1], c.size)
+  x = jnp.einsum('rhwc,hx->rxwc', x, table)
+  return pictures.normalize(jnp.einsum('rhwc,wx->rhxc', x, table), MEAN, STD)
+
+
+def pad(images):
+  """To a square with grey below and on the right."""
+  height, width = images.shape[-3:-1]
+  side = max(height, width)
+  spare = ((0, 0), (0, side - height), (0, side - width), (0, 0))
+  return jnp.pad(images, spare, constant_values=GREY)
+
+
+def extent(c: Config, height: int, width: int) -> tuple[int, int]:
+  """(width, height) in pixels of what a box's shares are shares of."""
+  return (max(height, width),) * 2 if c.v2 else (width, height)
+
+
+def blur_and_sample(old: int, new: int) -> np.ndarray:
+  """The matrix `[old, new]` of one axis of skimage's `resize` with antialiasing.
+
+  A Gaussian of (old / new - 1) / 2 pixels where the picture shrinks, then linear sampling at the
+  middle of each new pixel; both mirror at the middle of the outermost pixel.
+  """
+  sigma = max(0.0, (old / new - 1) / 2)
+  reach = int(4 * sigma + 0.5)
+  near = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-6)) ** 2)
+  blur, taps = np.zeros((old, old)), np.arange(old)[:, None] + np.arange(-reach, reach + 1)
+  np.add.at(blur, (mirror(taps, old), np.arange(old)[:, None]), near / near.sum())
+  at = (np.arange(new) + 0.5) * old / new - 0.5
+  low = np.floor(at).astype(int)
+  sample, share = np.zeros((old, new)), at - low
+  np.add.at(sample, (mirror(low, old), np.arange(new)), 1 - share)
+  np.add.at(sample, (mirror(low + 1, old), np.arange(new)), share)
+  return (blur @ sample).astype(np.float32)
+
+
+def mirror(index, size):
+  """Indices reflected into 0 .. size - 1, the outermost not repeated."""
+  turn = max(2 * (size - 1), 1)
+  index = np.abs(index) % turn
+  return np.where(index >= size, turn - index, index)
+
+
+# ------------------------------------------------------------------------------------------ FLOPs
+
+
+def flops(c: Config, op: str, queries: int = 1) -> int:
+  """Matmul FLOPs of 'text' (so many queries) or 'image' (one picture against so many queries)."""
+  if op == 'text':
+    return queries * (vit.flops(c.text, c.context) + 2 * c.text.width * c.embed)
+  tokens, width = c.grid**2, c.vision.width
+  heads = width * c.embed + 2 * width + 2 * width**2 + 4 * width + queries * c.embed
+  return vit.flops(c.vision, 1 + tokens) + 2 * tokens * (3 * c.patch**2 * width + heads)
+
+
+def build(config: Config, seed=0) -> OwlViT:
+  """A random detector; under `weights.abstract` no memory is used."""
+  return OwlViT(config, rngs=nnx.Rngs(seed))

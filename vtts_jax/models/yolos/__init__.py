@@ -1,0 +1,1 @@
+"""YOLOS closed-set detector of COCO's classes. See README.md beside this file."""

@@ -1,0 +1,186 @@
+"""YOLOS: a plain ViT that finds COCO's objects with a hundred extra tokens.
+
+Fang et al. 2021 (arXiv 2106.00666). Class token, patches and detection tokens go through one
+pre-norm trunk; each detection token then says which class it is, or none, and where. Positions are
+learned on a wide grid and resized to the picture's; the larger models add such positions after
+every block too. Checked against transformers (`YolosForObjectDetection`; tests/parity).
+
+Letters: R images · P patch side · N patches · K detection tokens · T = 1 + N + K · D width ·
+L layers · C classes of COCO's numbering (0 .. 90), then no object.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vtts_jax import images as pictures
+from vtts_jax.core import ConfigError
+from vtts_jax.models import vit
+from vtts_jax.models.stacked import scan
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LONGEST = 1333  # pixels of the longer side, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes.
+
+  Attributes:
+    trunk: of the ViT.
+    size: (height, width) in pixels of the grid on which positions were learned.
+    shortest: pixels of the shorter side that the released processor resizes to.
+    middle: whether every block but the last is followed by positions of its own.
+  """
+
+  trunk: vit.Config
+  size: tuple[int, int]
+  shortest: int = 800
+  middle: bool = True
+  patch: int = 16
+  tokens: int = 100
+  classes: int = 92
+
+  def __post_init__(self):
+    if min(self.size) < self.patch or self.shortest < self.patch:
+      raise ConfigError(
+        f'size={self.size}, shortest={self.shortest}: must be at least a patch of {self.patch}'
+      )
+
+  @property
+  def grid(self):
+    return self.size[0] // self.patch, self.size[1] // self.patch
+
+
+_vit = lambda width, layers, heads: vit.Config(width, layers, heads, 4 * width, eps=1e-12)
+RELEASED = {  # hustvl/yolos-tiny, -small, -base
+  'yolos_tiny': Config(_vit(192, 12, 3), (800, 1333), shortest=512, middle=False),
+  'yolos_small': Config(_vit(384, 12, 6), (512, 864)),
+  'yolos_base': Config(_vit(768, 12, 12), (800, 1344)),
+}
+
+
+def name_of(c: Config) -> str:
+  """'yolos_tiny' for a released size, 'yolos_w32' for another."""
+  sizes = lambda c: (c.trunk, c.size, c.middle)
+  known = {sizes(config): name for name, config in RELEASED.items()}
+  return known.get(sizes(c), f'yolos_w{c.trunk.width}')
+
+
+class Head(nnx.Module):
+  """Three layers with ReLU between them, `[..., D]` -> `[..., out]`."""
+
+  def __init__(self, width, out, *, rngs):
+    self.first, self.second = (nnx.Linear(width, width, rngs=rngs) for _ in range(2))
+    self.last = nnx.Linear(width, out, rngs=rngs)
+
+  def __call__(self, x):
+    return self.last(jax.nn.relu(self.second(jax.nn.relu(self.first(x)))))
+
+
+class Yolos(nnx.Module):
+  """`__call__(images [R, H, W, 3])` of `prepare` -> logits `[R, K, C]`, boxes `[R, K, 4]`.
+
+  Boxes are centre x, y, width, height as shares of the picture; both are float32.
+  """
+
+  def __init__(self, config: Config, *, rngs):
+    c = self.config = config
+    width, places = c.trunk.width, 1 + c.grid[0] * c.grid[1] + c.tokens
+    draw = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+    self.embed = nnx.Linear(3 * c.patch**2, width, rngs=rngs)
+    self.token, self.detectors = draw(1, width), draw(c.tokens, width)
+    self.position = draw(places, width)
+    self.middle = draw(c.trunk.layers - 1, places, width) if c.middle else None
+    self.trunk = vit.Trunk(c.trunk, rngs=rngs)
+    self.norm = vit.LayerNorm(width, c.trunk.eps)
+    self.classes = Head(width, c.classes, rngs=rngs)
+    self.box = Head(width, 4, rngs=rngs)
+
+  def start(self, images):
+    """`[R, T, D]`: what goes into the first block."""
+    x = self.embed(vit.patches(images, self.config.patch))
+    spread = lambda x, rows: jnp.broadcast_to(x[...], (rows, *x.shape))
+    x = jnp.concatenate([spread(self.token, len(x)), x, spread(self.detectors, len(x))], 1)
+    return x + self.positions(self.position[...], images.shape[1:3])
+
+  def positions(self, learned, size):
+    """`[..., 1 + learned patches + K, D]` -> `[..., T, D]` for a picture of `size`."""
+    patch, (rows, columns) = self.config.patch, self.config.grid
+    first, last = learned[..., :1, :], learned[..., -self.config.tokens :, :]
+    grid = learned[..., 1 : -self.config.tokens, :]
+    grid = grid.reshape(*grid.shape[:-2], rows, columns, grid.shape[-1])
+    down, across = (bicubic(old, new // patch) for old, new in zip((rows, columns), size))
+    grid = jnp.einsum('...rcd,rx,cy->...xyd', grid, down, across)
+    grid = grid.reshape(*grid.shape[:-3], -1, grid.shape[-1]).astype(learned.dtype)
+    return jnp.concatenate([first, grid, last], -2)
+
+  def states(self, images, every=False):
+    """What comes out of the last block `[R, T, D]`, and of `every` block `[L, R, T, D]` or None."""
+    x, added = self.start(images), None
+    if self.middle is not None:
+      added = self.positions(self.middle[...], images.shape[1:3])
+      added = jnp.pad(added, ((0, 1), (0, 0), (0, 0)))  # none after the last block
+
+    def body(block, x, extra):
+      y = block(x)
+      return y if extra is None else y + extra, y if every else None
+
+    return scan(self.trunk.blocks, body, x, added)
+
+  def __call__(self, images):
+    x = self.norm(self.states(images)[0][:, -self.config.tokens :])
+    boxes = jax.nn.sigmoid(self.box(x).astype(jnp.float32))
+    return self.classes(x).astype(jnp.float32), boxes
+
+
+def bicubic(old: int, new: int) -> np.ndarray:
+  """The matrix `[old, new]` of torch's bicubic `interpolate`: a = -0.75, no antialiasing, edges
+  repeated."""
+  table, a = np.zeros((old, new)), -0.75
+  for i in range(new):
+    at = (i + 0.5) * old / new - 0.5
+    for tap in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+      x = abs(at - tap)
+      near = ((a + 2) * x - (a + 3)) * x * x + 1
+      weight = near if x <= 1 else ((x - 5) * x + 8) * x * a - 4 * a
+      table[min(max(tap, 0), old - 1), i] += weight
+  return table.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------- preprocessing
+
+
+def side(c: Config, height: int, width: int) -> tuple[int, int]:
+  """(height, width) that a picture is resized to: the shorter side `shortest`, the longer at most
+  1333, both cut to whole patches; a square one to `shortest`."""
+  short, long = min(height, width), max(height, width)
+  limit = float(LONGEST * short) / long if long / short * c.shortest > LONGEST else None
+  size = c.shortest if limit is None else round(limit)
+  longer = int((size if limit is None else limit) * long / short)
+  new = (size, longer) if height <= width else (longer, size)
+  if height <= width and height == size:  # already there
+    new = height, width
+  return new[0] - new[0] % c.patch, new[1] - new[1] % c.patch
+
+
+def prepare(c: Config, images):
+  """Pictures `[R, H, W, 3]` in [0, 1] -> resized (8 bit, bilinear) and normalised, not padded."""
+  x = pictures.resize(images, side(c, *images.shape[1:3]), 'bilinear')
+  return pictures.normalize(x, MEAN, STD)
+
+
+def flops(c: Config, height: int, width: int) -> int:
+  """Matmul FLOPs for one picture of that size before `prepare`; positions are not counted."""
+  rows, columns = (n // c.patch for n in side(c, height, width))
+  d, places = c.trunk.width, rows * columns
+  heads = c.tokens * (4 * d * d + d * (4 + c.classes))
+  return vit.flops(c.trunk, 1 + places + c.tokens) + 2 * (places * 3 * c.patch**2 * d + heads)
+
+
+def build(config: Config, seed=0) -> Yolos:
+  """A random detector; under `weights.abstract` no memory is used."""
+  return Yolos(config, rngs=nnx.Rngs(seed))
