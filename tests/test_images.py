@@ -8,7 +8,10 @@ from PIL import Image
 from vtts_jax import images
 from vtts_jax.core import ConfigError
 
-SIZES = [((61, 40), (24, 33)), ((40, 61), (33, 24)), ((16, 20), (37, 41)), ((9, 9), (9, 9))]
+SIZES = [
+  ((61, 40), (24, 33)), ((40, 61), (33, 24)), ((16, 20), (37, 41)), ((9, 9), (9, 9)),
+  ((75, 65), (64, 56)), ((53, 41), (30, 30)), ((53, 41), (31, 30)), ((91, 31), (61, 19)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('method', ['bilinear', 'bicubic', 'lanczos'])
