@@ -51,3 +51,11 @@ def test_what_is_no_picture_is_said():
     images.check(good.astype(np.uint8))
   with pytest.raises(ConfigError, match=r'shape \(3, 3, 4, 4\)'):
     images.check(good.transpose(0, 3, 1, 2))
+
+
+def test_floats_are_neither_rounded_nor_cut():
+  picture = np.zeros((1, 8, 8, 3), np.float32)
+  picture[:, :, 4:] = 1
+  small = images.resize(picture, (8, 5), rounded=False)
+  assert small.min() < -0.01 and small.max() > 1.01  # bicubic overshoots beside an edge
+  np.testing.assert_array_equal(images.quantize(small), images.resize(picture, (8, 5)))

@@ -57,11 +57,15 @@ def quantize(images):
   return jnp.round(jnp.clip(images, 0, 1) * 255) / 255
 
 
-def resize(images, size: tuple[int, int], method: str = 'bicubic'):
+def resize(images, size: tuple[int, int], method: str = 'bicubic', rounded: bool = True):
   """PIL's `resize` of 8 bit pictures to `size` (height, width), to 1/255.
 
   The width comes first, unless the height loses more than twice as many rows as the width columns:
   so Pillow 13, found by trying sizes. Before, the width came first always.
+
+  Args:
+    rounded: False for what torch's antialiased `interpolate` makes of floats: the 8 bit picture is
+      neither rounded nor cut off at 0 and 1 again.
 
   Raises:
     ConfigError: an unknown method.
@@ -73,7 +77,8 @@ def resize(images, size: tuple[int, int], method: str = 'bicubic'):
   for axis in (0, 1) if tall else (1, 0):
     if old[axis] != size[axis]:
       letters = ('...hwc,hx->...xwc', '...hwc,wx->...hxc')[axis]
-      x = quantize(jnp.einsum(letters, x, _weights(old[axis], size[axis], method)))
+      x = jnp.einsum(letters, x, _weights(old[axis], size[axis], method))
+      x = quantize(x) if rounded else x
   return x
 
 
