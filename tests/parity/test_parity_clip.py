@@ -1,0 +1,236 @@
+"""CLIP stage by stage against transformers; open_clip's layout by its names.
+
+The golden file of open_clip itself (make_golden_clip.py) holds that these names are its own.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from PIL import Image
+from reference import nchw, torch, transformers
+
+from vtts_jax import weights
+from vtts_jax.models.clip import convert, modeling
+
+transformers.CLIPModel, transformers.CLIPImageProcessorPil  # noqa: B018, loaded as they are named
+CLOSE = {'atol': 1e-4, 'rtol': 1e-4}
+IDS = np.array([[28, 3, 4, 29, 0, 0, 0], [28, 7, 29, 29, 5, 29, 9]])  # 29 ends a text
+
+
+def config(act='quick_gelu', eos=2, image=(24, 3, 2, 40), text=(20, 2, 4, 36), **sizes):
+  names = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size')
+  sizes = {'image_size': 20, 'patch_size': 4, 'vocab_size': 30, 'length': 7, 'to': 12} | sizes
+  return transformers.CLIPConfig(
+    text_config=dict(zip(names, text)) | {
+      'hidden_act': act, 'vocab_size': sizes['vocab_size'], 'eos_token_id': eos,
+      'max_position_embeddings': sizes['length'],
+    },
+    vision_config=dict(zip(names, image)) | {
+      'hidden_act': act, 'image_size': sizes['image_size'], 'patch_size': sizes['patch_size'],
+    },
+    projection_dim=sizes['to'],
+  )  # fmt: skip
+
+
+@pytest.fixture(scope='module', params=[('quick_gelu', 2), ('gelu', 29)], ids=['openai', 'laion'])
+def pair(request):
+  theirs = reference.randomise(transformers.CLIPModel(config(*request.param)), 1)
+  with torch.no_grad():
+    theirs.logit_scale.fill_(1.5)
+  ours = weights.merge(*convert.load(reference.source(theirs, theirs.config.to_dict())))
+  return theirs, ours
+
+
+def data(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_image_tower(pair):
+  theirs, ours = pair
+  x = data(3, 20, 20, 3)
+  with torch.no_grad():
+    vision = theirs.vision_model
+    first = vision.pre_layrnorm(vision.embeddings(torch.from_numpy(nchw(x))))
+    out = vision(torch.from_numpy(nchw(x)), output_hidden_states=True)
+    pooled, projected = out.pooler_output, theirs.visual_projection(out.pooler_output)
+  np.testing.assert_allclose(ours.image.embed(x), first.numpy(), **CLOSE)
+  states = ours.image.trunk.states(ours.image.embed(x))
+  assert len(states) == len(out.hidden_states) - 1 == 3
+  for ours_state, state in zip(states, out.hidden_states[1:]):
+    np.testing.assert_allclose(ours_state, state.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.image.pool(ours.image.tokens(x)), pooled.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.image(x), projected.numpy(), **CLOSE)
+
+
+def test_text_tower(pair):
+  theirs, ours = pair
+  with torch.no_grad():
+    ids = torch.from_numpy(IDS)
+    out = theirs.text_model(ids, output_hidden_states=True)
+    projected = theirs.text_projection(out.pooler_output)
+  np.testing.assert_allclose(ours.text.embed(IDS), out.hidden_states[0].numpy(), **CLOSE)
+  states = ours.text.trunk.states(ours.text.embed(IDS), modeling.vit.causal(7))
+  for ours_state, state in zip(states, out.hidden_states[1:]):
+    np.testing.assert_allclose(ours_state, state.numpy(), **CLOSE)
+  tokens = ours.text.tokens(IDS)
+  np.testing.assert_allclose(tokens, out.last_hidden_state.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.text.pool(tokens, IDS), out.pooler_output.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.text(IDS), projected.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.text(IDS[:, :4])[0], projected[0].numpy(), **CLOSE)
+
+
+def test_scores(pair):
+  theirs, ours = pair
+  x = data(3, 20, 20, 3, seed=1)
+  with torch.no_grad():
+    out = theirs(torch.from_numpy(IDS), torch.from_numpy(nchw(x)))
+  image, text = ours.embed_image(x), ours.embed_text(IDS)
+  np.testing.assert_allclose(image, out.image_embeds.numpy(), **CLOSE)
+  np.testing.assert_allclose(text, out.text_embeds.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.logits(image @ text.T), out.logits_per_image.numpy(), **CLOSE)
+
+
+def test_bfloat16_stays_near(pair):
+  theirs, ours = pair
+  source = reference.source(theirs, theirs.config.to_dict())
+  half = weights.merge(*convert.load(source, jnp.bfloat16))
+  assert half.scale.dtype == jnp.float32 and half.image.cls.dtype == jnp.bfloat16
+  x = data(8, 20, 20, 3, seed=2)
+  cosines = [(m.embed_image(x) @ m.embed_text(IDS).T) for m in (ours, half)]
+  assert cosines[1].dtype == jnp.float32
+  assert np.abs(cosines[0] - cosines[1]).max() < 0.03
+
+
+@pytest.mark.parametrize(
+  ('size', 'shape'),
+  [(224, (224, 224)), (224, (300, 301)), (224, (512, 380)), (20, (33, 47)), (336, (256, 256))],
+)
+def test_preprocessing_is_the_processor_s(size, shape):
+  """Within 1/255 before normalisation. transformers cuts (H - S) // 2 off the top; OpenAI's own code
+  (torchvision) and we cut the rounded half, one more where H - S is 3 modulo 4."""
+  processor = transformers.CLIPImageProcessorPil(
+    size={'shortest_edge': size}, crop_size={'height': size, 'width': size}
+  )
+  picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+  want = processor(Image.fromarray(picture), return_tensors='np')['pixel_values']
+  c = modeling.Config(None, None, 8, image_size=size, patch=4)
+  have = modeling.preprocess(c, picture[None] / np.float32(255))
+  gap = np.abs(nchw(have) - want) * np.array(modeling.STD, np.float32)[:, None, None]
+  assert gap.max() <= 1.001 / 255
+
+
+def open_names(state):
+  """A state dict of transformers under the names of open_clip, written from open_clip's classes."""
+  found, layers = {}, {}
+  for name, value in state.items():
+    side, _, rest = name.partition('_model.')
+    lead = {'vision': 'visual.', 'text': ''}.get(side, '')
+    if rest.startswith('encoder.layers.'):
+      _, _, number, part = rest.split('.', 3)
+      layers.setdefault(f'{lead}transformer.resblocks.{number}.', {})[part] = value
+      continue
+    table = {
+      'embeddings.class_embedding': 'class_embedding', 'final_layer_norm.weight': 'ln_final.weight',
+      'embeddings.patch_embedding.weight': 'conv1.weight', 'final_layer_norm.bias': 'ln_final.bias',
+      'embeddings.position_embedding.weight': 'positional_embedding',
+      'embeddings.token_embedding.weight': 'token_embedding.weight',
+      'pre_layrnorm.weight': 'ln_pre.weight', 'pre_layrnorm.bias': 'ln_pre.bias',
+      'post_layernorm.weight': 'ln_post.weight', 'post_layernorm.bias': 'ln_post.bias',
+    }  # fmt: skip
+    if rest:
+      found[lead + table[rest]] = value
+    elif name == 'logit_scale':
+      found[name] = value
+    else:
+      key = {'visual_projection.weight': 'visual.proj', 'text_projection.weight': 'text_projection'}
+      found[key[name]] = value.T
+  for lead, parts in layers.items():
+    for kind in ('weight', 'bias'):
+      found[f'{lead}attn.in_proj_{kind}'] = torch.cat(
+        [parts[f'self_attn.{p}_proj.{kind}'] for p in 'qkv']
+      )
+      found |= {
+        f'{lead}attn.out_proj.{kind}': parts[f'self_attn.out_proj.{kind}'],
+        f'{lead}ln_1.{kind}': parts[f'layer_norm1.{kind}'],
+        f'{lead}ln_2.{kind}': parts[f'layer_norm2.{kind}'],
+        f'{lead}mlp.c_fc.{kind}': parts[f'mlp.fc1.{kind}'],
+        f'{lead}mlp.c_proj.{kind}': parts[f'mlp.fc2.{kind}'],
+      }
+  return found
+
+
+def test_open_clip_layout(pair):
+  theirs, ours = pair
+  state = {k: v.numpy() for k, v in open_names(theirs.state_dict()).items()}
+  golden = pathlib.Path(__file__).parents[1] / 'golden/clip_open.npz'
+  with np.load(golden) as file:
+    real = {k[7:] for k in file.files if k.startswith('params/')}
+  shorter = lambda names: {n for n in names if 'resblocks' not in n or 'resblocks.0.' in n}
+  assert shorter(state) == shorter(real)
+  options = theirs.config.to_dict()
+  for lead in ('', 'text.'):  # open_clip's newer models keep the text tower in one place
+    mine = {
+      n if n.startswith('visual.') or n == 'logit_scale' else lead + n: v for n, v in state.items()
+    }
+    _, params = convert.load(weights.arrays(mine, options))
+    jax.tree.map(np.testing.assert_array_equal, params, weights.split(ours)[1])
+  mine |= {'input_resolution': np.array(20), 'context_length': np.array(7)}
+  assert convert.config_of(weights.arrays(mine)).image.act == 'quick_gelu'
+  assert convert.config_of(weights.arrays(state)).image.act == 'gelu'
+
+
+def test_a_tower_alone(pair):
+  theirs, ours = pair
+  source = reference.source(theirs, theirs.config.to_dict())
+  _, whole = weights.split(ours)
+  for tower in ('image', 'text'):
+    _, params = convert.load(source, towers=tower)
+    assert set(params) == {tower}
+    jax.tree.map(np.testing.assert_array_equal, params[tower], whole[tower])
+  options = theirs.config.vision_config.to_dict() | {'projection_dim': 12}
+  alone = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**options))
+  alone = reference.source(alone, options)
+  assert convert.config_of(alone, 'image') == convert.config_of(source, 'image')
+  convert.load(alone, towers='image')
+
+
+@pytest.mark.parametrize('name', modeling.RELEASED)
+def test_released_sizes_are_theirs(name):
+  """On the meta device: the counts, the configs from headers, and every key of both layouts."""
+  c = modeling.RELEASED[name]
+  trunk = lambda t: (t.width, t.layers, t.heads, t.hidden)
+  released = config(
+    c.image.act, image=trunk(c.image), text=trunk(c.text), image_size=c.image_size,
+    patch_size=c.patch, vocab_size=c.vocab, length=c.length, to=c.projection,
+  )  # fmt: skip
+  with torch.device('meta'):
+    theirs = transformers.CLIPModel(released)
+  _, template = weights.abstract(lambda: modeling.build(c))
+  assert weights.size(template) == sum(p.numel() for p in theirs.parameters())
+  table = {f'text_model.{k}' if k.startswith('embeddings') else k for k in theirs.state_dict()}
+  assert table == set(theirs.state_dict())
+  old = {f'{side}_model.embeddings.position_ids': torch.empty(9) for side in ('text', 'vision')}
+  layouts = (theirs.state_dict() | old, open_names(theirs.state_dict()))
+  for state, options in zip(layouts, ({}, {'quick_gelu': c.image.act == 'quick_gelu'})):
+    source = header(state, options or released.to_dict())
+    assert convert.config_of(source) == c
+    check_table(source, template)
+
+
+def header(state, options):
+  """A `Source` that knows names and shapes, and reads zeros without memory."""
+  shapes = {k: (tuple(v.shape), 'float32') for k, v in state.items()}
+  read = lambda name: np.broadcast_to(np.float32(0), shapes[name][0])
+  return convert.weights.checkpoints.Source('meta', shapes, read, options)
+
+
+def check_table(source, template):
+  """Every key is used or knowingly left, every parameter is filled: by names, nothing is read."""
+  source = convert.fused(convert.stacked(source, 'layers|resblocks'))
+  targets = [weights._match(name, convert.RULES)[0] for name in source.names()]
+  assert '' not in targets
+  assert {t for t in targets if t} == set(weights.flatten(template))

@@ -1,0 +1,1 @@
+"""CLIP: OpenAI's, OpenCLIP's and their fine-tunes, both layouts. See README.md beside this file."""

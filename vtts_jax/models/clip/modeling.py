@@ -1,0 +1,180 @@
+"""CLIP (Radford et al. 2021, arXiv 2103.00020; OpenCLIP: Cherti et al. 2022, 2212.07143).
+
+A vision transformer and a causal text transformer whose embeddings point the same way where picture
+and text agree. Either tower also stands alone. Checked against `transformers.CLIPModel` and
+`open_clip.model.CLIP` (tests/parity).
+
+Letters: R rows · S side of a picture · P of a patch · T tokens · D width · E width of the joint
+space · V vocabulary.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vtts_jax import images as pictures
+from vtts_jax.core import ConfigError
+from vtts_jax.models import vit
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes.
+
+  Attributes:
+    image, text: the trunks; None for a tower that is not there.
+    projection: E.
+    length: most tokens that a text may have.
+    eos: the text is read at the first such id; None: at the highest id (the first of them), which
+      in CLIP's vocabulary is the end of text.
+  """
+
+  image: vit.Config | None
+  text: vit.Config | None
+  projection: int
+  image_size: int = 224
+  patch: int = 16
+  vocab: int = 49408
+  length: int = 77
+  eos: int | None = None
+
+  def __post_init__(self):
+    if self.image_size < self.patch:
+      raise ConfigError(f'image_size={self.image_size}: must be at least patch={self.patch}')
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of a picture, the class token among them."""
+    return (self.image_size // self.patch) ** 2 + 1
+
+
+def _config(patch, image, text, projection, act, size=224):
+  trunk = lambda width, layers, heads, hidden: vit.Config(width, layers, heads, hidden, act)
+  return Config(trunk(*image), trunk(*text), projection, size, patch)
+
+
+_B, _L = (768, 12, 12, 3072), (1024, 24, 16, 4096)
+RELEASED = {  # trunks: width, layers, heads, hidden
+  'b32': _config(32, _B, (512, 12, 8, 2048), 512, 'quick_gelu'),
+  'b16': _config(16, _B, (512, 12, 8, 2048), 512, 'quick_gelu'),
+  'l14': _config(14, _L, (768, 12, 12, 3072), 768, 'quick_gelu'),
+  'l14_336': _config(14, _L, (768, 12, 12, 3072), 768, 'quick_gelu', 336),
+  'h14': _config(14, (1280, 32, 16, 5120), (1024, 24, 16, 4096), 1024, 'gelu'),
+  'bigg14': _config(14, (1664, 48, 16, 8192), (1280, 32, 20, 5120), 1280, 'gelu'),
+}
+
+
+def random_table(rngs, *shape):
+  """A parameter of small normal numbers: class tokens, positions."""
+  return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+
+
+class ImageTower(nnx.Module):
+  """`__call__(pixels [R, S, S, 3]) -> [R, E]`; pixels as `preprocess` makes them."""
+
+  def __init__(self, c: Config, *, rngs):
+    t, self.side = c.image, c.patch
+    self.patch = nnx.Linear(3 * c.patch**2, t.width, use_bias=False, rngs=rngs)
+    self.cls = random_table(rngs, t.width)
+    self.position = random_table(rngs, c.tokens, t.width)
+    self.norm_pre, self.norm_post = (vit.LayerNorm(t.width, t.eps) for _ in range(2))
+    self.trunk = vit.Trunk(t, rngs=rngs)
+    self.projection = nnx.Linear(t.width, c.projection, use_bias=False, rngs=rngs)
+
+  def embed(self, pixels):
+    """What goes into the trunk, `[R, T, D]`, the class token first."""
+    x = self.patch(vit.patches(pixels, self.side).astype(self.patch.kernel.dtype))
+    cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2]))
+    return self.norm_pre(jnp.concatenate([cls, x], 1) + self.position[...])
+
+  def tokens(self, pixels):
+    """What comes out of the trunk, `[R, T, D]`."""
+    return self.trunk(self.embed(pixels))
+
+  def pool(self, tokens):
+    """`[R, T, D] -> [R, D]`: the class token."""
+    return self.norm_post(tokens[:, 0])
+
+  def __call__(self, pixels):
+    return self.projection(self.pool(self.tokens(pixels)))
+
+
+class TextTower(nnx.Module):
+  """`__call__(ids [R, T]) -> [R, E]`; no mask, as a token sees none of those after it."""
+
+  def __init__(self, c: Config, *, rngs):
+    t, self.eos = c.text, c.eos
+    self.token = nnx.Embed(c.vocab, t.width, rngs=rngs)
+    self.position = random_table(rngs, c.length, t.width)
+    self.trunk = vit.Trunk(t, rngs=rngs)
+    self.norm = vit.LayerNorm(t.width, t.eps)
+    self.projection = nnx.Linear(t.width, c.projection, use_bias=False, rngs=rngs)
+
+  def embed(self, ids):
+    """What goes into the trunk, `[R, T, D]`."""
+    return self.token(ids) + self.position[...][: ids.shape[1]]
+
+  def tokens(self, ids):
+    """What comes out of the trunk, `[R, T, D]`, normed."""
+    return self.norm(self.trunk(self.embed(ids), vit.causal(ids.shape[1])))
+
+  def pool(self, tokens, ids):
+    """`[R, T, D] -> [R, D]`: the end of the text."""
+    end = jnp.argmax(ids if self.eos is None else ids == self.eos, -1)
+    return tokens[jnp.arange(len(ids)), end]
+
+  def __call__(self, ids):
+    return self.projection(self.pool(self.tokens(ids), ids))
+
+
+def unit(x):
+  """Vectors `[..., D]` of length one, float32."""
+  x = x.astype(jnp.float32)
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class CLIP(nnx.Module):
+  """The towers `image` and `text`, and the temperature if both are there."""
+
+  def __init__(self, config: Config, *, rngs):
+    c = self.config = config
+    self.image = ImageTower(c, rngs=rngs) if c.image else None
+    self.text = TextTower(c, rngs=rngs) if c.text else None
+    self.scale = nnx.Param(jnp.array(math.log(1 / 0.07))) if c.image and c.text else None
+
+  def embed_image(self, pixels):
+    """`[R, S, S, 3]` -> unit vectors `[R, E]`."""
+    return unit(self.image(pixels))
+
+  def embed_text(self, ids):
+    """`[R, T]` -> unit vectors `[R, E]`."""
+    return unit(self.text(ids))
+
+  def logits(self, cosine):
+    """The scaled cosine."""
+    return jnp.exp(self.scale[...].astype(jnp.float32)) * cosine
+
+
+def build(config: Config, seed=0) -> CLIP:
+  """A random model; under `weights.abstract` no memory is used."""
+  return CLIP(config, rngs=nnx.Rngs(seed))
+
+
+def preprocess(c: Config, images):
+  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`: shorter side to S, middle, norm."""
+  x = pictures.resize_shortest(images, c.image_size, 'bicubic')
+  return pictures.normalize(pictures.center_crop(x, c.image_size), MEAN, STD)
+
+
+def flops(c: Config, op: str) -> int:
+  """Matmul FLOPs of one row: 'image' (after `preprocess`) or 'text' (at full length)."""
+  if op == 'text':
+    return vit.flops(c.text, c.length) + 2 * c.text.width * c.projection
+  ends = 3 * c.patch**2 * (c.tokens - 1) + c.projection
+  return vit.flops(c.image, c.tokens) + 2 * c.image.width * ends
