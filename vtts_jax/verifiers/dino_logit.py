@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from vtts_jax import components, core
-from vtts_jax.models.dino import modeling as dino
 from vtts_jax.verifiers import towers
 
 SCORES = ('logit', 'log_prob')
@@ -45,7 +44,7 @@ class DinoLogit(core.Verifier):
 
   @property
   def tower(self):
-    return towers.DinoTower(self.model_from, self.random, self.dtype, head=True)
+    return towers.DinoHead(self.model_from, self.random, self.dtype)
 
   @property
   def names(self):
@@ -81,8 +80,7 @@ class DinoLogit(core.Verifier):
     return towers.flat(lambda x: self.tower.embed(params, x), images)
 
   def score(self, params, vctx, images, **signals):
-    model = self.tower.merge(params)
-    found = towers.flat(lambda x: model.logits(dino.prepare(x)), images)  # [B, M, C]
+    found = towers.flat(lambda x: self.tower.logits(params, x), images)  # [B, M, C]
     if self.score_as == 'log_prob':
       found = jax.nn.log_softmax(found, -1)
     wanted = jax.nn.one_hot(vctx['label'], found.shape[-1])

@@ -8,14 +8,20 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 
 from vtts_jax import core, weights
 from vtts_jax import images as pictures
+from vtts_jax.models import vit
+from vtts_jax.models.clip import convert as clip_convert
+from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.dino import convert as dino_convert
 from vtts_jax.models.dino import modeling as dino
 
 DTYPES = ('float32', 'bfloat16')
+CLIPS = {  # of a random one, the picture's half alone
+  'tiny': clip.Config(vit.Config(16, 2, 2, 32, 'quick_gelu'), None, 12, patch=32),
+  **{name: dataclasses.replace(c, text=None) for name, c in clip.RELEASED.items()},
+}
 
 
 def check_dtype(dtype: str) -> None:
@@ -31,63 +37,107 @@ def short_name(place: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class DinoTower:
-  """DINO or DINOv2: the class token.
+class Tower:
+  """A model of pictures.
 
   Attributes:
     place: checkpoint: file, folder or `owner/name@revision`.
     random: or the size of a random one ('tiny' or a released name); '' loads.
     dtype: of the parameters.
-    head: whether a linear head is loaded with it.
   """
 
   place: str
   random: str = ''
   dtype: str = 'float32'
-  head: bool = False
-
-  side, shorter = dino.SIDE, dino.RESIZED
 
   def __post_init__(self):
     check_dtype(self.dtype)
     if self.random:
-      _dino_config(self.place, self.random, self.head)
+      _ = self.config  # refuses an unknown size
 
   @property
   def name(self) -> str:
+    """For the name of a score."""
     return self.random or short_name(self.place)
+
+  def load(self):
+    """The parameters."""
+    if not self.random:
+      return self.read(weights.open_source(self.place))
+    params = jax.jit(lambda: weights.split(self.build(self.config))[1])()
+    return jax.tree.map(lambda x: x.astype(self.dtype), params)
+
+  def merge(self, params):
+    """The model."""
+    return weights.merge(_graph(self.build, self.config), params)
+
+
+class DinoTower(Tower):
+  """DINO or DINOv2, without a head: the class token."""
+
+  side, shorter = dino.SIDE, dino.RESIZED
+  build = staticmethod(dino.build)
+  head = False
 
   @property
   def config(self) -> dino.Config:
     return _dino_config(self.place, self.random, self.head)
 
-  def load(self):
-    """The parameters."""
-    if self.random:
-      params = jax.jit(lambda: weights.split(dino.build(self.config))[1])()
-      return jax.tree.map(lambda x: x.astype(self.dtype), params)
-    source = weights.open_source(self.place)
+  def read(self, source):
     return dino_convert.load(source, dtype=self.dtype, config=self.config)[1]
-
-  def merge(self, params) -> dino.Dino:
-    return weights.merge(_graph(dino.build, self.config), params)
 
   def embed(self, params, images):
     """Pictures `[R, H, W, 3]` in [0, 1] -> unit embeddings `[R, D]` float32."""
-    return unit(self.merge(params).features(dino.prepare(images)))
+    return clip.unit(self.merge(params).features(dino.prepare(images)))
 
   def embed_fit(self, params, images):
     """The same of pictures that have been resized and cut already, `[R, S, S, 3]`."""
     fit = pictures.normalize(images, dino.MEAN, dino.STD)
-    return unit(self.merge(params).features(fit))
+    return clip.unit(self.merge(params).features(fit))
 
   def flops(self) -> int:
+    """Of one embedding."""
     return dino.flops(self.config)
 
 
-def unit(x):
-  """`[..., D]` of length 1."""
-  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+class DinoHead(DinoTower):
+  """DINOv2 with its linear head."""
+
+  head = True
+
+  def logits(self, params, images):
+    """Pictures `[R, H, W, 3]` in [0, 1] -> logits of the classes `[R, C]` float32."""
+    return self.merge(params).logits(dino.prepare(images))
+
+
+class ClipTower(Tower):
+  """CLIP's picture tower: the joint space."""
+
+  build = staticmethod(clip.build)
+
+  @property
+  def config(self) -> clip.Config:
+    return _clip_config(self.place, self.random)
+
+  @property
+  def side(self) -> int:
+    return self.config.image_size
+
+  shorter = side
+
+  def read(self, source):
+    return clip_convert.load(source, dtype=self.dtype, towers='image')[1]
+
+  def embed(self, params, images):
+    """As in `DinoTower`."""
+    return self.merge(params).embed_image(clip.preprocess(self.config, images))
+
+  def embed_fit(self, params, images):
+    """As in `DinoTower`."""
+    return self.merge(params).embed_image(pictures.normalize(images, clip.MEAN, clip.STD))
+
+  def flops(self) -> int:
+    return clip.flops(self.config, 'image')
 
 
 def flat(call, images):
@@ -113,14 +163,23 @@ def _dino_config(place, random, head):
 
 
 @functools.cache
+def _clip_config(place, random):
+  if not random:
+    return clip_convert.config_of(weights.open_source(place), 'image')
+  if random not in CLIPS:
+    raise core.ConfigError(f'verifier.random={random!r}: must be one of {", ".join(CLIPS)}')
+  return CLIPS[random]
+
+
+@functools.cache
 def _graph(build, config):
   return weights.abstract(lambda: build(config))[0]
 
 
-FAMILIES = {'dino': DinoTower}
+FAMILIES = {'dino': DinoTower, 'clip': ClipTower}
 
 
-def tower(backbone: str, place: str, random: str, dtype: str, defaults: dict[str, str]):
+def tower(backbone: str, place: str, random: str, dtype: str, defaults: dict[str, str]) -> Tower:
   """The tower of a verifier's settings; an empty `place` is `defaults[backbone]`.
 
   Raises:
