@@ -64,12 +64,6 @@ RELEASED = {  # google/owlvit-base-patch32 ..., google/owlv2-base-patch16-ensemb
 }
 
 
-def name_of(c: Config) -> str:
-  """'owlvit_b32' for a released size, 'owlvit_w64_p8' for another."""
-  known = {config: name for name, config in RELEASED.items()}
-  return known.get(c, f'{"owlv2" if c.v2 else "owlvit"}_w{c.vision.width}_p{c.patch}')
-
-
 class Vision(nnx.Module):
   """`[R, S, S, 3]` normalised -> `[R, 1 + T, D]`, the class token first, before the last norm."""
 
@@ -83,7 +77,7 @@ class Vision(nnx.Module):
     self.norm = vit.LayerNorm(width, c.vision.eps)
 
   def start(self, images):
-    x = self.embed(vit.patches(images, self.patch))
+    x = self.embed(vit.patches(images, self.patch).astype(self.embed.kernel.dtype))
     token = jnp.broadcast_to(self.token[...], (x.shape[0], 1, x.shape[2]))
     return self.norm_pre(jnp.concatenate([token, x], 1) + self.position[...])
 
@@ -190,8 +184,9 @@ def prepare(c: Config, images):
     return pictures.normalize(pictures.resize(images, (c.size, c.size), 'bicubic'), MEAN, STD)
   x = pad(pictures.quantize(images))
   table = blur_and_sample(x.shape[1], c.size)
-  x = jnp.einsum('rhwc,hx->rxwc', x, table)
-  return pictures.normalize(jnp.einsum('rhwc,wx->rhxc', x, table), MEAN, STD)
+  x = jnp.einsum('rhwc,hx->rxwc', x, table, precision='highest')
+  x = jnp.einsum('rhwc,wx->rhxc', x, table, precision='highest')
+  return pictures.normalize(x, MEAN, STD)
 
 
 def pad(images):

@@ -63,13 +63,6 @@ RELEASED = {  # hustvl/yolos-tiny, -small, -base
 }
 
 
-def name_of(c: Config) -> str:
-  """'yolos_tiny' for a released size, 'yolos_w32' for another."""
-  sizes = lambda c: (c.trunk, c.size, c.middle)
-  known = {sizes(config): name for name, config in RELEASED.items()}
-  return known.get(sizes(c), f'yolos_w{c.trunk.width}')
-
-
 class Head(nnx.Module):
   """Three layers with ReLU between them, `[..., D]` -> `[..., out]`."""
 
@@ -102,7 +95,7 @@ class Yolos(nnx.Module):
 
   def start(self, images):
     """`[R, T, D]`: what goes into the first block."""
-    x = self.embed(vit.patches(images, self.config.patch))
+    x = self.embed(vit.patches(images, self.config.patch).astype(self.embed.kernel.dtype))
     spread = lambda x, rows: jnp.broadcast_to(x[...], (rows, *x.shape))
     x = jnp.concatenate([spread(self.token, len(x)), x, spread(self.detectors, len(x))], 1)
     return x + self.positions(self.position[...], images.shape[1:3])
