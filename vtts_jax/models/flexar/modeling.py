@@ -65,6 +65,9 @@ class Config:
         raise ConfigError(f'{name}={getattr(self, name)!r}: must be one of {allowed}')
 
 
+ROWS = 10  # caches read at a time
+
+
 def swiglu(width: int, multiple_of: int = 1) -> int:
   """Hidden width of the gated layer: 8 D / 3, cut to an integer, up to a multiple."""
   return -(-int(2 * 4 * width / 3) // multiple_of) * multiple_of
@@ -160,6 +163,34 @@ class Attention(nnx.Module):
     a = jax.nn.softmax(s * q.shape[-1] ** -0.5 + bias, -1).astype(v.dtype)
     x = jnp.einsum(f'{score},{keys}hd->{rows}hd', a, v)
     return self.proj(x.reshape(*x.shape[:-2], -1))
+
+  def mix_cached(self, q, cache, layer, bias):
+    """As `mix`, of q `[B, P, R, C, h, d]` over one layer of a cache, and its bias.
+
+    Rows with a cache each (R = 1) are taken ROWS at a time, so that keys and values fit a TPU's
+    on-chip memory and are read once; and heads are not split, which would turn the cache over:
+    query i is zero outside the channels of head i.
+    """
+    at = lambda x, row, n: jax.lax.dynamic_slice_in_dim(x, row, n, 1)
+    of = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 3, keepdims=False)
+    B, P, R, C, h, d = q.shape
+    if R > 1:
+      return self.mix('bprc,bpcs', q, of(cache['k']), of(cache['v']), bias)
+    heads = jnp.repeat(jnp.eye(h, dtype=q.dtype), d, 1)  # [h, D]
+    wide = (q.reshape(B, P, C, 1, h * d) * heads * d**-0.5).astype(q.dtype)
+    bias = jnp.broadcast_to(bias[:, :, 0, :, 0, :, None], (B, P, 1, bias.shape[-1], 1))
+    rows = max(n for n in range(1, min(P, ROWS) + 1) if P % n == 0)
+
+    def some(row):
+      k, v = (of(at(cache[name], row, rows)) for name in 'kv')
+      s = jnp.einsum(
+        'bpcsd,bpchd->bpcsh', k, at(wide, row, rows), preferred_element_type=jnp.float32
+      )
+      a = jax.nn.softmax(s + at(bias, row, rows), 3).astype(v.dtype)
+      return (jnp.einsum('bpcsh,bpcsd->bpchd', a, v) * heads).sum(3)
+
+    x = jax.lax.map(some, jnp.arange(0, P, rows))  # [P / rows, B, rows, C, D]
+    return self.proj(jnp.moveaxis(x, 0, 1).reshape(B, P, 1, C, h * d))
 
 
 class FeedForward(nnx.Module):
@@ -330,8 +361,7 @@ class FlexAR(nnx.Module):
       x, cache = carry
       q, k, v = block.self_attn.fused(block.norm_self(x))
       cache = {name: _write(cache[name], new, i, slot) for name, new in (('k', k), ('v', v))}
-      k, v = (jax.lax.dynamic_index_in_dim(cache[n], i, 3, keepdims=False) for n in 'kv')
-      x = x + block.self_attn.mix('bprc,bpcs', q, k, v, bias)
+      x = x + block.self_attn.mix_cached(q, cache, i, bias)
       return (block.rest(x, 'bprc', self._text(ctx, i, 'bprc')), cache), None
 
     # the cache is carried, not stacked anew: a step writes R slots, not the whole of it
