@@ -110,7 +110,7 @@ def test_bfloat16_stays_near(pair):
   [(224, (224, 224)), (224, (300, 301)), (224, (512, 380)), (20, (33, 47)), (336, (256, 256))],
 )
 def test_preprocessing_is_the_processor_s(size, shape):
-  """Within 1/255 before normalisation. transformers cuts (H - S) // 2 off the top; OpenAI's own code
+  """Within 1/255 before normalisation. transformers cuts (H - S) // 2 off the top; OpenAI's code
   (torchvision) and we cut the rounded half, one more where H - S is 3 modulo 4."""
   processor = transformers.CLIPImageProcessorPil(
     size={'shortest_edge': size}, crop_size={'height': size, 'width': size}

@@ -35,6 +35,7 @@ FAMILIES = {  # "model" of a fixture -> folder of models/
   'flextok': 'flextok',
   'inception': 'inception',
   'owlvit': 'owlvit',
+  'siglip': 'siglip',
   't5': 't5',
   'yolos': 'yolos',
 }

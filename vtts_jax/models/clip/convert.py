@@ -77,14 +77,13 @@ RULES = [  # after `fused` and `stacked`; the two layouts share the name logit_s
 ]
 
 
-def trunk_of(source, block: str, options, layout: str, act: str, head=64) -> vit.Config:
+def trunk_of(source, block, options, layout, act, head=64, eps=1e-5) -> vit.Config:
   """The trunk whose blocks are `<block>.<i>.`: sizes from the shapes, the rest from `options`, in
   the names of transformers.
 
   Args:
     layout: the name, in a block, of the first layer of the feed-forward.
-    act: where `options` say nothing.
-    head: width of a head, likewise.
+    act, head, eps: activation, width of a head and epsilon where `options` say nothing.
   """
   hidden, width = source.shape(f'{block}.0.{layout}.weight')
   numbers = re.compile(re.escape(block) + r'\.(\d+)\.')
@@ -92,7 +91,7 @@ def trunk_of(source, block: str, options, layout: str, act: str, head=64) -> vit
   act = options.get('hidden_act', act)
   return vit.Config(
     width, layers, options.get('num_attention_heads', max(width // head, 1)), hidden,
-    ACTIVATIONS.get(act, act), options.get('layer_norm_eps', 1e-5),
+    ACTIVATIONS.get(act, act), options.get('layer_norm_eps', eps),
   )  # fmt: skip
 
 

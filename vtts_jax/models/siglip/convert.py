@@ -1,0 +1,96 @@
+"""SigLIP: from the layout of transformers' `SiglipModel`, which is that of both versions' fixed
+resolutions on the hub."""
+
+import numpy as np
+
+from vtts_jax import weights
+from vtts_jax.models import vit
+from vtts_jax.models.clip.convert import BLOCK, exact, trunk_of
+from vtts_jax.models.siglip import modeling
+from vtts_jax.models.stacked import fused, stacked, transposed
+
+HEAD_WIDTHS = {1152: 72, 1536: 96}  # so400m and giant; all others 64
+SECOND = 256000  # words of version 2
+
+
+def _tower(name, target):
+  lead = name + r'\.'
+  return [
+    (lead + r'embeddings\.position_embedding\.weight', target + 'position', ''),
+    (lead + r'(?:post_layernorm|final_layer_norm)\.(weight|bias)', target + r'norm.\1', ''),
+    (lead + r'embeddings\.position_ids', None, ''),  # a buffer of old files
+    *vit.rules(lead + r'encoder\.layers\.\*\.', target + 'trunk.', BLOCK),
+  ]
+
+
+HEAD = r'vision_model\.head\.'
+RULES = [  # after `fused` and `stacked`
+  *_tower('vision_model', 'image.'),
+  *_tower('text_model', 'text.'),
+  (r'vision_model\.embeddings\.patch_embedding\.weight', 'image.patch.kernel', vit.patch_kernel),
+  (r'vision_model\.embeddings\.patch_embedding\.bias', 'image.patch.bias', ''),
+  (HEAD + 'probe', 'image.pool.probe', np.ravel),
+  (HEAD + r'attention\.in_proj_weight', 'image.pool.qkv.kernel', transposed),
+  (HEAD + r'attention\.in_proj_bias', 'image.pool.qkv.bias', ''),
+  (HEAD + r'attention\.out_proj\.weight', 'image.pool.out.kernel', transposed),
+  (HEAD + r'attention\.out_proj\.bias', 'image.pool.out.bias', ''),
+  (HEAD + r'layernorm\.(weight|bias)', r'image.pool.norm.\1', ''),
+  (HEAD + r'mlp\.fc1\.weight', 'image.pool.ffn.up.kernel', transposed),
+  (HEAD + r'mlp\.fc1\.bias', 'image.pool.ffn.up.bias', ''),
+  (HEAD + r'mlp\.fc2\.weight', 'image.pool.ffn.down.kernel', transposed),
+  (HEAD + r'mlp\.fc2\.bias', 'image.pool.ffn.down.bias', ''),
+  (r'text_model\.embeddings\.token_embedding\.weight', 'text.token.embedding', ''),
+  (r'text_model\.head\.weight', 'text.projection.kernel', transposed),
+  (r'text_model\.head\.bias', 'text.projection.bias', ''),
+  (r'logit_(scale|bias)', r'\1', ''),
+]
+
+
+def config_of(source) -> modeling.Config:
+  """The config of a checkpoint.
+
+  Sizes are read off the shapes; heads, activation, epsilon and the picture's size are those of its
+  `config.json`, which on the hub holds what differs from transformers' defaults. Pictures are
+  resized as the released processors do: version 2, known by its vocabulary, bilinearly.
+
+  Raises:
+    ValueError: there is no SigLIP.
+    ConfigError: an option that the port does not know.
+  """
+  try:
+    width, _, _, patch = source.shape('vision_model.embeddings.patch_embedding.weight')
+    tokens = source.shape('vision_model.embeddings.position_embedding.weight')[0]
+    vocab, words = source.shape('text_model.embeddings.token_embedding.weight')
+    length = source.shape('text_model.embeddings.position_embedding.weight')[0]
+    sides = {
+      side: trunk_of(
+        source, f'{name}_model.encoder.layers', source.config.get(f'{name}_config') or {},
+        'mlp.fc1', 'gelu_tanh', HEAD_WIDTHS.get(width, 64), modeling.EPS,
+      )
+      for side, name, width in (('image', 'vision', width), ('text', 'text', words))
+    }  # fmt: skip
+    source.shape('vision_model.head.probe')
+  except KeyError as error:
+    raise ValueError(f'{source.where} has no SigLIP: no {error}') from error
+  side = round(tokens**0.5)
+  size = (source.config.get('vision_config') or {}).get('image_size', side * patch)
+  if side**2 != tokens or size // patch != side:
+    raise ValueError(
+      f'{source.where}: {tokens} positions do not fit pictures of {size} in patches of {patch}'
+    )
+  resample = 'bilinear' if vocab == SECOND else 'bicubic'
+  return modeling.Config(**sides, image_size=size, patch=patch, vocab=vocab, length=length,
+                         resample=resample)  # fmt: skip
+
+
+def load(source, dtype=None, sharding=None):
+  """(graphdef, params) of a `Source`; errors as in `config_of` and `weights.convert`.
+
+  Args:
+    dtype: of all but the temperature and the bias, which keep their 24 bits.
+  """
+  config = config_of(source)
+  graphdef, template = weights.abstract(lambda: modeling.build(config))
+  source = fused(stacked(source, 'layers'))
+  params = weights.convert(source, RULES, template, dtype, sharding)
+  return graphdef, exact(source, params, template, sharding, ('scale', 'bias'))
