@@ -5,9 +5,9 @@ and the rules of GenEval (Ghosh et al. 2023, arXiv 2310.11513) are applied to wh
 stand or with partial credit; see geneval_rules.py. What a prompt asks for is read off its sentence
 where it is one of GenEval's, or stands in a file in GenEval's format.
 
-This is none of the detectors behind the published benchmark. A benchmark score taken from the
-detector that was searched on says little: `metrics.geneval.column` calls it an oracle, told by
-`Spatial.detector`.
+None of these detectors is the one behind the published benchmark. A benchmark score taken from the
+detector that was searched on says little: by `Spatial.judges`, `metrics.geneval.column` calls it an
+oracle's.
 
 Letters: B prompts · M pictures · H W their sides · E entries of a prompt's metadata · K objects.
 """
@@ -85,13 +85,13 @@ class Spatial(core.Verifier):
     return colours.ColourClip(self.clip_from, 'tiny' if self.random else '', self.dtype)
 
   @property
-  def detector(self) -> str:
-    """Name of the detector, and of the CLIP if there is one: what `metrics.geneval` compares."""
-    return '_'.join([self.model.name, *([self.clip.name] if self.clip else [])])
+  def judges(self) -> tuple[str, ...]:
+    """Names of the models that decide: the detector, and the CLIP if there is one."""
+    return (self.model.name, *([self.clip.name] if self.clip else []))
 
   @property
   def names(self):
-    return (f'spatial_{"strict_" if self.mode == "strict" else ""}{self.detector}',)
+    return ('_'.join(['spatial', *(['strict'] if self.mode == 'strict' else []), *self.judges]),)
 
   def check(self):
     if self.colour == 'query' and not self.model.coloured:
