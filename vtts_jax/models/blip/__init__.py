@@ -1,0 +1,1 @@
+"""BLIP with ImageReward's head. See README.md beside this file."""

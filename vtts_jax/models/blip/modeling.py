@@ -1,0 +1,212 @@
+"""BLIP (Li et al. 2022, arXiv 2201.12086) as ImageReward scores with it (Xu et al., 2304.05977).
+
+A ViT reads the picture; a BERT with cross-attention to its tokens reads the text; five linear
+layers without activations turn the first token into a reward. Post-norm text layers are self-
+attention, cross-attention, feed-forward. The self-attention of layer 0 has not seen the picture
+yet, so `text` runs it once per prompt; from the last layer only the first token is read, so only
+that one goes through it. What lies between is therefore kept in pairs: cross-attention and feed-
+forward of layer i with self-attention of layer i + 1. Checked against transformers'
+`BlipForImageTextRetrieval` (tests/parity).
+
+Letters: R rows · S side · P patch side · T image tokens · C image width · W text tokens · D width ·
+L text layers.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vtts_jax.core import ConfigError
+from vtts_jax.models import vit
+from vtts_jax.models.stacked import scan, stack
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw rewards; ImageReward.py
+
+_LARGE = vit.Config(1024, 24, 16, 4096, eps=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes.
+
+  Attributes:
+    vision: the picture's trunk.
+    size: side of the picture; `patch`: of a patch.
+    vocab, positions: rows of the two embedding tables.
+    length: text tokens, padding included; longer texts are cut.
+    head: widths after each of the head's layers.
+
+  Raises:
+    ConfigError: a width that is no multiple of the heads, fewer than 2 layers.
+  """
+
+  vision: vit.Config = _LARGE
+  size: int = 224
+  patch: int = 16
+  vocab: int = 30524
+  positions: int = 512
+  width: int = 768
+  layers: int = 12
+  heads: int = 12
+  hidden: int = 3072
+  eps: float = 1e-12
+  length: int = 35
+  head: tuple[int, ...] = (1024, 128, 64, 16, 1)
+
+  def __post_init__(self):
+    if self.width % self.heads:
+      raise ConfigError(f'width={self.width}: must be a multiple of heads={self.heads}')
+    if self.layers < 2:
+      raise ConfigError(f'layers={self.layers}: at least 2')
+
+  @property
+  def patches(self):
+    return (self.size // self.patch) ** 2
+
+
+TINY = Config(
+  vision=vit.Config(16, 2, 2, 32, eps=1e-6), size=32, patch=16, vocab=64, positions=12, width=16,
+  layers=3, heads=2, hidden=32, length=12, head=(16, 8, 8, 4, 1),
+)  # fmt: skip
+RELEASED = {'image_reward': Config()}
+
+
+class SelfAttention(nnx.Module):
+  """norm(x + attention(x))."""
+
+  def __init__(self, c, *, rngs):
+    self.heads = c.heads
+    self.qkv = nnx.Linear(c.width, 3 * c.width, rngs=rngs)
+    self.out = nnx.Linear(c.width, c.width, rngs=rngs)
+    self.norm = vit.LayerNorm(c.width, c.eps)
+
+  def __call__(self, x, bias):  # [R, W, D], [R, 1, 1, W]
+    q, k, v = jnp.split(self.qkv(x), 3, -1)
+    return self.norm(x + self.out(vit.attend(q, k, v, self.heads, bias)))
+
+
+class CrossAttention(nnx.Module):
+  """norm(x + attention(x, image))."""
+
+  def __init__(self, c, *, rngs):
+    self.heads = c.heads
+    self.q, self.out = (nnx.Linear(c.width, c.width, rngs=rngs) for _ in range(2))
+    self.kv = nnx.Linear(c.vision.width, 2 * c.width, rngs=rngs)
+    self.norm = vit.LayerNorm(c.width, c.eps)
+
+  def __call__(self, x, image):  # [R, W, D], [R, T, C]
+    k, v = jnp.split(self.kv(image), 2, -1)
+    return self.norm(x + self.out(vit.attend(self.q(x), k, v, self.heads)))
+
+
+class Look(nnx.Module):
+  """The second half of a layer: cross-attention, feed-forward."""
+
+  def __init__(self, c, *, rngs):
+    self.cross = CrossAttention(c, rngs=rngs)
+    self.ffn = vit.FeedForward(c.width, c.hidden, 'gelu', rngs=rngs)
+    self.norm = vit.LayerNorm(c.width, c.eps)
+
+  def __call__(self, x, image):
+    x = self.cross(x, image)
+    return self.norm(x + self.ffn(x))
+
+
+class Pair(nnx.Module):
+  """The second half of a layer and the first half of the next."""
+
+  def __init__(self, c, *, rngs):
+    self.look = Look(c, rngs=rngs)
+    self.attn = SelfAttention(c, rngs=rngs)
+
+  def __call__(self, x, image, bias):
+    """What the layer returns, and what the next one's self-attention makes of it."""
+    done = self.look(x, image)
+    return done, self.attn(done, bias)
+
+
+class Vision(nnx.Module):
+  """`__call__(images [R, S, S, 3], normalised)` -> `[R, T, C]`, the class token first."""
+
+  def __init__(self, c: Config, *, rngs):
+    self.side = c.patch
+    self.embed = nnx.Linear(3 * c.patch**2, c.vision.width, rngs=rngs)
+    draw = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+    self.token = draw(c.vision.width)
+    self.positions = draw(c.patches + 1, c.vision.width)
+    self.trunk = vit.Trunk(c.vision, rngs=rngs)
+    self.norm = vit.LayerNorm(c.vision.width, c.vision.eps)
+
+  def tokens(self, images):
+    """What goes into the trunk, `[R, T, C]`."""
+    x = self.embed(vit.patches(images.astype(self.token.dtype), self.side))
+    first = jnp.broadcast_to(self.token[...], (len(x), 1, x.shape[-1]))
+    return jnp.concatenate([first, x], 1) + self.positions[...]
+
+  def __call__(self, images):
+    return self.norm(self.trunk(self.tokens(images)))
+
+
+class BLIP(nnx.Module):
+  def __init__(self, config: Config, *, rngs):
+    c = self.config = config
+    self.vision = Vision(c, rngs=rngs)
+    self.words = nnx.Embed(c.vocab, c.width, rngs=rngs)
+    self.positions = nnx.Embed(c.positions, c.width, rngs=rngs)
+    self.norm = vit.LayerNorm(c.width, c.eps)
+    self.first = SelfAttention(c, rngs=rngs)
+    self.pairs = stack(lambda rngs: Pair(c, rngs=rngs), c.layers - 1, rngs)
+    self.last = Look(c, rngs=rngs)
+    widths = (c.width, *c.head)
+    self.head = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:])])
+
+  def embed(self, ids):
+    """Ids `[R, W]` -> `[R, W, D]`, before any layer."""
+    return self.norm(self.words(ids) + self.positions.embedding[: ids.shape[1]])
+
+  def text(self, ids, mask):
+    """Ids and mask `[R, W]` -> `[R, W, D]`: all that depends on the prompt alone."""
+    return self.first(self.embed(ids), _bias(mask))
+
+  def fuse(self, text, mask, image):
+    """`text(...)` with the tokens of as many pictures `[R, T, C]`: the first token after the last
+    layer `[R, D]`, and what every layer before returned `[L - 1, R, W, D]`."""
+    bias = _bias(mask)
+
+    def body(pair, x, _):
+      done, x = pair(x, image, bias)
+      return x, done
+
+    x, states = scan(self.pairs, body, text)
+    return self.last(x[:, :1], image)[:, 0], states
+
+  def reward(self, first):
+    """`[R, D]` -> rewards `[R]` float32, about standard normal over the pictures rated."""
+    x = first.astype(jnp.float32)
+    for layer in self.head:
+      x = layer(x)
+    return (x[:, 0] - MEAN) / STD
+
+
+def _bias(mask):
+  return jnp.where(mask[:, None, None, :].astype(bool), 0.0, -jnp.inf)
+
+
+def build(config: Config, seed=0) -> BLIP:
+  """A random model; under `weights.abstract` no memory is used."""
+  return BLIP(config, rngs=nnx.Rngs(seed))
+
+
+def flops(c: Config, part: str) -> int:
+  """Matmul FLOPs of `text` for one prompt ('text') or of all the rest for one picture ('image')."""
+  w, d, t = c.length, c.width, c.patches + 1
+  attn = w * (8 * d * d + 4 * w * d)
+  if part == 'text':
+    return attn
+  look = lambda w: 4 * w * d * (d + t + c.hidden) + 4 * t * c.vision.width * d
+  widths = (d, *c.head)
+  head = sum(2 * a * b for a, b in zip(widths, widths[1:]))
+  embed = 6 * c.patches * c.patch**2 * c.vision.width
+  return embed + vit.flops(c.vision, t) + (c.layers - 1) * (look(w) + attn) + look(1) + head

@@ -1,0 +1,29 @@
+"""Golden files of the family `blip` (tests/golden): pictures, ids and mask in, every stage out."""
+
+import jax
+import numpy as np
+
+from vtts_jax import weights
+from vtts_jax.models.blip import convert
+
+
+def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """What goes into the picture's trunk and comes out of the tower, the text layers, the reward."""
+  graphdef, params = convert.load(source, convert.config_of(source, **config['options']))
+
+  def run(params, inputs):
+    model = weights.merge(graphdef, params)
+    image = model.vision(inputs['images'])
+    text = model.text(inputs['ids'], inputs['mask'])
+    first, states = model.fuse(text, inputs['mask'], image)
+    return {
+      'tokens': model.vision.tokens(inputs['images']),
+      'image': image,
+      'embedded': model.embed(inputs['ids']),
+      'states': states,
+      'first': first,
+      'reward': model.reward(first),
+    }
+
+  inputs = {k: v if v.dtype.kind == 'f' else v.astype(np.int32) for k, v in inputs.items()}
+  return {name: np.asarray(value) for name, value in jax.jit(run)(params, inputs).items()}
