@@ -13,8 +13,10 @@ from vtts_jax import core, main, run, study
 from vtts_jax.data import prompts
 from vtts_jax.generators import flextok_parts as parts
 from vtts_jax.generators.flextok_ar import FlexTokAR, build
+from vtts_jax.models.autoencoder_kl import modeling as autoencoder_kl
 from vtts_jax.models.flexar import modeling as flexar
 from vtts_jax.models.flextok import flow
+from vtts_jax.models.t5 import modeling as t5
 from vtts_jax.search.beam import Beam
 from vtts_jax.testing import laws
 
@@ -186,9 +188,9 @@ def test_cost_follows_streams_and_decoder_steps():
   assert render() - render(decode_steps=1) == 2 * (
     render(decode_guidance=1.0) - render(decode_guidance=1.0, decode_steps=1)
   )
-  t5, null = parts.flops_t5(tiny().configs.text, 6), parts.flops_t5(tiny().configs.text, 1)
+  words, null = t5.flops(tiny().configs.text, 6), t5.flops(tiny().configs.text, 1)
   text = flexar.flops_text(tiny().configs.prior, 6)
-  assert tiny().cost('encode').flops == t5 + null + 2 * text
+  assert tiny().cost('encode').flops == words + null + 2 * text
 
 
 def test_flops_of_the_vae_are_those_of_the_compiled_program():
@@ -198,7 +200,7 @@ def test_flops_of_the_vae_are_those_of_the_compiled_program():
   latent = jnp.zeros((1, c.tokenizer.size, c.tokenizer.size, c.tokenizer.channels))
   counted = decode.lower(params, latent).compile().cost_analysis()['flops']
   # fewer: XLA does not count what falls on the padding; more: norms at 4 channels
-  assert 0.85 < counted / parts.flops_vae(c.vae, c.tokenizer.size) < 1.3
+  assert 0.85 < counted / autoencoder_kl.flops_decode(c.vae, c.tokenizer.size) < 1.3
 
 
 def test_published_settings_and_sizes_by_name():

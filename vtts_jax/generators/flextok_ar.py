@@ -20,9 +20,11 @@ import numpy as np
 
 from vtts_jax import components, core, sampling
 from vtts_jax.generators import flextok_parts as parts
+from vtts_jax.models.autoencoder_kl import modeling as autoencoder_kl
 from vtts_jax.models.flexar import modeling as flexar
 from vtts_jax.models.flextok import flow
 from vtts_jax.models.flextok import modeling as flextok
+from vtts_jax.models.t5 import modeling as t5
 
 
 class State(NamedTuple):
@@ -322,7 +324,7 @@ class FlexTokAR(core.Generator):
     if op == 'render':
       passes = self.decode_steps * (1 if self.decode_scale == 1 else 2)
       flops = passes * flextok.flops_decode(c.tokenizer)
-      return core.Cost(render=1, flops=flops + parts.flops_vae(c.vae, c.tokenizer.size))
+      return core.Cost(render=1, flops=flops + autoencoder_kl.flops_decode(c.vae, c.tokenizer.size))
     if not streams:
       return core.Cost()
     words = 0 if c.prior.classes else self._null_words
@@ -330,7 +332,7 @@ class FlexTokAR(core.Generator):
       flops = streams * flexar.flops_text(c.prior, words)
       if c.text is not None:
         width = {'prompt': self.words, 'null': 1}
-        flops += sum(parts.flops_t5(c.text, width[s]) for s in self.streams)
+        flops += sum(t5.flops(c.text, width[s]) for s in self.streams)
       return core.Cost(flops=flops)
     trunk = flexar.flops_trunk(c.prior, self.num_stages, words)
     if op == 'fatten':

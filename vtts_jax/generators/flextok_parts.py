@@ -1,4 +1,4 @@
-"""What the FlexTok AR generator is made of: sizes, weights, words and classes, noise, FLOPs.
+"""What the FlexTok AR generator is made of: sizes, weights, words and classes, noise.
 
 Sizes come from the header of a checkpoint or from a name; weights from the checkpoint or, under a
 name, from a seed. Letters: B prompts, W words, R rows, H W C latents.
@@ -225,32 +225,3 @@ def noise(seeds, shape):
   """Standard normal noise `[R, *shape]` float32 of seeds `[R, 2]`."""
   keys = jax.random.wrap_key_data(seeds, impl='threefry2x32')
   return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-
-# -------------------------------------------------------------------------------------------- FLOPs
-
-
-def flops_t5(c: t5.Config, words: int) -> int:
-  """Matmul FLOPs of the encoder for one text of so many words."""
-  inner, gated = c.num_heads * c.d_kv, 3 if c.feed_forward_proj == 'gated-gelu' else 2
-  layer = 8 * c.d_model * inner + 4 * words * inner + 2 * gated * c.d_model * c.d_ff
-  return c.num_layers * words * layer
-
-
-def flops_vae(c: vae.Config, side: int) -> int:
-  """FLOPs of the convolutions and matmuls of `decode` for one latent of `side` x `side`."""
-  conv = lambda side, a, b, size=3: 2 * (side * size) ** 2 * a * b
-  resnet = lambda side, a, b: conv(side, a, b) + conv(side, b, b) + (a != b) * conv(side, a, b, 1)
-  widths, latent = c.block_out_channels[::-1], c.latent_channels
-  inner = widths[0]
-  flops = conv(side, latent, inner) + 2 * resnet(side, inner, inner)
-  flops += conv(side, latent, latent, 1) if c.use_post_quant_conv else 0
-  if c.mid_block_add_attention:
-    flops += 4 * conv(side, inner, inner, 1) + 4 * side**4 * inner
-  for i, width in enumerate(widths):
-    if i:
-      side *= 2
-      flops += conv(side, inner, inner)
-    flops += resnet(side, inner, width) + c.layers_per_block * resnet(side, width, width)
-    inner = width
-  return flops + conv(side, inner, c.out_channels)

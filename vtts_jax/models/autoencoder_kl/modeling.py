@@ -257,3 +257,22 @@ def divergence(mean, log_variance):
 def build(config: Config, seed=0) -> AutoencoderKL:
   """A random autoencoder; under `weights.abstract` no memory is used."""
   return AutoencoderKL(config, rngs=nnx.Rngs(seed))
+
+
+def flops_decode(c: Config, side: int) -> int:
+  """FLOPs of the convolutions and matmuls of `decode` for one latent of `side` x `side`."""
+  conv = lambda side, a, b, size=3: 2 * (side * size) ** 2 * a * b
+  resnet = lambda side, a, b: conv(side, a, b) + conv(side, b, b) + (a != b) * conv(side, a, b, 1)
+  widths, latent = c.block_out_channels[::-1], c.latent_channels
+  inner = widths[0]
+  total = conv(side, latent, inner) + 2 * resnet(side, inner, inner)
+  total += conv(side, latent, latent, 1) if c.use_post_quant_conv else 0
+  if c.mid_block_add_attention:
+    total += 4 * conv(side, inner, inner, 1) + 4 * side**4 * inner
+  for i, width in enumerate(widths):
+    if i:
+      side *= 2
+      total += conv(side, inner, inner)
+    total += resnet(side, inner, width) + c.layers_per_block * resnet(side, width, width)
+    inner = width
+  return total + conv(side, inner, c.out_channels)

@@ -164,3 +164,10 @@ class T5Encoder(nnx.Module):
 def build(config: Config, seed=0) -> T5Encoder:
   """A random encoder; under `weights.abstract` no memory is used."""
   return T5Encoder(config, rngs=nnx.Rngs(seed))
+
+
+def flops(c: Config, words: int) -> int:
+  """Matmul FLOPs of the encoder for one text of so many words."""
+  inner, gated = c.num_heads * c.d_kv, 3 if c.feed_forward_proj == 'gated-gelu' else 2
+  layer = 8 * c.d_model * inner + 4 * words * inner + 2 * gated * c.d_model * c.d_ff
+  return c.num_layers * words * layer

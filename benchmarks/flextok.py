@@ -1,0 +1,231 @@
+"""FlexTok AR: what the cache saves, where a beam search spends its time, what a TPU step moves.
+
+    python benchmarks/flextok.py [--parts=abc] [--repeats=3]       # part c: pip install libtpu
+
+a. Tokens per second of one candidate of the 113M prior with its cache, against running the prefix
+   again for each token with the same weights. Prefixes are padded to the next multiple of 32, so
+   that the second is no slower than it must be; eight lengths are timed and averaged.
+b. The published beam (5 beams of 10, looked at after 1, 2, 4 .. 256 tokens) at 113M with a small
+   decoder and CLIP B/32, as one compiled program: seconds of the prior, the decoder and the
+   verifier alone, of the same shapes and as many calls; the rest is selection. FLOP/s of prior and
+   decoder at batch 50, as shares of this machine's matmul rate taken beside them.
+c. Bytes and FLOPs of one step of the 3B prior in bfloat16 on a v5e:2x4, one prompt a chip with
+   guidance, as the TPU compiler plans it (nothing runs), over the floor: weights once, keys and
+   values once; FLOPs are those of the shapes. For 5 and 50 candidates with caches of their own, and
+   for 50 in one pool of as many slots as they fill where each draws half of its tokens alone, which
+   is why own caches are what the generator uses.
+
+Prints a table and, last, one line of JSON.
+"""
+
+import argparse
+import functools
+import json
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from vtts_jax import components, core, drivers, step, study, weights
+from vtts_jax.models.flexar import modeling as flexar
+from vtts_jax.testing import hlo
+
+BEAMS, CHILDREN, LOOKS, TOKENS, WORDS = 5, 10, 9, 256, 128
+STREAMS = 2  # prompt and null
+V5E = 819e9  # bytes per second
+
+
+def fastest(calls, repeats):
+  """Least seconds of each call, taken in turn so that a busy machine slows them alike."""
+  seconds = [float('inf')] * len(calls)
+  for call in calls:
+    jax.block_until_ready(call())  # compiles
+  for _ in range(repeats):
+    for i, call in enumerate(calls):
+      begin = time.perf_counter()
+      jax.block_until_ready(call())
+      seconds[i] = min(seconds[i], time.perf_counter() - begin)
+  return seconds
+
+
+def product(size=2048):
+  """A float32 matrix product and its FLOPs."""
+  a, times = jnp.ones((size, size)), jax.jit(lambda a: a @ a)
+  return lambda: times(a), 2 * size**3
+
+
+def parts():
+  """Generator, its parameters and a context of one prompt."""
+  gen = components.load('generators.flextok_ar', random='flexar_113m/small', decode_steps=2)
+  params = study.parameters(gen)
+  prompt = jax.tree.map(jnp.asarray, gen.tokenize(['a photo of a bench']))
+  return gen, params, jax.jit(gen.encode)(params, prompt)
+
+
+def cached_against_prefix(gen, params, ctx, repeats):
+  """Tokens per second of one candidate: with the cache, and running the prefix again."""
+  keys = jax.random.split(jax.random.key(0), (1, 1))
+  state = jax.jit(gen.init)(params, ctx, keys)
+  cached = jax.jit(lambda p, c, s: gen.extend(p, c, s, keys, 0, TOKENS).tokens)
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def again(params, ctx, length):
+    model = gen._model(params, 'prior')
+    hidden, _ = model.prefill(ctx, jnp.zeros((1, 1, length), jnp.int32))
+    return jnp.argmax(flexar.guide(model.logits(hidden[:, :, -1]), gen.scale), -1)
+
+  calls = [lambda n=n: again(params, ctx, n) for n in range(32, 257, 32)]
+  whole, *each = fastest([lambda: cached(params, ctx, state), *calls], repeats)
+  return TOKENS / whole, 1 / float(np.mean(each))
+
+
+def beam(gen, params, repeats):
+  """Seconds of the whole search and of its model calls; FLOP/s at batch 50."""
+  algo = components.load('search.beam', width=BEAMS, branch=CHILDREN, roots=1, replace=False)
+  ver = components.load('verifiers.clip', random='clip_b32')
+  params = {'generator': params, 'verifier': study.parameters(ver)}
+  job = step.Job(algo, gen, ver, render_chunk=BEAMS * CHILDREN)
+  text = ['a photo of a bench']
+  arrays = {'generator': gen.tokenize(text), 'verifier': ver.tokenize(text)}
+  arrays = jax.tree.map(jnp.asarray, arrays)
+  ids, key, none = jnp.arange(1), jax.random.key(0), jnp.zeros((1, 0), jnp.int32)
+  search = jax.jit(lambda p, a: drivers.fused(job, p, a, ids, key, none))
+  ctx, vctx = jax.jit(lambda p, a: step.encode(job, p, a))(params, arrays)
+
+  def states(count):
+    keys = core.candidate_keys(core.prompt_keys(key, ids), jnp.arange(count))
+    return keys, gen.init(params['generator'], ctx, keys)
+
+  many = BEAMS * CHILDREN
+  kept, wide = states(BEAMS), states(many)
+  run = lambda count: jax.jit(
+    lambda p, s, k: gen.extend(p['generator'], ctx, s, k, TOKENS // 2, count).tokens
+  )
+  draw, short = run(TOKENS), run(4)
+  render = jax.jit(lambda p, s: gen.render(p['generator'], ctx, s, TOKENS))
+  score = jax.jit(lambda p, i: ver.score(p['verifier'], vctx, i))
+  slim = gen.slim(wide[1])
+  images = render(params, slim)
+  matmul, flops = product()
+  whole, prior, decoder, verifier, steps, rate = fastest(
+    [
+      lambda: search(params, arrays),
+      lambda: draw(params, kept[1], kept[0]),
+      lambda: render(params, slim),
+      lambda: score(params, images),
+      lambda: short(params, wide[1], wide[0]),
+      matmul,
+    ],
+    repeats,
+  )
+  rate = flops / rate
+  seconds = {'prior': prior, 'decoder': LOOKS * decoder, 'verifier': LOOKS * verifier}
+  seconds['selection'] = max(0.0, whole - sum(seconds.values()))
+  shares = {name: s / whole for name, s in seconds.items()}
+  prior_rate = many * gen.cost('extend', 0, 4).flops / steps
+  return whole, shares, prior_rate, many * gen.cost('render').flops / decoder, rate
+
+
+def tpu_step(rows, pool):
+  """(bytes, FLOPs, floor of bytes, GiB at most) of one step on one chip of a v5e:2x4.
+
+  Args:
+    rows: candidates of the chip's prompt.
+    pool: slots of one pool shared by all of them; 0 for a cache of 256 each.
+  """
+  from jax.experimental import topologies
+  from jax.experimental.layout import Format, Layout
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4')
+  mesh = Mesh(np.array(topology.devices), ('data',))
+  whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), ('data',)))
+  c, B = flexar.RELEASED['flexar_3b'], len(topology.devices)
+  graphdef, params = weights.abstract(lambda: flexar.FlexAR(c, rngs=nnx.Rngs(0)))
+  half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  params = jax.tree.map(lambda x: half(*x.shape), params)
+  words = half(B, STREAMS, c.layers, WORDS, c.width)
+  bias = jax.ShapeDtypeStruct((B, STREAMS, WORDS), jnp.float32)
+  ctx = {'start': half(B, STREAMS, c.width), 'k': words, 'v': words, 'bias': bias}
+  pools, each, slots = (1, rows, pool) if pool else (rows, 1, TOKENS)
+  cache = {n: half(B, pools, STREAMS, c.layers, slots, c.width) for n in 'kv'}
+  tokens = jax.ShapeDtypeStruct((B, pools, each), jnp.int32)
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  seen = jax.ShapeDtypeStruct((B, 1, rows, slots), jnp.bool) if pool else None
+
+  def one(params, ctx, cache, tokens, t, slot, seen):
+    model = weights.merge(graphdef, params)
+    hidden, cache = model.step(ctx, cache, tokens, t, slot if pool else None, seen)
+    logits = flexar.guide(model.logits(hidden), 3.0)
+    return jnp.argmax(logits, -1).astype(jnp.int32), cache
+
+  auto = lambda tree, sharding: jax.tree.map(lambda _: Format(Layout.AUTO, sharding), tree)
+  given = (auto(params, whole), auto(ctx, split), auto(cache, split), split, whole, whole, split)
+  compiled = (
+    jax.jit(one, in_shardings=given, out_shardings=(split, auto(cache, split)), donate_argnums=2)
+    .lower(params, ctx, cache, tokens, number, number, seen)
+    .compile()
+  )
+  memory = compiled.memory_analysis()
+  most = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  most += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+  flops = rows * STREAMS * (flexar.flops_trunk(c, slots, WORDS) + flexar.flops_head(c))
+  # read once: what the trunk multiplies by (text keys and values are made once a prompt), the head,
+  # the text, and every slot
+  layers = c.layers * (6 * c.width**2 + 3 * c.width * c.hidden)
+  kept = STREAMS * c.layers * (pools * slots + WORDS) * c.width * 2
+  floor = 2 * (layers + c.width * c.codes + kept)
+  return hlo.traffic(compiled.as_text()), flops, floor, most
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--parts', default='abc', help='which of a, b, c (default abc)')
+  parser.add_argument('--repeats', type=int, default=3, help='timed repeats of each (default 3)')
+  args = parser.parse_args()
+  if not args.parts or set(args.parts) - set('abc'):
+    parser.error(f'--parts={args.parts}: must be some of a, b, c')
+  table, found = Table('what', 'value', box=None), {}
+  if set(args.parts) & set('ab'):
+    gen, params, ctx = parts()
+  if 'a' in args.parts:
+    cached, again = cached_against_prefix(gen, params, ctx, args.repeats)
+    table.add_row('a. tokens per second, cache', f'{cached:.2f}')
+    table.add_row('a. tokens per second, prefix run again', f'{again:.2f}')
+    found['cached_speedup'] = round(cached / again, 1)
+  if 'b' in args.parts:
+    whole, shares, prior, decoder, rate = beam(gen, params, args.repeats)
+    table.add_row('b. float32 matmul rate', f'{rate / 1e9:.1f} GFLOP/s')
+    table.add_row('b. one beam search, 5 x 10 to 256', f'{whole:.1f} s')
+    for name, share in shares.items():
+      table.add_row(f'b. share of the {name}', f'{100 * share:.1f} %')
+      found[f'{name}_share'] = round(share, 3)
+    for name, own in (('prior', prior), ('decoder', decoder)):
+      table.add_row(f'b. {name} at batch 50', f'{own / 1e9:.1f} GFLOP/s')
+      found[f'{name}_matmul_share'] = round(own / rate, 3)
+  if 'c' in args.parts:
+    filled = 1 + BEAMS * CHILDREN * TOKENS // 2 + BEAMS * TOKENS // 2
+    filled = -(-filled // 128) * 128
+    for rows, pool in ((BEAMS, 0), (BEAMS * CHILDREN, 0), (BEAMS * CHILDREN, filled)):
+      moved, flops, floor, most = tpu_step(rows, pool)
+      where = f'a pool of {pool} slots' if pool else 'own caches'
+      table.add_row(
+        f'c. {rows} candidates, {where}',
+        f'{moved / 1e9:.2f} GB, floor {floor / 1e9:.2f} ({moved / V5E * 1e3:.1f} ms), '
+        f'{flops / 1e12:.2f} TFLOP, {most / 2**30:.1f} GiB',
+      )
+      if not pool:
+        found[f'bytes_over_floor_{rows}'] = round(moved / floor, 3)
+  Console(width=110).print(table)
+  print(json.dumps(found))
+
+
+if __name__ == '__main__':
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # there is no TPU to ask
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  main()
