@@ -94,7 +94,8 @@ class Spatial(core.Verifier):
     return ('_'.join(['spatial', *(['strict'] if self.mode == 'strict' else []), *self.judges]),)
 
   def check(self):
-    if self.colour == 'query' and not self.model.coloured:
+    coloured = self.model.coloured  # an unknown size is refused here
+    if self.colour == 'query' and not coloured:
       raise core.ConfigError(
         f"verifier.colour='query': {self.model.name} cannot be asked for colours; must be 'clip'"
       )
