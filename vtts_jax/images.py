@@ -37,8 +37,9 @@ FILTERS = {  # PIL's filters and their reach
 
 
 @functools.cache
-def _weights(old: int, new: int, method: str) -> np.ndarray:
-  """The matrix `[old, new]` by which PIL resizes one axis, in its 22 bit steps."""
+def _weights(old: int, new: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+  """The matrix `[old, new]` by which PIL resizes one axis, in its steps of 2^-22: the upper and the
+  lower half of each number, so that float32 sums of 8 bit pixels are exact."""
   value, reach = FILTERS[method]
   scale = old / new
   stretch = max(scale, 1.0)  # antialiasing: the filter widens where the picture shrinks
@@ -49,7 +50,9 @@ def _weights(old: int, new: int, method: str) -> np.ndarray:
     high = min(int(centre + reach * stretch + 0.5), old)
     row = np.array([value((x - centre + 0.5) / stretch) for x in range(low, high)])
     table[low:high, i] = row / row.sum()
-  return (np.round(table * 2**22) / 2**22).astype(np.float32)
+  steps = np.round(table * 2**22).astype(np.int64)
+  upper = (steps + 2**10) >> 11
+  return upper.astype(np.float32), (steps - (upper << 11)).astype(np.float32)
 
 
 def quantize(images):
@@ -58,7 +61,7 @@ def quantize(images):
 
 
 def resize(images, size: tuple[int, int], method: str = 'bicubic', rounded: bool = True):
-  """PIL's `resize` of 8 bit pictures to `size` (height, width), to 1/255.
+  """PIL's `resize` of 8 bit pictures to `size` (height, width), bit for bit.
 
   The width comes first, unless the height loses more than twice as many rows as the width columns:
   so Pillow 13, found by trying sizes. Before, the width came first always.
@@ -72,14 +75,22 @@ def resize(images, size: tuple[int, int], method: str = 'bicubic', rounded: bool
   """
   if method not in FILTERS:
     raise ConfigError(f'method={method!r}: must be one of {", ".join(FILTERS)}')
-  x, old = quantize(images), images.shape[-3:-1]
+  x, old = jnp.round(jnp.clip(images, 0, 1) * 255), images.shape[-3:-1]
   tall = old[0] - size[0] > max(0, 2 * (old[1] - size[1]))
   for axis in (0, 1) if tall else (1, 0):
     if old[axis] != size[axis]:
       letters = ('...hwc,hx->...xwc', '...hwc,wx->...hxc')[axis]
-      x = jnp.einsum(letters, x, _weights(old[axis], size[axis], method))
-      x = quantize(x) if rounded else x
-  return x
+      pair = _weights(old[axis], size[axis], method)
+      upper, lower = (jnp.einsum(letters, x, half, precision='highest') for half in pair)
+      x = _whole(upper, lower) if rounded else upper / 2**11 + lower / 2**22
+  return x / 255
+
+
+def _whole(upper, lower):
+  """upper 2^-11 + lower 2^-22 to the nearest of 0 .. 255, halves up, as PIL's integers; NaN
+  stays."""
+  steps = upper.astype(jnp.int32) * 2**11 + lower.astype(jnp.int32) + 2**21
+  return jnp.where(jnp.isnan(upper), upper, jnp.clip(steps >> 22, 0, 255).astype(jnp.float32))
 
 
 def resize_shortest(images, size: int, method: str = 'bicubic'):
