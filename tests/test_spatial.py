@@ -17,7 +17,7 @@ from vtts_jax.data import geneval as grammar
 from vtts_jax.metrics import geneval
 from vtts_jax.models.owlvit import modeling as owl
 from vtts_jax.testing import laws
-from vtts_jax.verifiers import colours, detectors, ensemble, geneval_rules
+from vtts_jax.verifiers import colours, detectors, ensemble, geneval_rules, towers
 
 with gzip.open(pathlib.Path(__file__).parent / 'data/geneval_metadata.jsonl.gz', 'rt') as _file:
   ROWS = [json.loads(line) for line in _file]
@@ -185,7 +185,7 @@ def test_crops_are_what_pil_cuts():
 
 
 def test_colours_are_clips_averaged_templates():
-  clip = colours.ColourClip('', 'tiny')
+  clip = load('verifiers.spatial', random='tiny_yolos').clip
   params = clip.load()
   ids = clip.tokenize([['cup', 'wine glass']])
   assert ids.shape == (1, 2, 10, 3, 12) and colours.TEMPLATES[1] == 'a photo of a {}-colored {}'
@@ -210,18 +210,30 @@ def test_colours_are_clips_averaged_templates():
 # ------------------------------------------------------------------------------------ the verifier
 
 
+@pytest.fixture(autouse=True, scope='module')
+def load_once():
+  """Random weights are made by a program of their own: here once for each size."""
+  load_, towers.Tower.load = towers.Tower.load, functools.cache(towers.Tower.load)
+  yield
+  towers.Tower.load = load_
+
+
 @pytest.mark.parametrize('settings', [
-  {'random': 'tiny'}, {'random': 'tiny_yolos', 'mode': 'strict', 'dtype': 'bfloat16'},
+  {'random': 'tiny'}, {'random': 'tiny_yolos', 'mode': 'strict'},
 ], ids=str)  # fmt: skip
-def test_protocol_and_broken_pictures(settings):
+def test_protocol(settings):
   verifier = load('verifiers.spatial', limits=(0.05, 0.1, 0.5), **settings)
   images = np.random.default_rng(0).random((4, 3, 40, 48, 3), np.float32)
   laws.check_verifier(verifier, PROMPTS, images)
-  params = verifier.load()
-  vctx = verifier.encode(params, verifier.tokenize(PROMPTS))
-  score = jax.jit(lambda x: verifier.score(params, vctx, x)[verifier.names[0]])
-  clean = np.asarray(score(images))
-  spoiled = images.copy()
+
+
+def test_broken_pictures_and_half_precision():
+  verifier = load('verifiers.spatial', limits=(0.05, 0.1, 0.5), random='tiny')
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), verifier.load())
+  prompt = verifier.tokenize(PROMPTS)
+  run = lambda x: verifier.score(params, verifier.encode(params, prompt), x)[verifier.names[0]]
+  score, images = jax.jit(run), np.random.default_rng(0).random((4, 3, 40, 48, 3), np.float32)
+  clean, spoiled = np.asarray(score(images)), images.copy()
   spoiled[1, 2, 3, 3, 0] = np.nan
   have = np.asarray(score(spoiled))
   assert np.isnan(have[1, 2]) and np.isnan(have).sum() == 1
@@ -231,7 +243,7 @@ def test_protocol_and_broken_pictures(settings):
 
 def test_owl_asks_for_every_class_in_every_colour():
   """Scores and colours of a class are those of its own queries, whatever the batch."""
-  model = detectors.Owl('', 'tiny')
+  model = load('verifiers.spatial', random='tiny').model
   params, names = model.load(), [['dog', 'tv remote'], ['cup', 'cow']]
   prompt = model.tokenize(names, True)
   assert prompt['ids'].shape == (2, 22, 16)
@@ -261,7 +273,7 @@ def test_owl_asks_for_every_class_in_every_colour():
 
 
 def test_yolos_looks_up_cocos_numbers():
-  model = detectors.Yolo('', 'tiny_yolos')
+  model = load('verifiers.spatial', random='tiny_yolos').model
   params = model.load()
   prompt = model.tokenize([['computer mouse', 'person']], False)
   assert prompt['index'].tolist() == [[74, 1]]
