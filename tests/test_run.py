@@ -169,7 +169,7 @@ LAYERS = {
   'run': {'core', 'step', 'drivers'},
   'sharding': {'core'},
   'images': {'core'},
-  'models': {'models', 'weights', 'data', 'core', 'sampling', 'images'},
+  'models': {'models', 'weights', 'checkpoints', 'data', 'core', 'sampling', 'images'},
   'generators': {'core', 'components', 'sampling', 'models', 'weights', 'data', 'generators'},
   'verifiers': {'core', 'components', 'select', 'models', 'weights', 'data', 'images', 'verifiers'},
   'data': {'data', 'core'},

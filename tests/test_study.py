@@ -188,7 +188,7 @@ def test_commands_explain_themselves(capsys, tmp_path):
   assert main.cli(['run', f'--config={CONFIG}', '--help']) == 0
   assert '"width": 2' in capsys.readouterr().out
   assert main.cli(['report', str(tmp_path)]) == 2 and 'no run directory' in capsys.readouterr().err
-  assert main.cli(['search']) == 2 and 'allowed: run, report, list' in capsys.readouterr().err
+  assert main.cli(['search']) == 2 and 'allowed: run, report, score' in capsys.readouterr().err
 
 
 def test_a_directory_belongs_to_one_config(tmp_path):

@@ -6,6 +6,7 @@ Letters: B prompts of a batch, M candidates of a step, N kept.
 """
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 
@@ -56,6 +57,7 @@ class Program:
 
   made = 0  # programs compiled by this process; tests count them
   compile_seconds = 0.0  # and how long that took
+  _lock = threading.Lock()
 
   def __init__(self, function: Callable):
     self._jit = jax.jit(function)
@@ -64,17 +66,26 @@ class Program:
   def __call__(self, *args):
     leaves, tree = jax.tree.flatten(args)
     shapes = (tree, tuple((jnp.shape(x), x.dtype) for x in leaves))
-    if shapes not in self._compiled:
-      start = time.perf_counter()
-      self._compiled[shapes] = self._jit.lower(*args).compile()
-      Program.compile_seconds += time.perf_counter() - start
-      Program.made += 1
+    with Program._lock:
+      if shapes not in self._compiled:
+        start = time.perf_counter()
+        self._compiled[shapes] = self._jit.lower(*args).compile()
+        Program.compile_seconds += time.perf_counter() - start
+        Program.made += 1
     return self._compiled[shapes](*args)
 
 
-@functools.lru_cache(maxsize=64)
+_PROGRAMS = threading.Lock()  # batches may run side by side, and each program is made once
+
+
 def program(job: Job, name: str, mesh: Mesh | None, static: tuple[int, int] = (0, 1)) -> Program:
   """The compiled form of one of the functions above; `static` is (first, count) of the phase."""
+  with _PROGRAMS:
+    return _program(job, name, mesh, static)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(job, name, mesh, static):
   data, whole = PartitionSpec('data'), PartitionSpec()
   step = lambda i: Step(static[0] if static[1] == 1 else i, static[0])
 

@@ -1,4 +1,4 @@
-"""The command line: `vtts run`, `vtts report`, `vtts list`."""
+"""The command line: `vtts run`, `report`, `score`, `serve`, `list`."""
 
 import json
 import os
@@ -14,6 +14,10 @@ vtts: visual test-time scaling via search, in JAX
   vtts run --config=FILE[:ARGS] [--config.KEY=VALUE ...]   run a study; the same command resumes it
      ... --distributed                                     one process of many (see launch/)
   vtts report RUN [RUN ...] [--out=DIR]                    write report.html; several runs in one
+  vtts score --verifier=NAME [--verifier.KEY=VALUE ...] IMAGES [--prompts=FILE_OR_TEXT]
+     [--out=FILE.jsonl] [--batch=32]                       score a folder or .jsonl of pictures
+  vtts serve --verifier=NAME [--port=8500] [--host=...]    a verifier in its own process, for
+                                                           verifiers.host --verifier.url=...
   vtts list [NAME]                                         components; the settings of one
 
   vtts run --config=configs/scenes.py:demo                 the embedded study, two minutes
@@ -26,7 +30,13 @@ def cli(argv: list[str] | None = None) -> int:
   """Entry point of the console script; returns the exit code (2 for a setting that cannot be
   run)."""
   argv = sys.argv[1:] if argv is None else argv
-  commands = {'run': command_run, 'report': command_report, 'list': command_list}
+  commands = {
+    'run': command_run,
+    'report': command_report,
+    'score': command_score,
+    'serve': command_serve,
+    'list': command_list,
+  }
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print(HELP)
     return 0
@@ -183,6 +193,18 @@ def command_report(argv: list[str]) -> int:
   else:
     print(page)
   return 0
+
+
+def command_score(argv: list[str]) -> int:
+  from vtts_jax import score
+
+  return score.command_score(argv)
+
+
+def command_serve(argv: list[str]) -> int:
+  from vtts_jax import score
+
+  return score.command_serve(argv)
 
 
 def command_list(argv: list[str]) -> int:

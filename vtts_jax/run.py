@@ -9,6 +9,7 @@ Letters: P prompts in all, B in a batch, M candidates of a step, N kept.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -61,6 +62,24 @@ class SearchResult:
     return {name: sum(step.bad[name] for step in self.steps) for name in self.steps[0].bad}
 
 
+def ahead(function: Callable, items: Sequence, ver: Verifier):
+  """`function` of each item, in order. With a verifier on the host the next item is begun while one
+  waits for its scores; a failure stops what has not begun."""
+  if ver.jittable or len(items) < 2:
+    yield from map(function, items)
+    return
+  with ThreadPoolExecutor(2) as pool:
+    running = []
+    try:
+      for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) == 2:
+          yield running.pop(0).result()
+      while running:
+        yield running.pop(0).result()
+    finally:
+      for future in running:
+        future.cancel()
 
 
 def bill(algo: Algorithm, gen: Generator, ver: Verifier) -> tuple[Cost, ...]:
@@ -155,12 +174,12 @@ def search(
   if mesh is not None:
     params = jax.device_put(params, jax.sharding.NamedSharding(mesh, PartitionSpec()))
     key = jax.device_put(key, jax.sharding.NamedSharding(mesh, PartitionSpec()))
-  parts, ran, compiled_before = [], 0.0, Program.compile_seconds
-  for low in range(0, len(prompts), size):
+  compiled_before = Program.compile_seconds
+
+  def part(low):
+    """One batch, and its seconds without compiling."""
     rows = np.minimum(np.arange(low, low + size), len(prompts) - 1)
-    local = jax.tree.map(
-      lambda x, rows=rows: np.asarray(x)[rows], (arrays, ids.astype(np.uint32), initial)
-    )
+    local = jax.tree.map(lambda x: np.asarray(x)[rows], (arrays, ids.astype(np.uint32), initial))
     if mesh is not None:
       local = jax.device_put(local, jax.sharding.NamedSharding(mesh, PartitionSpec('data')))
     start, before = time.perf_counter(), Program.compile_seconds
@@ -169,13 +188,14 @@ def search(
     else:
       out = drivers.stepped(job, params, *local[:2], key, local[2], mesh, on_step)
     out = jax.tree.map(np.asarray, out)
-    ran += time.perf_counter() - start - (Program.compile_seconds - before)
-    count = min(size, len(prompts) - low)
-    parts.append(jax.tree.map(lambda x, count=count: x[:count], out))
+    ran = time.perf_counter() - start - (Program.compile_seconds - before)
+    return jax.tree.map(lambda x: x[: len(prompts) - low], out), ran
+
+  parts, ran = zip(*ahead(part, range(0, len(prompts), size), ver))
   best, images, traces = jax.tree.map(lambda *x: np.concatenate(x), *parts)
   seconds = {
     'compile': Program.compile_seconds - compiled_before,
-    'run': ran,
+    'run': sum(ran),  # of batches that ran side by side, of each
     'prompts': float(len(parts) * size),
   }
   return SearchResult(list(prompts), ids, images, best, traces, costs, seconds)

@@ -178,16 +178,24 @@ def is_ladder(algo) -> bool:
   return isinstance(algo, BestOfN) and algo.per_step == algo.n
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def observe(gen, measure, params, prompts, states, stages):
   """Renders and measures snapshots: images `[P, S, H, W, 3]` and `{name: [P, S]}`."""
-  ctx = gen.encode(params['generator'], prompts['generator'])
-  images = gen.render(params['generator'], ctx, states, stages)
-  signals = {}
-  if 'log_prob' in measure.uses:
-    signals = {'log_prob': gen.log_prob(states), 'length': stages}
-  vctx = measure.encode(params['measure'], prompts['measure'])
-  return images, measure.score(params['measure'], vctx, images, **signals)
+  images, signals = _rendered(gen, measure, params['generator'], prompts, states, stages)
+  call = _measured if measure.jittable else _measured.__wrapped__
+  return images, call(measure, params['measure'], prompts['measure'], images, signals)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rendered(gen, measure, params, prompts, states, stages):
+  images = gen.render(params, gen.encode(params, prompts['generator']), states, stages)
+  if 'log_prob' not in measure.uses:
+    return images, {}
+  return images, {'log_prob': gen.log_prob(states), 'length': stages}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measured(measure, params, prompt, images, signals):
+  return measure.score(params, measure.encode(params, prompt), images, **signals)
 
 
 # -------------------------------------------------------------------------------------------
@@ -207,21 +215,27 @@ def execute(config: Mapping[str, Any], built: list[Arm], store: Store, on_batch=
   for arm in built:
     size = arm.batch or len(entries)
     for seed in config['seeds']:
-      for number, low in enumerate(range(0, len(entries), size)):
-        if number % store.processes != store.process:
-          continue
-        batch = entries[low : low + size]
-        todo = [e for e in batch if (arm.name, seed, e['id']) not in store.done]
-        if todo:
-          begun = time.perf_counter()
-          rows, timing = _batch(config, arm, seed, batch, size, mesh, metric, store)
-          wanted = {e['id'] for e in todo}
+      batches = [entries[low : low + size] for low in range(0, len(entries), size)]
+      batches = batches[store.process :: store.processes]
+      wanted = {e['id'] for e in entries if (arm.name, seed, e['id']) not in store.done}
+
+      def one(batch, arm=arm, seed=seed, size=size):
+        begun = time.perf_counter()
+        rows, timing = _batch(config, arm, seed, batch, size, mesh, metric, store)
+        return rows, {**timing, 'total_seconds': time.perf_counter() - begun}
+
+      todo = [batch for batch in batches if any(e['id'] in wanted for e in batch)]
+      made = run.ahead(one, todo, arm.ver)
+      for batch in batches:
+        rows = []
+        if batch in todo:
+          rows, timing = next(made)
           rows = [r for r in rows if r['id'] in wanted]
-          store.timing.append([{**timing, 'total_seconds': time.perf_counter() - begun}])
+          store.timing.append([timing])
           store.results.append(rows)
-          written += len(rows)
+        written += len(rows)
         if on_batch:
-          on_batch(arm, seed, batch, len(todo))
+          on_batch(arm, seed, batch, len(rows))
   return written
 
 

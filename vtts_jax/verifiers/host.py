@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import io
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +20,8 @@ import numpy as np
 
 from vtts_jax import components, core
 
+_ONE = threading.Lock()  # batches are scored side by side; a Python function need not bear that
+
 
 @dataclasses.dataclass(frozen=True)
 class Host(core.Verifier):
@@ -26,7 +29,7 @@ class Host(core.Verifier):
 
   Attributes:
     score_fn: called with (prompts, images `[R, H, W, 3]` float32 in [0, 1]), returns R scores,
-      larger is better.
+      larger is better; one call at a time, from any thread.
     url: or an endpoint as described above; exactly one of the two.
     name: what the score is called.
     batch: images in one call.
@@ -77,7 +80,12 @@ class Host(core.Verifier):
     scores = []
     for low in range(0, b * m, self.batch):
       part = prompts[low : low + self.batch]
-      got = (self.score_fn or self._post)(part, flat[low : low + self.batch])
+      shown = flat[low : low + self.batch]
+      if self.score_fn is None:
+        got = self._post(part, shown)
+      else:
+        with _ONE:
+          got = self.score_fn(part, shown)
       got = np.asarray([np.nan if s is None else s for s in got], np.float32)
       if got.shape != (len(part),):
         raise ValueError(
