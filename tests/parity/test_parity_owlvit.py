@@ -190,3 +190,21 @@ def test_released_sizes_and_keys(name):
   count = sum(p.numel() for p in theirs.parameters())
   assert weights.size(template) + left == count
   print(name, weights.size(template), count)
+
+
+@pytest.mark.parametrize('v2', [False, True])
+def test_flops_are_what_torch_counts(v2):
+  from torch.utils.flop_counter import FlopCounterMode
+
+  config, model = classes(v2)
+  theirs = model(config(**SIZES)).eval()
+  theirs.set_attn_implementation('eager')  # the other is not counted on a CPU
+  ours = convert.config_of(reference.source(theirs, SIZES))
+  ids = torch.ones((Q, ours.context), dtype=torch.int64)
+  with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    theirs(input_ids=ids, pixel_values=torch.zeros((1, 3, 40, 40)))
+  width, tokens = ours.vision.width, ours.grid**2
+  unused = 2 * width * ours.embed + 2 * Q * ours.embed  # the whole picture against the texts
+  unused += 2 * tokens * (2 * width**2 + width) if v2 else 0  # objectness
+  have = modeling.flops(ours, 'image', Q) + modeling.flops(ours, 'text', Q)
+  assert have == counter.get_total_flops() - unused

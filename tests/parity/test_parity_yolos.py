@@ -113,3 +113,15 @@ def test_released_sizes_and_keys(name):
   full_size.check_table(whole, convert.RULES, template)
   assert weights.size(template) == sum(p.numel() for p in theirs.parameters())
   print(name, weights.size(template))
+
+
+def test_flops_are_what_torch_counts():
+  from torch.utils.flop_counter import FlopCounterMode
+
+  sizes = {**SIZES, 'image_size': [24, 40]}
+  theirs = transformers.YolosForObjectDetection(transformers.YolosConfig(**sizes, num_labels=6))
+  theirs.set_attn_implementation('eager')  # the other is not counted on a CPU
+  config = convert.config_of(reference.source(theirs, sizes), shortest=40)
+  with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    theirs.eval()(torch.zeros((1, 3, 40, 80)))
+  assert modeling.flops(config, 20, 40) == counter.get_total_flops()
