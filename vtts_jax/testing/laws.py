@@ -185,7 +185,8 @@ def check_verifier(ver: core.Verifier, prompts, images) -> None:
   params = ver.load()
   images = jnp.asarray(images)
   b, m = images.shape[:2]
-  vctx = ver.encode(params, jax.tree.map(jnp.asarray, ver.tokenize(prompts)))
+  encode = jax.jit(ver.encode) if ver.jittable else ver.encode  # as the drivers run it
+  vctx = encode(params, jax.tree.map(jnp.asarray, ver.tokenize(prompts)))
   signals = {'log_prob': images.mean((2, 3, 4)), 'length': 3} if 'log_prob' in ver.uses else {}
   call = lambda vctx, images, told: ver.score(params, vctx, images, **told)
   call = jax.jit(call) if ver.jittable else call
@@ -197,7 +198,7 @@ def check_verifier(ver: core.Verifier, prompts, images) -> None:
   flip = lambda t: jax.tree.map(lambda x: x[:, ::-1] if np.ndim(x) > 1 else x, t)
   same(call(vctx, images[:, ::-1], flip(signals)), flip(scores), 'candidates in another order')
   turn = lambda t: jax.tree.map(lambda x: x[::-1] if np.ndim(x) else x, t)
-  turned = ver.encode(params, jax.tree.map(jnp.asarray, ver.tokenize(prompts[::-1])))
+  turned = encode(params, jax.tree.map(jnp.asarray, ver.tokenize(prompts[::-1])))
   same(call(turned, images[::-1], turn(signals)), turn(scores), 'prompts in another order')
   total = ver.total({k: jnp.asarray(v) for k, v in scores.items()}, jnp.ones((b, m), bool))
   assert total.shape == (b, m), f'total {total.shape}'

@@ -8,7 +8,6 @@ width of an embedding.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from vtts_jax import components, core, weights
@@ -63,8 +62,7 @@ class DreamSim(core.Verifier):
 
   def load(self):
     if self.random:
-      params = jax.jit(lambda: weights.split(modeling.build(self.config))[1])()
-      return jax.tree.map(lambda x: x.astype(self.dtype), params)
+      return towers.drawn(modeling.build, self.config, self.dtype)
     branches = convert.open_branches(self.model_from, self.model)
     return convert.load(branches, self.config, dtype=self.dtype)[1]
 

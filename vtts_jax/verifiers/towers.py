@@ -64,8 +64,7 @@ class Tower:
     """The parameters."""
     if not self.random:
       return self.read(weights.open_source(self.place))
-    params = jax.jit(lambda: weights.split(self.build(self.config))[1])()
-    return jax.tree.map(lambda x: x.astype(self.dtype), params)
+    return drawn(self.build, self.config, self.dtype)
 
   def merge(self, params):
     """The model."""
@@ -138,6 +137,12 @@ class ClipTower(Tower):
 
   def flops(self) -> int:
     return clip.flops(self.config, 'image')
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def drawn(build, config, dtype):
+  """Random parameters of `build(config)`, always the same."""
+  return jax.tree.map(lambda x: x.astype(dtype), weights.split(build(config))[1])
 
 
 def flat(call, images):
