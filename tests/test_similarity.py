@@ -2,11 +2,13 @@
 
 import functools
 import json
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from vtts_jax import images as pictures
 from vtts_jax.components import load
@@ -138,6 +140,25 @@ def test_self_consistency():
   np.testing.assert_allclose(have, (features(shown) * features(early)).sum(-1), atol=1e-5)
   assert (np.delete(have.ravel(), 1) < 1 - 1e-4).all()
   assert ver.cost('score').flops == 2 * ver.tower.flops()
+
+
+def test_a_folder_of_the_hub(tmp_path):
+  """Names of files, config.json: the head is there for the logit and left for the likeness."""
+  with np.load(pathlib.Path(__file__).parent / 'golden/dinov2.npz') as file:
+    tensors = {k[7:]: file[k] for k in file.files if k.startswith('params/')}
+    config = json.loads(str(file['config']))['params']
+  save_file(tensors, tmp_path / 'model.safetensors')
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  ver = load('verifiers.dino_logit', model_from=str(tmp_path))
+  np.testing.assert_array_equal(ver.load()['head']['bias'], tensors['classifier.bias'])
+  with pytest.raises(ConfigError, match="prompts: '5' is no class; must be a number in 0 .. 4"):
+    ver.tokenize(['5'])
+  other = load('verifiers.self_consistency', model_from=str(tmp_path), dtype='bfloat16')
+  params = other.load()
+  assert 'head' not in params and params['cls'].dtype == 'bfloat16'
+  save_file({k: v for k, v in tensors.items() if 'classifier' not in k}, tmp_path / 'x.safetensors')
+  with pytest.raises(ConfigError, match=r'model_from=.*x\.safetensors.: has no linear head'):
+    load('verifiers.dino_logit', model_from=str(tmp_path / 'x.safetensors')).tokenize(['1'])
 
 
 def test_names_of_scores():
