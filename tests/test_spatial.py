@@ -241,6 +241,27 @@ def test_broken_pictures_and_half_precision():
   assert have.dtype == np.float32 and clean.min() >= 0 and clean.max() <= 1
 
 
+@pytest.mark.parametrize('size', ['tiny', 'tiny_yolos'])
+def test_strict_is_the_benchmark_on_its_own_detections(size):
+  """Of random detectors that see objects everywhere, under limits that some of them pass."""
+  prompts = ['a photo of two dogs', 'a photo of a red car', 'a photo of a cup left of a cow'] * 4
+  verifier = load('verifiers.spatial', random=size, mode='strict')
+  params = jax.tree.map(lambda x: x * 3, verifier.load())  # louder: scores and places differ
+  images = np.random.default_rng(5).random((12, 4, 40, 40, 3), np.float32)
+  found = verifier.detections(params, prompts, images)
+  ranked = np.sort([d['score'] for row in found for seen in row for d in seen])
+  limits = (float(ranked[len(ranked) // 2]), float(ranked[-len(ranked) // 4]), 0.9)
+  verifier = load('verifiers.spatial', random=size, mode='strict', limits=limits)
+  found = verifier.detections(params, prompts, images)
+  vctx = verifier.encode(params, verifier.tokenize(prompts))
+  have = np.asarray(jax.jit(verifier.score)(params, vctx, images)[verifier.names[0]])
+  rows = [grammar.parse(p) for p in prompts for _ in range(4)]
+  flat = [seen for row in found for seen in row]
+  want = geneval.report(rows, flat, verifier.judges, limits=limits)
+  np.testing.assert_array_equal(have.ravel(), np.array(want['correct'], np.float32))
+  assert 0 < have.mean() < 1
+
+
 def test_owl_asks_for_every_class_in_every_colour():
   """Scores and colours of a class are those of its own queries, whatever the batch."""
   model = load('verifiers.spatial', random='tiny').model

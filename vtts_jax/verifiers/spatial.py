@@ -13,8 +13,11 @@ Letters: B prompts · M pictures · H W their sides · E entries of a prompt's m
 """
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vtts_jax import components, core
 from vtts_jax.data import geneval
@@ -146,6 +149,29 @@ class Spatial(core.Verifier):
       hues = clip.classify(params['clip'], vctx['clip'], images, boxes[:, :, :, 0])[..., None, :]
     return boxes, best, hues
 
+  def detections(self, params, texts, images):
+    """What was found in images `[B, M, H, W, 3]`, for `metrics.geneval.report` with `judges`.
+
+    B lists of M lists of {'class', 'score', 'box', 'color'}; where a CLIP tells colours, of the
+    best object of each class alone.
+    """
+    rows = geneval.metadata(texts, self.metadata)
+    _, names = geneval_rules.targets(rows, self.entries)
+    boxes, scores, hues = map(np.asarray, _found(self, params, self.tokenize(texts), images))
+    hues = hues.argmax(-1)
+
+    def seen(b, m, name, e):
+      for k in np.flatnonzero(scores[b, m, e] > 0):
+        hue = {'color': geneval.COLOURS[hues[b, m, e, k]]} if k < hues.shape[3] else {}
+        box = boxes[b, m, e, k].tolist()
+        yield {'class': name, 'score': float(scores[b, m, e, k]), 'box': box, **hue}
+
+    first = [{name: row.index(name) for name in row} for row in names]
+    return [
+      [[d for name, e in first[b].items() for d in seen(b, m, name, e)] for m in range(len(row))]
+      for b, row in enumerate(scores)
+    ]
+
   def score(self, params, vctx, images, **signals):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
     judge = getattr(geneval_rules, self.mode)
@@ -161,6 +187,11 @@ class Spatial(core.Verifier):
     part = 'text' if op == 'encode' else 'image'
     flops = self.model.flops(part, queries) + (self.entries * clip.flops(part) if clip else 0)
     return core.Cost(flops=flops) if op == 'encode' else core.Cost(verify=1, flops=flops)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _found(verifier, params, prompt, images):
+  return verifier.found(params, verifier.encode(params, prompt), images)
 
 
 def build(**given):
