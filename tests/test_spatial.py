@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from vtts_jax import core
 from vtts_jax.components import load
 from vtts_jax.data import geneval as grammar
 from vtts_jax.metrics import geneval
 from vtts_jax.models.owlvit import modeling as owl
-from vtts_jax.testing import laws
+from vtts_jax.testing import laws, replay
 from vtts_jax.verifiers import colours, detectors, ensemble, geneval_rules, towers
 
-with gzip.open(pathlib.Path(__file__).parent / 'data/geneval_metadata.jsonl.gz', 'rt') as _file:
+HERE = pathlib.Path(__file__).parent
+with gzip.open(HERE / 'data/geneval_metadata.jsonl.gz', 'rt') as _file:
   ROWS = [json.loads(line) for line in _file]
 PROMPTS = [
   'a photo of a dog', 'a photo of three buses', 'a photo of a red car and a blue orange',
@@ -327,6 +329,30 @@ def test_metadata_from_a_file(tmp_path):
       verifier.tokenize([text])
   with pytest.raises(core.ConfigError, match='no such file'):
     load('verifiers.spatial', random='tiny', metadata='nowhere.jsonl').tokenize(['x'])
+
+
+def checkpoint(folder, name):
+  """A folder as on the hub, from a fixture."""
+  config, source, *_ = replay.read(str(HERE / 'golden' / name))
+  folder.mkdir()
+  save_file({k: source.get(k) for k in source.names()}, folder / 'model.safetensors')
+  (folder / 'config.json').write_text(json.dumps(config['params']))
+  return str(folder)
+
+
+def test_a_checkpoint_says_which_detector_it_is(tmp_path):
+  verifier = load('verifiers.spatial', model_from=checkpoint(tmp_path / 'my-owl', 'owlv2.npz'))
+  assert verifier.names == ('spatial_my_owl',) and verifier.model.config.v2
+  params = verifier.load()['detector']
+  x = np.zeros((1, 1, 20, 20, 3), np.float32)
+  queries = np.ones((1, 22, 8), np.float32)
+  boxes, *_ = jax.jit(lambda p: verifier.model.detect(p, queries, x, 2))(params)
+  assert boxes.shape == (1, 1, 16, 4)
+  few = load('verifiers.spatial', model_from=checkpoint(tmp_path / 'few', 'yolos.npz'))
+  with pytest.raises(core.ConfigError, match="has 7 classes; must be COCO's 92"):
+    few.check()
+  with pytest.raises(FileNotFoundError, match='nothing-here'):
+    load('verifiers.spatial', model_from='nothing-here.safetensors').check()
 
 
 def test_names_tell_the_models_and_oracles():

@@ -103,7 +103,8 @@ def crops(images, boxes, side: int, masks=None):
   """The boxes of each picture as PIL cuts and torchvision's Resize and CenterCrop show them.
 
   Corners are rounded to pixels and kept inside the picture (a pixel at least); the shorter side
-  becomes S with PIL's bicubic, the middle of the longer one is kept; to 1/255.
+  becomes S with PIL's bicubic (the width first, as in Pillow before 13), the middle of the longer
+  one is kept; to 1/255.
 
   Args:
     images: `[R, H, W, 3]`; boxes: `[R, E, 4]`; side: S; masks: `[R, E, H, W]`, or None to leave
