@@ -3,6 +3,7 @@
 The golden file of open_clip itself (make_golden_clip.py) holds that these names are its own.
 """
 
+import dataclasses
 import pathlib
 
 import jax
@@ -13,8 +14,9 @@ import reference
 from PIL import Image
 from reference import nchw, torch, transformers
 
-from vtts_jax import weights
+from vtts_jax import components, weights
 from vtts_jax.models.clip import convert, modeling
+from vtts_jax.verifiers import aesthetic
 
 transformers.CLIPModel, transformers.CLIPImageProcessorPil  # noqa: B018, loaded as they are named
 CLOSE = {'atol': 1e-4, 'rtol': 1e-4}
@@ -211,13 +213,12 @@ def test_released_sizes_are_theirs(name):
     theirs = transformers.CLIPModel(released)
   _, template = weights.abstract(lambda: modeling.build(c))
   assert weights.size(template) == sum(p.numel() for p in theirs.parameters())
-  table = {f'text_model.{k}' if k.startswith('embeddings') else k for k in theirs.state_dict()}
-  assert table == set(theirs.state_dict())
   old = {f'{side}_model.embeddings.position_ids': torch.empty(9) for side in ('text', 'vision')}
   layouts = (theirs.state_dict() | old, open_names(theirs.state_dict()))
   for state, options in zip(layouts, ({}, {'quick_gelu': c.image.act == 'quick_gelu'})):
     source = header(state, options or released.to_dict())
     assert convert.config_of(source) == c
+    assert convert.config_of(source, 'image') == dataclasses.replace(c, text=None)
     check_table(source, template)
 
 
@@ -234,3 +235,39 @@ def check_table(source, template):
   targets = [weights._match(name, convert.RULES)[0] for name in source.names()]
   assert '' not in targets
   assert {t for t in targets if t} == set(weights.flatten(template))
+
+
+@pytest.mark.parametrize('shape', [(64, 64), (300, 301), (512, 380), (33, 47)])
+def test_hpsv2_s_own_preprocessing(shape):
+  """hpsv2's transform: floats, the longer side to S with antialiasing, black around, normalised."""
+  ver = components.load('verifiers.hpsv2', random='b32')  # S = 224, as H/14
+  picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+  x = torch.from_numpy(nchw(picture[None] / np.float32(255)))
+  scale = 224 / float(max(shape))
+  new = tuple(round(side * scale) for side in shape)
+  x = torch.nn.functional.interpolate(x, new, mode='bicubic', antialias=True)
+  rest = [224 - side for side in new]
+  x = torch.nn.functional.pad(
+    x, (rest[1] // 2, rest[1] - rest[1] // 2, rest[0] // 2, rest[0] - rest[0] // 2)
+  )
+  mean, std = (torch.tensor(v)[:, None, None] for v in (modeling.MEAN, modeling.STD))
+  have = ver.prepare(picture[None] / np.float32(255))
+  np.testing.assert_allclose(nchw(have), ((x - mean) / std).numpy(), atol=1e-4)
+
+
+def test_aesthetic_head_is_the_published_module(tmp_path):
+  """LAION's `MLP`: linear layers with dropout between, written out here."""
+  layers = [(12, 1024), 0.2, (1024, 128), 0.2, (128, 64), 0.1, (64, 16), (16, 1)]
+  made = [torch.nn.Dropout(x) if isinstance(x, float) else torch.nn.Linear(*x) for x in layers]
+  theirs = torch.nn.ModuleDict({'layers': torch.nn.Sequential(*made)}).eval()
+  state = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
+  weights.save(tmp_path / 'head.safetensors', state)
+  ver = components.load('verifiers.aesthetic', random='tiny')
+  params = ver.load()
+  params['head'] = aesthetic.read_head(
+    str(tmp_path / 'head.safetensors'), 'mlp', aesthetic._shapes('mlp', 12)
+  )
+  pictures = np.random.default_rng(0).random((1, 3, 32, 32, 3), np.float32)
+  want = theirs['layers'](torch.from_numpy(np.array(ver.features(params, pictures))))
+  have = ver.score(params, {}, pictures)['aesthetic_tiny_random']
+  np.testing.assert_allclose(have, want.detach().numpy()[..., 0], **CLOSE)

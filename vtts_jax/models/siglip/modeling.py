@@ -26,7 +26,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Sizes; E is the image trunk's width.
+  """Sizes.
 
   Attributes:
     image, text: the trunks.
@@ -48,6 +48,11 @@ class Config:
     if self.resample not in pictures.FILTERS:
       allowed = ', '.join(pictures.FILTERS)
       raise ConfigError(f'resample={self.resample!r}: must be one of {allowed}')
+
+  @property
+  def projection(self) -> int:
+    """E: the image trunk's width."""
+    return self.image.width
 
   @property
   def tokens(self) -> int:
@@ -139,7 +144,7 @@ class TextTower(nnx.Module):
     self.position = random_table(rngs, c.length, t.width)
     self.trunk = vit.Trunk(t, rngs=rngs)
     self.norm = vit.LayerNorm(t.width, t.eps)
-    self.projection = nnx.Linear(t.width, c.image.width, rngs=rngs)
+    self.projection = nnx.Linear(t.width, c.projection, rngs=rngs)
 
   def tokens(self, ids):
     """What comes out of the trunk, `[R, T, D]`, normed."""
@@ -186,7 +191,7 @@ def preprocess(c: Config, images):
 def flops(c: Config, op: str) -> int:
   """Matmul FLOPs of one row: 'image' (after `preprocess`) or 'text'."""
   if op == 'text':
-    return vit.flops(c.text, c.length) + 2 * c.text.width * c.image.width
+    return vit.flops(c.text, c.length) + 2 * c.text.width * c.projection
   d, t = c.image.width, c.tokens
   pool = 4 * t * d * d + 4 * t * d + 4 * d * d + 4 * d * c.image.hidden  # keys, values; one query
   return vit.flops(c.image, t) + 2 * t * 3 * c.patch**2 * d + pool

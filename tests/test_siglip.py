@@ -1,0 +1,76 @@
+"""SigLIP: released sizes and the verifier on it; its golden file is in test_replay.py."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from vtts_jax import components, weights
+from vtts_jax.core import ConfigError
+from vtts_jax.models.siglip import convert, modeling
+from vtts_jax.testing import laws
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden/siglip.npz'
+COUNTS = {
+  'b16_224': 203_155_970, 'b16_256': 203_202_050, 'b16_384': 203_447_810,
+  'b16_512': 203_791_874, 'l16_256': 652_150_786, 'l16_384': 652_478_466,
+  'so400m14_224': 877_360_306, 'so400m14_384': 877_960_498, 'b16_256_i18n': 370_626_050,
+  'so400m16_256_i18n': 1_128_758_962,
+  'v2_b32_256': 376_856_066, 'v2_b16_224': 375_187_970, 'v2_b16_256': 375_234_050,
+  'v2_b16_384': 375_479_810, 'v2_b16_512': 375_823_874, 'v2_l16_256': 881_526_786,
+  'v2_l16_384': 881_854_466, 'v2_l16_512': 882_313_218, 'v2_so400m14_224': 1_135_463_602,
+  'v2_so400m14_384': 1_136_008_498, 'v2_so400m16_256': 1_135_670_962,
+  'v2_so400m16_384': 1_136_039_602, 'v2_so400m16_512': 1_136_555_698,
+  'v2_giant16_256': 1_871_393_906, 'v2_giant16_384': 1_871_885_426,
+}  # fmt: skip
+PICTURES = np.random.default_rng(0).random((2, 3, 36, 40, 3), np.float32)
+
+
+@pytest.fixture
+def tensors():
+  with np.load(GOLDEN) as file:
+    return {k[7:]: file[k] for k in file.files if k.startswith('params/')}
+
+
+def test_released_sizes():
+  assert COUNTS.keys() == modeling.RELEASED.keys()
+  for name, count in COUNTS.items():
+    config = modeling.RELEASED[name]
+    assert weights.size(weights.abstract(lambda c=config: modeling.build(c))[1]) == count, name
+
+
+def test_verifier():
+  ver = components.load('verifiers.clip', random='siglip_tiny', scale='logit')
+  assert ver.names == ('siglip_tiny_random_logit',)
+  laws.check_verifier(ver, ['a red cat', 'two dogs'], PICTURES)
+
+
+def test_a_checkpoint(tmp_path, tensors):
+  """A file through the verifier that is CLIP's: which of the two it is, its header says."""
+  path = tmp_path / 'siglip.safetensors'
+  heads = {'num_attention_heads': 2}
+  weights.save(path, tensors, {'text_config': heads, 'vision_config': heads})
+  ver = components.load('verifiers.clip', model_from=str(path), scale='cosine')
+  params = ver.load()
+  ids = np.arange(16).reshape(2, 8)
+  run = jax.jit(lambda p, x: ver.score(p, ver.encode(p, {'ids': ids}), x)['siglip_cosine'])
+  found = np.asarray(run(params, PICTURES))
+  assert np.abs(found).max() <= 1 and np.ptp(found) > 1e-3
+  with pytest.raises(ConfigError, match=r'must be CLIP h14; it is Config'):
+    components.load('verifiers.pickscore', model_from=str(path)).check()
+
+
+def test_what_a_file_says(tensors):
+  found = convert.config_of(weights.arrays(tensors))
+  assert (found.image_size, found.patch, found.length, found.vocab) == (12, 4, 8, 30)
+  assert (found.image.act, found.image.eps, found.resample) == ('gelu_tanh', 1e-6, 'bicubic')
+  said = {'vision_config': {'image_size': 15}}  # a rest of three pixels
+  assert convert.config_of(weights.arrays(tensors, said)).image_size == 15
+  with pytest.raises(ValueError, match='9 positions do not fit pictures of 16 in patches of 4'):
+    convert.config_of(weights.arrays(tensors, {'vision_config': {'image_size': 16}}))
+  del tensors['vision_model.head.probe']
+  with pytest.raises(ValueError, match=r'has no SigLIP: no .*head\.probe'):
+    convert.load(weights.arrays(tensors))
+  with pytest.raises(ConfigError, match="resample='box': must be one of bilinear"):
+    modeling.Config(found.image, found.text, resample='box')

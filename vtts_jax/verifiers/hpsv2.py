@@ -1,0 +1,69 @@
+"""HPS v2: how people would rank a picture for its prompt, by a CLIP H/14 tuned on their rankings.
+
+The scores `hpsv2_0_h14` and `hpsv2_1_h14` are what `hpsv2.score` returns, the cosine (about 0.2 ..
+0.35); the benchmark's tables have 100 times that. The two versions do not compare. Wu et al. 2023,
+arXiv 2306.09341; github.com/tgxs002/HPSv2, hpsv2/img_score.py and its open_clip's transform.py;
+models/clip.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from vtts_jax import core
+from vtts_jax import images as pictures
+from vtts_jax.components import build_dataclass
+from vtts_jax.models.clip import modeling
+from vtts_jax.verifiers.dual import H14, Dual
+
+PUBLISHED = {'2.0': 'HPS_v2_compressed.pt', '2.1': 'HPS_v2.1_compressed.pt'}  # in xswu/HPSv2
+
+
+@dataclasses.dataclass(frozen=True)
+class HPSv2(Dual):
+  """HPS v2; `Dual` has the other settings.
+
+  Attributes:
+    model_from: the checkpoint of this version as safetensors. The published ones are pickles, which
+      are never loaded: models/clip/README.md has the two lines that convert one.
+    version: '2.0' or '2.1'.
+  """
+
+  tokenizer_from: str = H14
+  version: str = '2.1'
+
+  size = 'h14'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.version not in PUBLISHED:
+      allowed = ', '.join(map(repr, PUBLISHED))
+      raise core.ConfigError(f'verifier.version={self.version!r}: must be one of {allowed}')
+    if not self.model_from and not self.random:
+      raise core.ConfigError(
+        f"verifier.model_from='': must be {PUBLISHED[self.version]} of xswu/HPSv2 as safetensors; "
+        'that is a pickle, which is never loaded: models/clip/README.md says how to convert it'
+      )
+
+  @property
+  def names(self):
+    return (self.published(f'hpsv{self.version.replace(".", "_")}_h14'),)
+
+  def prepare(self, images):
+    """The longer side to S, without rounding to 8 bits, black around: as published, and not CLIP's
+    own."""
+    size, sides = self.config.image_size, images.shape[1:3]
+    new = tuple(round(side * (size / max(sides))) for side in sides)
+    x = pictures.resize(images, new, 'bicubic', rounded=False)
+    before = [(size - side) // 2 for side in new]
+    around = [(b, size - side - b) for b, side in zip(before, new)]
+    x = jnp.pad(x, ((0, 0), *around, (0, 0)))
+    return pictures.normalize(x, modeling.MEAN, modeling.STD)
+
+  def score(self, params, vctx, images, **signals):
+    """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
+    return {self.names[0]: self.cosine(params, vctx, images)}
+
+
+def build(**given):
+  return build_dataclass(HPSv2, **given)
