@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vtts_jax import components, run
+from vtts_jax import components, core, run
 from vtts_jax.testing import laws
 
 KEY = jax.random.key(4)
@@ -14,7 +14,7 @@ GENERATORS = {
   '2d': ('generators.scenes_ar', {'order': '2d', 'guidance': 1.0, 'top_k': 20, 'top_p': 0.9}),
   'null': ('generators.scenes_ar', {'guidance': 0.0, 'temperature': 0.7}),
   'uniform': ('generators.scenes_ar', {'prior': 'uniform'}),
-  'flow': ('generators.scenes_flow', {'steps': 4, 'eta': 0.3}),
+  'flow': ('generators.scenes_flow', {'steps': 4, 'eta': 0.3, 'early_at': 2}),
 }
 
 
@@ -29,6 +29,24 @@ def test_a_search_on_scenes_keeps_the_laws():
   ver = components.load('verifiers.scenes_clip', which='b')
   algo = components.load('search.beam', width=2, branch=3, schedule='8,32', lookahead=2)
   laws.check_algorithm(algo, gen, ver, PROMPTS, KEY, shapes=False)
+
+
+def test_a_flow_sample_is_compared_with_its_early_prediction():
+  gen = components.load('generators.scenes_flow', steps=3, early_at=1)
+  ver = components.load('verifiers.self_consistency', random='tiny')
+  algo = components.load('search.best_of_n', n=3)
+  params = laws.parameters(gen, ver)
+  found = run.search(algo, gen, ver, params, PROMPTS[:1], KEY, trace=True)
+  shown = found.steps[0].shown
+  images = gen.render({}, {}, shown, 3), gen.early({}, {}, shown)
+  assert np.abs(images[0] - images[1]).max() > 0.1
+  want = ver.score(params['verifier'], {}, images[0], early=images[1])
+  for name, value in want.items():
+    np.testing.assert_allclose(found.steps[0].scores[name], value, atol=1e-5)
+  spent = laws.counted(algo, gen, ver, params, PROMPTS[:1], KEY)
+  assert spent == sum(found.costs, core.Cost()) and spent.render == 7
+  with pytest.raises(core.ConfigError, match='early_at above 0'):
+    run.validate(algo, components.load('generators.scenes_flow'), ver)
 
 
 def test_guidance_runs_as_many_streams_as_it_needs():

@@ -94,6 +94,7 @@ class Generator:
     stochastic: whether a stage draws anything, so that two copies of a candidate part ways.
     value_of: name of the verifier score that `value` predicts; '' without a value head.
     rollout_policy: name of the small policy that `rollout` runs; '' without one.
+    keeps_early: whether `early` can be asked.
   """
 
   num_stages: int
@@ -103,6 +104,7 @@ class Generator:
   stochastic: bool = True
   value_of: str = ''
   rollout_policy: str = ''
+  keeps_early: bool = False
 
   def load(self) -> Any:
     """Parameters (a pytree of arrays); reads the generator's own files."""
@@ -178,6 +180,11 @@ class Generator:
     """Log-probability `[B, N]` of what was drawn so far; token generators only."""
     raise ConfigError(f'verifier likelihood: {type(self).__name__} has no log-probabilities')
 
+  def early(self, params, ctx, state) -> jax.Array:
+    """Images `[B, N, H, W, 3]` of what candidates were predicted to become at an earlier stage;
+    diffusion and flow only."""
+    raise ConfigError(f'verifier self_consistency: {type(self).__name__} keeps no early prediction')
+
   def value(self, params, ctx, slim, stage) -> jax.Array:
     """Predicted total `[B, N]`, float32, that the completions of slim candidates will have on
     average; `stage` (scalar or `[B, N]`, may be traced) stages are done, 0 .. num_stages."""
@@ -203,7 +210,7 @@ class Verifier:
 
   Attributes:
     uses: what `score` needs: 'images', and of the generator's signals 'log_prob' (`[B, M]`, with
-      'length'). Without 'images' nothing is rendered for it.
+      'length') and 'early' (images, see `Generator.early`). Without 'images' nothing is rendered.
     jittable: False when `score` runs on the host; the stepped driver is then used.
   """
 
@@ -369,7 +376,7 @@ class Algorithm:
     bill = []
     for step in range(self.num_steps(gen)):
       cost, m = self.step_cost(gen, step)
-      rendered = self.view(gen, step).cost('render') if 'images' in ver.uses else Cost()
+      rendered = len(ver.uses & {'images', 'early'}) * self.view(gen, step).cost('render')
       bill.append(cost + m * (rendered + ver.cost('score')))
     bill[0] = bill[0] + gen.cost('encode') + ver.cost('encode')
     return tuple(bill)

@@ -234,3 +234,8 @@ def validate(algo, gen, ver, mode: str = 'fused', on_step=None) -> None:
     raise ConfigError(
       f'verifier {type(ver).__name__}: needs log-probabilities, which {type(gen).__name__} lacks'
     )
+  if 'early' in ver.uses and not gen.keeps_early:
+    raise ConfigError(
+      f'verifier {type(ver).__name__}: needs an early prediction, which {type(gen).__name__} does '
+      'not keep; allowed: a diffusion or flow generator with early_at above 0'
+    )

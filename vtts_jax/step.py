@@ -101,13 +101,20 @@ def show(job: Job, params, ctx, shown, step: Step):
   """Images `[B, M, H, W, 3]` of what `staged` gives, None where the verifier looks at none, and
   what the generator tells it besides."""
   states, stage = shown
-  images, told = None, {}
+  images, view = None, job.algo.view(job.gen, step.first)
   if 'images' in job.ver.uses:
-    view = job.algo.view(job.gen, step.first)
     images = view.render(params['generator'], ctx, states, stage)
-  if 'log_prob' in job.ver.uses:
-    told = {'log_prob': job.gen.log_prob(states), 'length': stage}
-  return images, told
+  return images, signals(view, job.ver, params['generator'], ctx, states, stage)
+
+
+def signals(gen: Generator, ver: Verifier, params, ctx, states, stage):
+  """What the verifier asks of the generator beside images."""
+  told = {}
+  if 'log_prob' in ver.uses:
+    told = {'log_prob': gen.log_prob(states), 'length': stage}
+  if 'early' in ver.uses:
+    told['early'] = gen.early(params, ctx, states)
+  return told
 
 
 def in_chunks(job: Job, function, shown):

@@ -20,6 +20,7 @@ import numpy as np
 from vtts_jax import components, core, genealogy, run, samples, sharding
 from vtts_jax.core import ConfigError, Cost
 from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.step import signals
 from vtts_jax.store import Store
 from vtts_jax.verifiers import ensemble
 
@@ -180,22 +181,21 @@ def is_ladder(algo) -> bool:
 
 def observe(gen, measure, params, prompts, states, stages):
   """Renders and measures snapshots: images `[P, S, H, W, 3]` and `{name: [P, S]}`."""
-  images, signals = _rendered(gen, measure, params['generator'], prompts, states, stages)
+  images, told = _rendered(gen, measure, params['generator'], prompts, states, stages)
   call = _measured if measure.jittable else _measured.__wrapped__
-  return images, call(measure, params['measure'], prompts['measure'], images, signals)
+  return images, call(measure, params['measure'], prompts['measure'], images, told)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _rendered(gen, measure, params, prompts, states, stages):
-  images = gen.render(params, gen.encode(params, prompts['generator']), states, stages)
-  if 'log_prob' not in measure.uses:
-    return images, {}
-  return images, {'log_prob': gen.log_prob(states), 'length': stages}
+  ctx = gen.encode(params, prompts['generator'])
+  images = gen.render(params, ctx, states, stages)
+  return images, signals(gen, measure, params, ctx, states, stages)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _measured(measure, params, prompt, images, signals):
-  return measure.score(params, measure.encode(params, prompt), images, **signals)
+def _measured(measure, params, prompt, images, told):
+  return measure.score(params, measure.encode(params, prompt), images, **told)
 
 
 # -------------------------------------------------------------------------------------------

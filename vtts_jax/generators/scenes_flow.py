@@ -9,7 +9,7 @@ Letters: B prompts, N candidates, T steps, H W image.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,12 @@ INITIAL = core.CHILD - 1  # folded in for the initial noise; stages fold in 0 ..
 
 
 class State(NamedTuple):
-  """The point on the path and the end point predicted there, both `[B, N, H, W, 3]` in about -1 ..
-  1."""
+  """The point on the path, the end point predicted there, and that of step `early_at` at most (or
+  ()), each `[B, N, H, W, 3]` in about -1 .. 1."""
 
   x: jax.Array
   end: jax.Array
+  early: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,14 @@ class ScenesFlow(core.Generator):
     steps: T.
     guidance: classifier-free guidance scale >= 0; 1 runs the prompt alone; -1 is the shipped scale.
     eta: share of the noise that each step draws afresh, in [0, 1].
+    early_at: the last step whose predicted end point is kept for `verifiers.self_consistency`;
+      0 keeps none.
   """
 
   steps: int = 24
   guidance: float = -1.0
   eta: float = 0.0
+  early_at: int = 0
 
   def __post_init__(self):
     if not isinstance(self.steps, int) or self.steps < 1:
@@ -52,6 +56,10 @@ class ScenesFlow(core.Generator):
     if not (self.guidance >= 0 or self.guidance == -1):
       raise core.ConfigError(
         f'generator.guidance={self.guidance}: must be >= 0, or -1 (as shipped)'
+      )
+    if not isinstance(self.early_at, int) or not 0 <= self.early_at <= self.steps:
+      raise core.ConfigError(
+        f'generator.early_at={self.early_at!r}: must be an integer in 0 .. {self.steps}'
       )
     if not 0 <= self.eta <= 1:
       raise core.ConfigError(f'generator.eta={self.eta}: must be in [0, 1]')
@@ -67,6 +75,10 @@ class ScenesFlow(core.Generator):
   @property
   def stochastic(self):
     return self.eta > 0
+
+  @property
+  def keeps_early(self):
+    return self.early_at > 0
 
   @property
   def scale(self) -> float:
@@ -90,7 +102,7 @@ class ScenesFlow(core.Generator):
 
   def init(self, params, ctx, keys):
     x = self._noise(core.fold(keys, INITIAL))
-    return State(x, jnp.zeros_like(x))
+    return State(x, jnp.zeros_like(x), jnp.zeros_like(x) if self.early_at else ())
 
   def _velocity(self, params, ctx, x, t):
     """Guided velocity `[B, N, H, W, 3]` at time t."""
@@ -114,12 +126,19 @@ class ScenesFlow(core.Generator):
       if self.eta and not greedy:
         fresh = self._noise(core.fold(keys, i))
         noise = jnp.sqrt(1 - self.eta**2) * noise + self.eta * fresh
-      return State(after * end + (1 - after) * noise, end)
+      early = ()
+      if self.early_at:
+        here = jnp.reshape(i < self.early_at, (*jnp.shape(i), 1, 1, 1))
+        early = jnp.where(here, end, state.early)
+      return State(after * end + (1 - after) * noise, end, early)
 
     return core.run_stages(one, state, stage, count, self.steps)
 
   def render(self, params, ctx, state, stage):
     return jnp.clip((state.end + 1) / 2, 0, 1)
+
+  def early(self, params, ctx, state):
+    return jnp.clip((state.early + 1) / 2, 0, 1)
 
   def cost(self, op, stage=0, count=1):
     config = _config(MODEL)

@@ -188,6 +188,7 @@ def check_verifier(ver: core.Verifier, prompts, images) -> None:
   encode = jax.jit(ver.encode) if ver.jittable else ver.encode  # as the drivers run it
   vctx = encode(params, jax.tree.map(jnp.asarray, ver.tokenize(prompts)))
   signals = {'log_prob': images.mean((2, 3, 4)), 'length': 3} if 'log_prob' in ver.uses else {}
+  signals |= {'early': images[:, :, ::-1]} if 'early' in ver.uses else {}
   call = lambda vctx, images, told: ver.score(params, vctx, images, **told)
   call = jax.jit(call) if ver.jittable else call
   scores = call(vctx, images, signals)
@@ -285,6 +286,10 @@ class _Counted:
   def render(self, params, ctx, state, stage):
     self._add(int(np.prod(jax.tree.leaves(state)[0].shape[:2])) * self._part.cost('render'))
     return self._part.render(params, ctx, state, stage)
+
+  def early(self, params, ctx, state):
+    self._add(int(np.prod(jax.tree.leaves(state)[0].shape[:2])) * self._part.cost('render'))
+    return self._part.early(params, ctx, state)
 
   def score(self, params, vctx, images, **signals):
     rows = int(np.prod((images if images is not None else signals['log_prob']).shape[:2]))

@@ -78,9 +78,8 @@ class Ensemble(core.Verifier):
   def score(self, params, vctx, images, **signals):
     scores = {}
     for name, member in self.members:
-      told = signals if 'log_prob' in member.uses else {}
       call = member.score if self.jittable or not member.jittable else _compiled(member)
-      got = call(params[name], vctx[name], images, **told)
+      got = call(params[name], vctx[name], images, **signals)
       scores |= {label: got[own] for own, label in _labels(name, member).items()}
     return scores
 
@@ -106,12 +105,12 @@ def _labels(name, member) -> dict[str, str]:
 
 def _compiled(member):
   """A jittable member beside one on the host; jit caches by the (hashable) member."""
-  return lambda params, vctx, images, **told: _score(member, params, vctx, images, told)
+  return lambda params, vctx, images, **signals: _score(member, params, vctx, images, signals)
 
 
 @jax.jit(static_argnums=0)
-def _score(member, params, vctx, images, told):
-  return member.score(params, vctx, images, **told)
+def _score(member, params, vctx, images, signals):
+  return member.score(params, vctx, images, **signals)
 
 
 def build(
