@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import re
 import subprocess
 import sys
@@ -82,9 +83,13 @@ def test_bad_input(folder, capsys, argv, said):
 
 
 def test_a_verifier_in_its_own_process(folder):
-  """Scores through `vtts serve` and `verifiers.host` are those of the verifier itself."""
+  """Scores through `vtts serve` and `verifiers.host` are those of the verifier itself; the server
+  has two devices, which share the batch."""
+  flags = os.environ['XLA_FLAGS'] + ' --xla_force_host_platform_device_count=2'
   command = [sys.executable, '-m', 'vtts_jax.main', 'serve', *TINY, '--port=0']
-  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, text=True, env={**os.environ, 'XLA_FLAGS': flags}
+  ) as server:
     try:
       url = server.stdout.readline().split(' at ')[1].strip()
       pictures = np.stack([score.read(folder / f'{i}.png') for i in (0, 2)])

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image, UnidentifiedImageError
 
-from vtts_jax import components, core, images
+from vtts_jax import components, core, images, sharding
 from vtts_jax.data import prompts as prompt_files
 
 ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
@@ -178,13 +179,19 @@ def read(source) -> np.ndarray:
 
 
 class Scorer:
-  """A verifier with its weights, for pictures with a prompt each; one thread at a time."""
+  """A verifier with its weights, for pictures with a prompt each; one thread at a time.
+
+  Where there are several devices, each has its share of a batch that is large enough.
+  """
 
   MOST = 4096  # prompts kept
 
   def __init__(self, verifier: core.Verifier):
     self.verifier, self.params = verifier, verifier.load()
     compiled = jax.jit if verifier.jittable else lambda f: f
+    self._mesh = sharding.make_mesh() if verifier.jittable else None
+    if self._mesh:
+      self.params = jax.device_put(self.params, sharding.place(self.params, self._mesh))
     self._encode = compiled(verifier.encode)
     self._score = compiled(lambda p, vctx, x: verifier.score(p, vctx, x[:, None]))
     self._known: dict[str, Any] = {}
@@ -218,7 +225,10 @@ class Scorer:
       self.prepare(texts)
     index = np.minimum(np.arange(_power(len(texts))), len(texts) - 1)
     vctx = jax.tree.map(lambda *x: np.stack(x), *(self._known[texts[i]] for i in index))
-    out = self._score(self.params, vctx, pictures[index])
+    given = vctx, pictures[index]
+    if self._mesh and len(index) % self._mesh.shape['data'] == 0:
+      given = jax.device_put(given, NamedSharding(self._mesh, PartitionSpec('data')))
+    out = self._score(self.params, *given)
     return {name: np.asarray(value)[: len(texts), 0] for name, value in out.items()}
 
 
