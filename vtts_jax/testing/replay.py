@@ -29,6 +29,7 @@ FAMILIES = {  # "model" of a fixture -> folder of models/
   'autoencoderkl': 'autoencoder_kl',
   'blip': 'blip',
   'clip': 'clip',
+  'clip_flant5': 'clip_flant5',
   'dino': 'dino',
   'dreamsim': 'dreamsim',
   'flexar': 'flexar',
