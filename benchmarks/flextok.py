@@ -87,7 +87,7 @@ def cached_against_prefix(gen, params, ctx, repeats):
 def beam(gen, params, repeats):
   """Seconds of the whole search and of its model calls; FLOP/s at batch 50."""
   algo = components.load('search.beam', width=BEAMS, branch=CHILDREN, roots=1, replace=False)
-  ver = components.load('verifiers.clip', random='clip_b32')
+  ver = components.load('verifiers.clip', random='b32')
   params = {'generator': params, 'verifier': study.parameters(ver)}
   job = step.Job(algo, gen, ver, render_chunk=BEAMS * CHILDREN)
   text = ['a photo of a bench']

@@ -279,6 +279,7 @@ def test_hub_from_the_local_cache_without_a_network(tmp_path, template, monkeypa
   assert weights.open_source('owner/toy').names() == ['x']
   save_file({'y': np.zeros(1)}, folder / 'ae.safetensors')
   assert weights.open_source('owner/toy', file='ae.safetensors').names() == ['y']
+  assert weights.open_source(f'owner/toy/ae.safetensors@{commit}').names() == ['y']
   with pytest.raises(FileNotFoundError, match=r'owner/toy@v2.*not in the local hub cache'):
     weights.open_source('owner/toy@v2')
   with pytest.raises(FileNotFoundError, match='owner/other'):

@@ -19,7 +19,8 @@ import numpy as np
 from absl import logging
 
 PREFERRED = ('model', 'diffusion_pytorch_model')  # file stems, when a folder has several
-PATTERNS = ('*.safetensors', '*.safetensors.index.json', 'config.json', 'config.yaml')
+CONFIGS = ('config.yaml', 'config.json', 'open_clip_config.json')
+PATTERNS = ('*.safetensors', '*.safetensors.index.json', *CONFIGS)
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 _DTYPES = {
   'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64',
@@ -111,9 +112,9 @@ def open_source(
   """Opens a safetensors file, a local folder, or a repository of the hub.
 
   Args:
-    place: `x.safetensors`, a folder (one file, or shards with an index), or `owner/name` or
-      `owner/name@revision`. A repository is looked for in the local cache first, so that a
-      pinned one works without a network.
+    place: `x.safetensors`, a folder (one file, or shards with an index), `owner/name`,
+      `owner/name@revision`, or a file there: `owner/name/x.safetensors@revision`. A repository is
+      looked for in the local cache first, so that a pinned one works without a network.
     revision: commit, tag or branch; an unpinned repository logs the commit to pin.
     subfolder: folder inside `place`, for example `vae`.
     file: the one to take where a folder has several, for example `ae.safetensors`.
@@ -124,9 +125,13 @@ def open_source(
     ValueError: truncated or foreign file, ambiguous folder, an index that its shards do not keep.
   """
   place, identity = os.fspath(place), ''
-  if not os.path.exists(place) and re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', place):
-    name, _, pinned = place.partition('@')
-    place, identity = _hub(name, revision or pinned or None, subfolder or '', file)
+  repository = re.fullmatch(
+    r'([\w.-]+/[\w.-]+)(?:/([\w./-]+\.safetensors))?(?:@([\w./-]+))?', place
+  )
+  if repository and not os.path.exists(place):
+    name, inside, pinned = repository.groups()
+    file = inside or file
+    place, identity = _hub(name, revision or pinned, subfolder or '', file)
   for part in (subfolder, file):
     place = os.path.join(place, part) if part else place
   if os.path.isdir(place):
@@ -147,7 +152,7 @@ def _hub(name, revision, subfolder, file):
   """(local folder, identity) of a snapshot; the cache first, then the network."""
   import huggingface_hub
 
-  wanted = PATTERNS if file is None else (file, *PATTERNS[2:])
+  wanted = PATTERNS if file is None else (file, *CONFIGS)
   allow = [os.path.join(subfolder, pattern) for pattern in wanted]
   options = {'revision': revision, 'allow_patterns': allow}
   try:
@@ -299,12 +304,12 @@ def _literal(text):
 
 
 def read_config(folder) -> dict:
-  """`config.yaml`, else `config.json` of a folder, else `{}`.
+  """The first of `CONFIGS` in a folder, else `{}`.
 
   Raises:
     ValueError: a file that does not parse to a mapping.
   """
-  for name in ('config.yaml', 'config.json'):
+  for name in CONFIGS:
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
       continue
