@@ -1,0 +1,193 @@
+"""InceptionV3 of FID: sizes, the two looks, pools, the loader, and the two oracles."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vtts_jax import components, weights
+from vtts_jax.core import ConfigError
+from vtts_jax.metrics import fid as metric
+from vtts_jax.models.inception import convert, modeling
+from vtts_jax.models.inception import replay as golden
+from vtts_jax.models.inception import statistics as stats
+from vtts_jax.testing import laws
+from vtts_jax.verifiers import fid, inception_score
+
+D, K = 30, 12
+GOLDEN = pathlib.Path(__file__).parent / 'golden/inception_a.npz'
+
+
+def squares(seed, *shape):
+  """Pictures `[*shape, 20, 16, 3]` of large squares, which even a random network tells apart."""
+  small = np.random.default_rng(seed).random((*shape, 5, 4, 3), np.float32)
+  return small.repeat(4, -3).repeat(4, -2)
+
+
+PICTURES = squares(0, 2, 3)
+
+
+def test_released_size():
+  c = modeling.RELEASED['inception_2015_12_05']
+  _, params = weights.abstract(lambda: modeling.build(c))
+  assert weights.size(params) == 23_833_744
+  assert params['fc']['kernel'].shape == (2048, 1008)
+  assert modeling.flops(c) == 11_426_464_960  # 5.7 G multiply-adds, as published
+
+
+def test_pools_do_not_see_their_padding():
+  x = np.arange(12, dtype=np.float32).reshape(1, 3, 4, 1) - 20
+  flat = lambda y: np.asarray(y)[0, :, :, 0]
+  assert flat(modeling.mean(x))[0, 0] == x[0, :2, :2].mean()
+  assert flat(modeling.mean(x))[1, 3] == x[0, :, 2:].mean()
+  assert flat(modeling.mean(x))[1, 1] == x[0, :, :3].mean()
+  assert flat(modeling.largest(x)).tolist() == [[-15, -14, -13, -13], *[[-11, -10, -9, -9]] * 2]
+  y = np.arange(25, dtype=np.float32).reshape(1, 5, 5, 1)
+  assert flat(modeling.halve(y)).tolist() == [[12, 14], [22, 24]]
+
+
+def test_looks_by_hand():
+  """Two pixels to four: torch's are at -1/4, 1/4, 3/4, 5/4, those of TensorFlow 1 at 0 .. 3/2."""
+  line = np.array([0, 1], np.float32)[None, :, None].repeat(3, -1)[..., None, :]
+  torch = modeling._line(2, 4, 'pytorch_fid').T @ line[0, :, 0, 0]
+  tensorflow = modeling._line(2, 4, 'tensorflow').T @ line[0, :, 0, 0]
+  assert torch.tolist() == [0, 0.25, 0.75, 1] and tensorflow.tolist() == [0, 0.5, 1, 1]
+  white = np.ones((1, 7, 5, 3), np.float32)
+  assert np.ptp(modeling.prepare(white, 75)) == 0 and modeling.prepare(white, 75)[0, 0, 0, 0] == 1
+  assert modeling.prepare(white, 75, 'tensorflow')[0, 3, 3, 1] == 127 / 128
+
+
+@pytest.fixture
+def tensors():
+  with np.load(GOLDEN) as file:
+    config = json.loads(str(file['config']))
+    return golden.unpack(file['params/flat'], config['names'])
+
+
+def test_what_is_wrong_is_said(tensors):
+  load = lambda values: convert.load(weights.arrays(values), modeling.Config(139, 7, 64))
+  load(tensors | {'Mixed_5b.branch1x1.bn.num_batches_tracked': np.array(3)})
+  lost = {k: v for k, v in tensors.items() if k != 'Mixed_6a.branch3x3.bn.running_var'}
+  with pytest.raises(ValueError, match=r'without Mixed_6a\.branch3x3\.bn\.running_var'):
+    load(lost)
+  with pytest.raises(ValueError, match=r'unused by the model: extra'):
+    load(tensors | {'extra': np.zeros(2)})
+  with pytest.raises(ValueError, match='is the InceptionV3 of torchvision'):
+    convert.config_of(weights.arrays(tensors | {'AuxLogits.fc.weight': np.zeros(2)}))
+  with pytest.raises(ValueError, match='has no InceptionV3'):
+    convert.config_of(weights.arrays({'x': np.zeros(2)}))
+  with pytest.raises(ConfigError, match='side=74: at least 75'):
+    modeling.Config(side=74)
+
+
+# ---------------------------------------------------------------------------------------- oracles
+
+
+def sets(n, seed=0):
+  """Features and logits of n pictures kept, of a reference, and of 6 candidates, some far off."""
+  rng = np.random.default_rng(seed)
+  mix = rng.normal(size=(D, D)) * np.exp(-np.arange(D) / 6)
+  draw = lambda n, shape: rng.gamma(shape, size=(n, D)) @ mix
+  made = draw(6, 0.3) * np.linspace(0.5, 6, 6)[:, None]
+  kept = stats.Statistics.of(draw(n, 0.3), 2 * rng.normal(size=(n, K)))
+  real = draw(100, 0.4)
+  return kept, (real.mean(0), np.cov(real, rowvar=False)), made, 3 * rng.normal(size=(6, K))
+
+
+@pytest.mark.parametrize('n', [2, 20, 2000])  # fewer than features, and many
+def test_oracles_are_the_metrics_recomputed(n):
+  """Against FID and IS of the set with one picture more, each from scratch in float64."""
+  kept, real, made, logits = sets(n)
+  now = metric.frechet((kept.mu, kept.sigma), real)
+  fids, scores = [], []
+  for x, z in zip(made, logits):
+    more = kept + stats.Statistics.of(x[None], z[None])
+    fids.append(now - metric.frechet((more.mu, more.sigma), real))
+    scores.append(more.log_is - kept.log_is)
+  have = fid.fall(fid.oracle(kept, *real), made.astype(np.float32))
+  np.testing.assert_allclose(have, fids, rtol=1e-4, atol=1e-5 * np.abs(fids).max())
+  logs = jax.nn.log_softmax(logits.astype(np.float32))
+  have = inception_score.rise(inception_score.oracle(kept), logs)
+  np.testing.assert_allclose(have, scores, rtol=1e-4, atol=1e-5 * np.abs(scores).max())
+
+
+def test_oracles_on_statistics_files(tmp_path):
+  """A reference of pytorch-fid, a running file of ours, the network's own features."""
+  model = weights.merge(convert.graph(modeling.TINY), convert.params_at('', 'tiny'))
+  see = jax.jit(lambda x: (f := model(modeling.prepare(x, 75)), model.logits(f)))
+  real, old = (see(squares(seed, 9)) for seed in (1, 2))
+  gauss = stats.Statistics.of(*real)
+  np.savez(tmp_path / 'real.npz', mu=gauss.mu, sigma=gauss.sigma)
+  kept = stats.Statistics.of(*old)
+  kept.save(tmp_path / 'kept.npz', 'pytorch_fid')
+  files = {'running_from': str(tmp_path / 'kept.npz'), 'random': 'tiny'}
+  made = components.load('verifiers.fid', reference_from=str(tmp_path / 'real.npz'), **files)
+  have = jax.jit(made.score)(made.load(), {}, PICTURES)['fid_inception_v3']
+  new = stats.Statistics.of(*(x[:1] for x in see(PICTURES.reshape(6, 20, 16, 3))))
+  score = lambda s: metric.frechet((s.mu, s.sigma), (gauss.mu, gauss.sigma))
+  np.testing.assert_allclose(have[0, 0], score(kept) - score(kept + new), rtol=1e-3)
+  made = components.load('verifiers.inception_score', **files)
+  assert made.tokenize(['any words']) == {}
+  have = jax.jit(made.score)(made.load(), {}, PICTURES)['log_is_inception_v3']
+  np.testing.assert_allclose(have[0, 0], (kept + new).log_is - kept.log_is, rtol=1e-3)
+  read = stats.Statistics.load(tmp_path / 'kept.npz')
+  np.testing.assert_allclose(read.sigma, kept.sigma, atol=1e-12)
+  with pytest.raises(ConfigError, match="look='tensorflow': .* was made with 'pytorch_fid'"):
+    stats.check_look('kept.npz', stats.read(tmp_path / 'kept.npz'), 'tensorflow')
+  with pytest.raises(ConfigError, match='have no count, probs, plogp'):
+    stats.Statistics.load(tmp_path / 'real.npz')
+
+
+@pytest.mark.parametrize('name', ['fid', 'inception_score'])
+def test_conformance_and_bad_pixels(name):
+  ver = components.load(f'verifiers.{name}', random='tiny')
+  prompts = ['3', ' 11']
+  laws.check_verifier(ver, prompts, PICTURES)
+  params, spoiled = ver.load(), PICTURES.copy()
+  spoiled[1, 2, 0, 0, 1] = np.nan
+  vctx = jax.tree.map(jnp.asarray, ver.tokenize(prompts))
+  bad = np.isnan(jax.jit(ver.score)(params, vctx, spoiled)[ver.names[0]])
+  assert bad[1, 2] and bad.sum() == 1
+
+
+def test_class_prompts(tmp_path):
+  ver = components.load('verifiers.inception_score', random='tiny')
+  params = ver.load()
+  score = jax.jit(ver.score)
+  every = [score(params, ver.tokenize([str(k)] * 2), PICTURES)[ver.names[0]] for k in range(12)]
+  np.testing.assert_allclose(np.exp(every).sum(0), 1, atol=1e-5)
+  entry = 'entry {\n  target_class: %d\n  target_class_string: "n%08d"\n}\n'
+  order = np.random.default_rng(0).permutation(1000) + 1
+  path = tmp_path / 'map.pbtxt'
+  path.write_text('# map\n' + ''.join(entry % (o, 7 * i) for i, o in enumerate(order)))
+  mapped = components.load('verifiers.inception_score', random='tiny', label_map=str(path))
+  told = mapped.tokenize(['0', 'n00000007', '999'])['label']
+  assert told.tolist() == [order[0], order[1], order[999]]
+  few = tmp_path / 'few.pbtxt'
+  few.write_text(entry % (449, 1440764))
+  ver = components.load('verifiers.inception_score', random='tiny', label_map=str(few))
+  with pytest.raises(ConfigError, match='has 1 entries, must have the 1000'):
+    ver.tokenize(['0'])
+
+
+def test_bad_settings():
+  load = components.load
+  with pytest.raises(ConfigError, match="prompts: 'a cat' is no class; must be 0 .. 11"):
+    load('verifiers.inception_score', random='tiny').tokenize(['1', 'a cat'])
+  for given, said in (
+    ({'random': 'x'}, 'random'),
+    ({'look': 'pil'}, 'look'),
+    ({'dtype': 'f'}, 'dtype'),
+  ):
+    with pytest.raises(ConfigError, match=f'verifier.{said}='):
+      load('verifiers.inception_score', **given)
+  with pytest.raises(ConfigError, match='both must name a file of statistics'):
+    load('verifiers.fid')
+  with pytest.raises(ConfigError, match='model_from: must name the weights of 2015-12-05'):
+    load('verifiers.inception_score').load()
+  kept = sets(5)[0]
+  with pytest.raises(ConfigError, match='running_from has 30 features, reference_from has 4'):
+    fid.oracle(kept, np.zeros(4), np.eye(4))

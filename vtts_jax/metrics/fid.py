@@ -1,0 +1,205 @@
+"""FID, Inception Score, precision and recall: `python -m vtts_jax.metrics.fid PICTURES REFERENCE`
+
+PICTURES is a folder, an .npz of pictures (`arr_0`) or a file of statistics; REFERENCE the same (a
+reference batch of ADM, the statistics of pytorch-fid, `--save` of an earlier call). A table, and as
+the last line all of it as JSON. Heusel et al. (2017, arXiv 1706.08500); Salimans et al. (2016,
+1606.03498); Kynkaanniemi et al. (2019, 1904.06991), on Inception's features as in ADM's evaluator.
+
+A FID depends on the number of pictures (few give more), on the look (`--look`) and on the weights;
+numbers that differ in any of them do not compare. All sums are float64 on the host.
+
+Letters: N pictures · D features · K classes.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from vtts_jax.core import ConfigError
+from vtts_jax.metrics import inception
+from vtts_jax.models.inception import modeling
+from vtts_jax.models.inception import statistics as stats
+
+
+def frechet(a, b) -> float:
+  """Frechet distance of two Gaussians `(mu [D], sigma [D, D])`; with the features of
+  InceptionV3 the FID.
+
+  The trace of (sigma_a sigma_b)^(1/2) is that of (A sigma_b A)^(1/2), A the symmetric root of
+  sigma_a: two symmetric eigenproblems, real and stable also for sets with fewer pictures than
+  features.
+  """
+  (mean, sigma), (other, tau) = ([np.asarray(x, np.float64) for x in pair] for pair in (a, b))
+  if mean.shape != other.shape:
+    raise ValueError(f'{mean.shape} features against {other.shape}')
+  half = stats.root(sigma)
+  values = np.linalg.eigvalsh(half @ tau @ half)
+  mixed = np.sqrt(np.maximum(values, 0)).sum()
+  return float(np.sum((mean - other) ** 2) + np.trace(sigma) + np.trace(tau) - 2 * mixed)
+
+
+def inception_score(logits, splits: int = 10) -> tuple[float, float]:
+  """Mean and standard deviation over splits of logits `[N, K]`, in the order given.
+
+  exp(mean KL(p(y|x) || p(y))) with p(y) of the split; N // splits pictures each, as torch-fidelity
+  cuts them. 10 splits of 50,000 is the published protocol.
+  """
+  n = len(logits)
+  if not 1 <= splits <= n:
+    raise ConfigError(f'splits={splits}: must be 1 .. {n}, the number of pictures')
+  p, logs = stats.probabilities(logits)
+  scores = []
+  for i in range(splits):
+    part = slice(i * n // splits, (i + 1) * n // splits)
+    marginal = np.log(np.maximum(p[part].mean(0), 1e-300))
+    scores.append(np.exp((p[part] * (logs[part] - marginal)).sum(1).mean()))
+  return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(real, made, k: int = 3, chunk: int = 1024) -> tuple[float, float]:
+  """Precision and recall of `made [N, D]` against `real [M, D]`.
+
+  A set's manifold is the union of balls around its members that reach to their k-th nearest
+  neighbour. Precision: share of what was made inside the manifold of the real; recall: the other
+  way round.
+  """
+  if min(len(real), len(made)) <= k:
+    raise ConfigError(f'k={k}: must be below {min(len(real), len(made))}, the smaller set')
+  centre = np.mean(real, 0)  # distances lose fewer digits
+  real, made = (np.asarray(x - centre, np.float32) for x in (real, made))
+  return _inside(made, real, _reach(real, k, chunk), chunk), _inside(
+    real, made, _reach(made, k, chunk), chunk
+  )
+
+
+def _distances(a, b):
+  """Squared, `[N, M]`."""
+  lengths = (a * a).sum(1)[:, None] + (b * b).sum(1)
+  return np.maximum(lengths - 2 * a @ b.T, 0)
+
+
+def _reach(x, k, chunk):
+  """Squared distance of every row to its k-th neighbour; rank 0 is the row itself."""
+  rows = (x[i : i + chunk] for i in range(0, len(x), chunk))
+  return np.concatenate([np.partition(_distances(r, x), k, axis=1)[:, k] for r in rows])
+
+
+def _inside(x, centres, reach, chunk):
+  rows = (x[i : i + chunk] for i in range(0, len(x), chunk))
+  return float(np.concatenate([(_distances(r, centres) <= reach).any(1) for r in rows]).mean())
+
+
+# ----------------------------------------------------------------------------------------- command
+
+
+def measure(place, run, look: str, batch: int = 32) -> dict:
+  """What is known of a set: mu, sigma, count (None if a file does not say) and, where there are
+  pictures, features, logits and their `statistics.Statistics`.
+
+  Raises:
+    FileNotFoundError, ConfigError: as `inception.pictures` and `statistics.gaussian`.
+  """
+  known = {}
+  if os.path.isfile(place):
+    found = stats.read(place)
+    if 'mu' in found:
+      stats.check_look(place, found, look)
+      mu, sigma = stats.gaussian(place, found)
+      count = int(found['count']) if 'count' in found else None
+      known = {'mu': mu, 'sigma': sigma, 'count': count}
+      if 'probs' in found:
+        known['log_is'] = stats.Statistics.load(place).log_is
+      if not _holds_pictures(place):
+        return known
+  features, logits = inception.extract(inception.pictures(place), run(), batch)
+  sums = stats.Statistics.of(features, logits)
+  if not known:
+    if sums.count < 2:
+      raise ConfigError(f'{str(place)!r} has 1 picture; at least 2 are needed')
+    known = {'mu': sums.mu, 'sigma': sums.sigma, 'count': sums.count}
+  return known | {'features': features, 'logits': logits, 'sums': sums}
+
+
+def _holds_pictures(path):
+  with open(path, 'rb') as handle, np.load(handle) as file:
+    return 'arr_0' in file.files
+
+
+def report(made: dict, real: dict, splits: int = 10, k: int = 3) -> dict:
+  """{'fid', 'inception_score', 'inception_score_std', 'precision', 'recall', 'count', ...}; None
+  where a set has no pictures to measure it on."""
+  out = {'fid': frechet((made['mu'], made['sigma']), (real['mu'], real['sigma']))}
+  score, spread = None, None
+  if 'logits' in made:
+    splits = min(splits, len(made['logits']))
+    score, spread = inception_score(made['logits'], splits)
+  elif 'log_is' in made:
+    score, splits = float(np.exp(made['log_is'])), 1
+  out |= {'inception_score': score, 'inception_score_std': spread, 'splits': splits}
+  pair = None, None
+  if 'features' in made and 'features' in real:
+    pair = precision_recall(real['features'], made['features'], k)
+  out |= {'precision': pair[0], 'recall': pair[1], 'k': k}
+  return out | {'count': made['count'], 'reference_count': real['count']}
+
+
+def show(found: dict) -> None:
+  """The table, then the JSON line."""
+  from rich.console import Console
+  from rich.table import Table
+
+  table = Table('metric', 'value', 'of')
+  number = lambda name: '-' if found[name] is None else f'{found[name]:.4f}'
+  spread = found['inception_score_std']
+  counts = f'{found["count"] or "?"} against {found["reference_count"] or "?"} pictures'
+  table.add_row('FID', number('fid'), counts)
+  more = '' if spread is None else f' +- {spread:.4f}'
+  table.add_row('Inception Score', number('inception_score') + more, f'{found["splits"]} splits')
+  for name in ('precision', 'recall'):
+    table.add_row(name, number(name), f'k = {found["k"]}')
+  Console().print(table)
+  print(json.dumps(found))
+
+
+def main(argv: Sequence[str]) -> int:
+  """Prints the table and the JSON line; 1 with the message if the input is at fault."""
+  parse = argparse.ArgumentParser('python -m vtts_jax.metrics.fid', description=__doc__)
+  parse.add_argument('pictures', help='folder, .npz of pictures, or .npz of statistics')
+  parse.add_argument('reference', help='the same')
+  parse.add_argument('--model_from', default='', help='InceptionV3 of 2015-12-05, safetensors')
+  parse.add_argument('--random', default='', help=f'random weights: {", ".join(modeling.SIZES)}')
+  parse.add_argument('--look', default='pytorch_fid', help=', '.join(modeling.LOOKS))
+  parse.add_argument('--batch', type=int, default=32, help='pictures at a time')
+  parse.add_argument('--splits', type=int, default=10, help='of the Inception Score')
+  parse.add_argument('--k', type=int, default=3, help='neighbours, of precision and recall')
+  parse.add_argument('--save', default='', help='where to write the statistics of PICTURES')
+  flags = parse.parse_args(argv)
+  made_once: list = []
+
+  def run():  # not at all, if both sides are statistics
+    if not made_once:
+      made_once.append(inception.network(flags.model_from, flags.random, flags.look))
+    return made_once[0]
+
+  try:
+    made, real = (
+      measure(p, run, flags.look, flags.batch) for p in (flags.pictures, flags.reference)
+    )
+    if flags.save and 'sums' not in made:
+      raise ConfigError(f'save={flags.save!r}: {flags.pictures!r} holds no pictures')
+    found = report(made, real, flags.splits, flags.k)
+    if flags.save:
+      made['sums'].save(flags.save, flags.look)
+  except (ConfigError, FileNotFoundError) as error:
+    print(error, file=sys.stderr)
+    return 1
+  show(found | {'look': flags.look, 'weights': flags.random or flags.model_from})
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""InceptionV3 as FID and Inception Score use it. See README.md beside this file."""

@@ -1,0 +1,124 @@
+"""InceptionV3 for FID, from the names that pytorch-fid and torch-fidelity share
+(`Mixed_5b.branch1x1.conv.weight`, `....bn.running_mean`, `fc.weight`); see README.md for how the
+released pickle becomes safetensors."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vtts_jax import weights
+from vtts_jax.core import ConfigError
+from vtts_jax.models.inception import modeling
+
+EPS = 1e-3  # of the batch norms
+RULES = [  # of a source made by `folded`
+  (r'(.+)\.conv\.(kernel|bias)', r'\1.\2', ''),
+  (r'fc\.weight', 'fc.kernel', 'T'),
+  (r'fc\.bias', 'fc.bias', ''),
+]
+
+
+def folded(source):
+  """The source in which a convolution and its batch norm are one `.conv.kernel` HWIO and bias.
+
+  Raises:
+    ValueError: a part of a batch norm is missing.
+  """
+  parts = ('weight', 'bias', 'running_mean', 'running_var')
+  header, missing = {}, []
+  for name, (shape, kind) in source.header.items():
+    if name.endswith('.conv.weight'):
+      lead = name.removesuffix('.conv.weight')
+      missing += [n for n in (f'{lead}.bn.{p}' for p in parts) if n not in source]
+      header[f'{lead}.conv.kernel'] = tuple(shape[a] for a in weights.OPS['conv']), kind
+      header[f'{lead}.conv.bias'] = shape[:1], kind
+    elif '.bn.' not in name:
+      header[name] = shape, kind
+  if missing:
+    raise ValueError(f'{source.where} has convolutions without {", ".join(missing)}')
+
+  def read(name):
+    if '.conv.' not in name:
+      return source.get(name)
+    lead, kind = name.rsplit('.conv.', 1)
+    norm = (source.get(f'{lead}.bn.{p}').astype(np.float64) for p in parts)
+    scale, shift, mean, variance = norm
+    scale = scale / np.sqrt(variance + EPS)
+    if kind == 'bias':
+      return (shift - mean * scale).astype(np.float32)
+    kernel = source.get(f'{lead}.conv.weight').astype(np.float64) * scale[:, None, None, None]
+    return kernel.transpose(weights.OPS['conv']).astype(np.float32)
+
+  return dataclasses.replace(source, header=header, read=read)
+
+
+def config_of(source, **options) -> modeling.Config:
+  """The config of a checkpoint; `options` are fields of `Config`.
+
+  Raises:
+    ValueError: there is no InceptionV3 in it, or torchvision's, whose features are others.
+  """
+  if any(n.startswith('AuxLogits.') for n in source.names()):
+    raise ValueError(
+      f'{source.where} is the InceptionV3 of torchvision; FID and IS need the weights of 2015-12-05'
+    )
+  stem = 'Conv2d_1a_3x3.conv.weight'
+  if stem not in source or 'fc.weight' not in source:
+    raise ValueError(f'{source.where} has no InceptionV3: no {stem} or no fc.weight')
+  thinner = 32 // source.shape(stem)[0]
+  return modeling.Config(
+    **({'classes': source.shape('fc.weight')[0], 'thinner': thinner} | options)
+  )
+
+
+def load(source, config=None, dtype=None, sharding=None):
+  """(graphdef, params); errors as in `weights.convert`."""
+  config = config or config_of(source)
+  graphdef, template = weights.abstract(lambda: modeling.build(config))
+  return graphdef, weights.convert(folded(source), RULES, template, dtype, sharding)
+
+
+# ------------------------------------------------------------------------------------------ by name
+
+
+@functools.cache
+def config_at(place: str, random: str = '') -> modeling.Config:
+  """Sizes of the checkpoint at `place`, its headers read, or of a name for random weights.
+
+  Raises:
+    ConfigError: neither is given, or a name that there is none of.
+  """
+  if random:
+    if random not in modeling.SIZES:
+      raise ConfigError(f"random={random!r}: must be '' or one of {', '.join(modeling.SIZES)}")
+    return modeling.SIZES[random]
+  if not place:
+    raise ConfigError(
+      'model_from: must name the weights of 2015-12-05 as safetensors; they are published as a '
+      'pickle only, vtts_jax/models/inception/README.md converts them in two lines'
+    )
+  return config_of(weights.open_source(place))
+
+
+@functools.cache
+def graph(config: modeling.Config):
+  return weights.abstract(lambda: modeling.build(config))[0]
+
+
+def params_at(place: str, random: str = '', dtype: str = 'float32'):
+  """Parameters of `config_at(place, random)`; random ones are the same at every call."""
+  config = config_at(place, random)
+  if not random:
+    return load(weights.open_source(place), config, dtype)[1]
+  draw = np.random.default_rng(0)
+
+  def leaf(shape):  # on the host: 94 initialisers take half a minute to compile
+    kernel = np.zeros(shape) if len(shape) == 1 else draw.normal(size=shape)
+    # more than the usual 2, as means over 3 x 3 lose spread
+    return jnp.asarray(kernel * np.sqrt(2.4 / np.prod(shape[:-1])), dtype)
+
+  _, template = weights.abstract(lambda: modeling.build(config))
+  return jax.tree.map(lambda x: leaf(x.shape), template)

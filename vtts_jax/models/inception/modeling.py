@@ -1,0 +1,296 @@
+"""InceptionV3 of 2015-12-05 (Szegedy et al. 2015, arXiv 1512.00567), the network of FID and IS.
+
+The TensorFlow graph that both metrics were published with, in the layout of its port to torch
+(pytorch-fid): average pools do not count their padding, the last block pools by maximum, 1008
+classes. Features are the mean over the last grid; class probabilities are the softmax without the
+bias, as the Inception Score was published (Salimans et al. 2016) and as ADM's evaluator and torch-
+fidelity compute it; pytorch-fid computes none. Batch norms are folded into the convolutions when a
+checkpoint is read. Checked against torch convolutions (tests/parity).
+
+Letters: R rows · H W C image or grid · D features · K classes.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vtts_jax import images, weights
+from vtts_jax.core import ConfigError
+
+# (branches); a branch is a chain of pools and convolutions (name, channels, kernel, stride = 1); a
+# fork in it is convolutions whose results are put side by side. With stride 2 there is no padding.
+
+
+def _a(pool):
+  return (
+    (('branch1x1', 64, 1),),
+    (('branch5x5_1', 48, 1), ('branch5x5_2', 64, 5)),
+    (('branch3x3dbl_1', 64, 1), ('branch3x3dbl_2', 96, 3), ('branch3x3dbl_3', 96, 3)),
+    ('mean', ('branch_pool', pool, 1)),
+  )
+
+
+def _c(c):
+  row, column = (1, 7), (7, 1)
+  return (
+    (('branch1x1', 192, 1),),
+    (('branch7x7_1', c, 1), ('branch7x7_2', c, row), ('branch7x7_3', 192, column)),
+    (('branch7x7dbl_1', c, 1), ('branch7x7dbl_2', c, column), ('branch7x7dbl_3', c, row),
+     ('branch7x7dbl_4', c, column), ('branch7x7dbl_5', 192, row)),
+    ('mean', ('branch_pool', 192, 1)),
+  )  # fmt: skip
+
+
+def _e(pool):
+  fork = lambda name: ((name + 'a', 384, (1, 3)), (name + 'b', 384, (3, 1)))
+  return (
+    (('branch1x1', 320, 1),),
+    (('branch3x3_1', 384, 1), fork('branch3x3_2')),
+    (('branch3x3dbl_1', 448, 1), ('branch3x3dbl_2', 384, 3), fork('branch3x3dbl_3')),
+    (pool, ('branch_pool', 192, 1)),
+  )
+
+
+BLOCKS = {
+  'Mixed_5b': _a(32),
+  'Mixed_5c': _a(64),
+  'Mixed_5d': _a(64),
+  'Mixed_6a': (
+    (('branch3x3', 384, 3, 2),),
+    (('branch3x3dbl_1', 64, 1), ('branch3x3dbl_2', 96, 3), ('branch3x3dbl_3', 96, 3, 2)),
+    ('halve',),
+  ),
+  'Mixed_6b': _c(128),
+  'Mixed_6c': _c(160),
+  'Mixed_6d': _c(160),
+  'Mixed_6e': _c(192),
+  'Mixed_7a': (
+    (('branch3x3_1', 192, 1), ('branch3x3_2', 320, 3, 2)),
+    (('branch7x7x3_1', 192, 1), ('branch7x7x3_2', 192, (1, 7)), ('branch7x7x3_3', 192, (7, 1)),
+     ('branch7x7x3_4', 192, 3, 2)),
+    ('halve',),
+  ),
+  'Mixed_7b': _e('mean'),
+  'Mixed_7c': _e('largest'),
+}  # fmt: skip
+STEM = (  # (name, channels, kernel, stride, padding); pools by maximum after the third and fifth
+  ('Conv2d_1a_3x3', 32, 3, 2, 'VALID'),
+  ('Conv2d_2a_3x3', 32, 3, 1, 'VALID'),
+  ('Conv2d_2b_3x3', 64, 3, 1, 'SAME'),
+  ('Conv2d_3b_1x1', 80, 1, 1, 'VALID'),
+  ('Conv2d_4a_3x3', 192, 3, 1, 'VALID'),
+)
+LOOKS = ('pytorch_fid', 'tensorflow')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes.
+
+  Attributes:
+    side: of the picture that the network sees.
+    classes: outputs K; the first and the last 7 are of no class of ImageNet.
+    thinner: by what every number of channels is divided (rounded up): 1 but for tests.
+  """
+
+  side: int = 299
+  classes: int = 1008
+  thinner: int = 1
+
+  def __post_init__(self):
+    if self.side < 75:
+      raise ConfigError(f'side={self.side}: at least 75, where the last grid is 1 x 1')
+
+  def channels(self, number):
+    return -(-number // self.thinner)
+
+
+TINY = Config(side=75, classes=12, thinner=16)
+RELEASED = {'inception_2015_12_05': Config()}
+SIZES = {'tiny': TINY, **RELEASED}
+
+
+class Conv(nnx.Module):
+  """relu(convolution + bias) of `[R, H, W, C]`."""
+
+  def __init__(self, inner, outer, size, stride=1, padding=''):
+    self.stride = stride
+    self.padding = padding or ('SAME' if stride == 1 else 'VALID')
+    size = (size, size) if isinstance(size, int) else size
+    self.kernel = nnx.Param(jnp.zeros((*size, inner, outer)))
+    self.bias = nnx.Param(jnp.zeros(outer))
+
+  def __call__(self, x):
+    kernel = self.kernel[...]
+    if kernel.shape[:2] == (1, 1):  # on a CPU a matmul takes half the time of a convolution
+      x = x @ kernel[0, 0]
+    else:
+      x = jax.lax.conv_general_dilated(
+        x, kernel, (self.stride, self.stride), self.padding,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      )  # fmt: skip
+    return jax.nn.relu(x + self.bias[...])
+
+
+def _threes(x, combine, stride, edge=None):
+  """`combine` over 3 x 3 windows of `[R, H, W, C]`, one axis after the other; with `edge`, a border
+  of that value is put around."""
+  for axis in (1, 2):
+    if edge is not None:
+      around = [(int(a == axis),) * 2 for a in range(4)]
+      x = jnp.pad(x, around, constant_values=edge)
+    end = x.shape[axis] - 2
+    cut = [jax.lax.slice_in_dim(x, i, end + i, stride, axis) for i in range(3)]
+    x = combine(combine(cut[0], cut[1]), cut[2])
+  return x
+
+
+def mean(x):
+  """3 x 3 means of what lies inside the grid."""
+  count = _threes(np.ones((1, *x.shape[1:3], 1), np.float32), jnp.add, 1, 0)
+  return _threes(x, jnp.add, 1, 0) / count.astype(x.dtype)
+
+
+def largest(x):
+  return _threes(x, jnp.maximum, 1, -jnp.inf)
+
+
+def halve(x):
+  return _threes(x, jnp.maximum, 2)
+
+
+POOLS = {'mean': mean, 'largest': largest, 'halve': halve}
+
+
+class Block(nnx.Module):
+  """The branches of `BLOCKS` side by side."""
+
+  def __init__(self, c: Config, table, inner):
+    self.table, self.width = table, 0
+
+    def add(spec, inner):
+      name, outer, size, *stride = spec
+      outer = c.channels(outer)
+      setattr(self, name, Conv(inner, outer, size, *stride))
+      return outer
+
+    for branch in table:
+      width = inner
+      for step in branch:
+        if isinstance(step, str):
+          continue
+        fork = isinstance(step[0], tuple)
+        width = sum(add(spec, width) for spec in step) if fork else add(step, width)
+      self.width += width
+
+  def __call__(self, x):
+    found = []
+    for branch in self.table:
+      y = x
+      for step in branch:
+        if isinstance(step, str):
+          y = POOLS[step](y)
+        elif isinstance(step[0], tuple):
+          y = jnp.concatenate([getattr(self, spec[0])(y) for spec in step], -1)
+        else:
+          y = getattr(self, step[0])(y)
+      found.append(y)
+    return jnp.concatenate(found, -1)
+
+
+class Inception(nnx.Module):
+  """`__call__(images [R, side, side, 3], of `prepare`)` -> features `[R, D]` float32."""
+
+  def __init__(self, config: Config, *, rngs):
+    c, width = config, 3
+    self.config = c
+    for name, outer, size, stride, padding in STEM:
+      setattr(self, name, Conv(width, c.channels(outer), size, stride, padding))
+      width = c.channels(outer)
+    for name, table in BLOCKS.items():
+      block = Block(c, table, width)
+      setattr(self, name, block)
+      width = block.width
+    self.width = width
+    self.fc = nnx.Linear(width, c.classes, rngs=rngs)
+
+  def grids(self, x):
+    """The grid after each pooled stage of the stem and each block, `{name: [R, H, W, C]}`."""
+    x, found = x.astype(self.Conv2d_1a_3x3.kernel.dtype), {}
+    for name, *_ in STEM:
+      x = getattr(self, name)(x)
+      if name in ('Conv2d_2b_3x3', 'Conv2d_4a_3x3'):
+        x = found[name] = halve(x)
+    for name in BLOCKS:
+      x = found[name] = getattr(self, name)(x)
+    return found
+
+  def __call__(self, x):
+    return jnp.mean(self.grids(x)['Mixed_7c'], (1, 2), dtype=jnp.float32)
+
+  def logits(self, features):
+    """Features `[R, D]` -> `[R, K]`, without the bias."""
+    return jnp.matmul(features, self.fc.kernel[...].astype(jnp.float32), precision='highest')
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+@functools.cache
+def _line(old: int, new: int, look: str) -> np.ndarray:
+  """The matrix `[old, new]` of a linear resize without antialiasing.
+
+  torch's `F.interpolate(align_corners=False)` has pixels in the middle of their cells, TensorFlow 1
+  at the upper left corner.
+  """
+  where = np.arange(new) * (old / new)
+  if look == 'pytorch_fid':
+    where = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
+  low = np.minimum(where.astype(int), old - 1)
+  high, share = np.minimum(low + 1, old - 1), where - low
+  table = np.zeros((old, new))
+  np.add.at(table, (low, np.arange(new)), 1 - share)
+  np.add.at(table, (high, np.arange(new)), share)
+  return table.astype(np.float32)
+
+
+def prepare(pictures, side: int = 299, look: str = 'pytorch_fid'):
+  """Pictures `[..., H, W, 3]` in [0, 1] -> `[..., side, side, 3]` in about [-1, 1].
+
+  `look` is how: as pytorch-fid (2 x - 1), or as the TensorFlow graph, which ADM's evaluator and
+  torch-fidelity follow ((255 x - 128) / 128). The two give different features and must not be
+  mixed: a FID belongs to the look of its reference.
+  """
+  x, old = images.quantize(pictures), pictures.shape[-3:-1]
+  for letters, have in (('...hwc,wx->...hxc', old[1]), ('...hwc,hx->...xwc', old[0])):
+    if have != side:
+      x = jnp.einsum(letters, x, _line(have, side, look), precision='highest')
+  return 2 * x - 1 if look == 'pytorch_fid' else (255 * x - 128) / 128
+
+
+def build(config: Config) -> Inception:
+  """A network whose convolutions are 0 until parameters come (`convert`)."""
+  return Inception(config, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def flops(c: Config) -> int:
+  """FLOPs of the convolutions and the classifier for one picture, read off the traced program."""
+  graphdef, params = weights.abstract(lambda: build(c))
+  picture = jax.ShapeDtypeStruct((1, c.side, c.side, 3), jnp.float32)
+
+  def run(params, x):
+    model = weights.merge(graphdef, params)
+    return model.logits(model(x))
+
+  total = 0
+  for eqn in jax.make_jaxpr(run)(params, picture).eqns:
+    if eqn.primitive.name in ('conv_general_dilated', 'dot_general'):
+      kernel = eqn.invars[1].aval.shape  # what is summed over comes first, channels out last
+      total += 2 * eqn.outvars[0].aval.size * math.prod(kernel[:-1])
+  return total
