@@ -6,6 +6,7 @@ never hold pickles; a key that is missing, unused, or of the wrong shape or kind
 names both sides.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -42,6 +43,22 @@ def split(model):
 def merge(graphdef, params):
   """The module again; free inside `jax.jit`."""
   return nnx.merge(graphdef, params)
+
+
+def model(build, config, params):
+  """The module `build(config)` with these parameters; its structure is made once."""
+  return merge(_graph(build, config), params)
+
+
+@functools.cache
+def _graph(build, config):
+  return abstract(lambda: build(config))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def drawn(build, config, dtype):
+  """Random parameters of `build(config)`, always the same; compiled once for each."""
+  return jax.tree.map(lambda x: x.astype(dtype), split(build(config))[1])
 
 
 def abstract(build):

@@ -136,21 +136,15 @@ def _build(config):
   return _MODELS[type(config)](config, rngs=nnx.Rngs(0))
 
 
-@functools.cache
-def _graph(config):
-  return weights.abstract(lambda: _build(config))[0]
-
-
 def merge(config, params):
   """The module of a config with its parameters."""
-  return weights.merge(_graph(config), params)
+  return weights.model(_build, config, params)
 
 
 def load(part: str, config, place: str, dtype: str):
   """Parameters of 'prior', 'tokenizer', 'vae' or 'text' at `place`, or random ones for ''."""
   if not place:
-    params = jax.jit(lambda: weights.split(_build(config))[1])()
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    return weights.drawn(_build, config, dtype)
   source = weights.open_source(place)
   loaders = {
     'prior': lambda: flexar_convert.load(source, config, dtype=dtype),

@@ -62,7 +62,7 @@ class DreamSim(core.Verifier):
 
   def load(self):
     if self.random:
-      return towers.drawn(modeling.build, self.config, self.dtype)
+      return weights.drawn(modeling.build, self.config, self.dtype)
     branches = convert.open_branches(self.model_from, self.model)
     return convert.load(branches, self.config, dtype=self.dtype)[1]
 
@@ -71,13 +71,13 @@ class DreamSim(core.Verifier):
 
   def encode(self, params, prompt):
     """Pictures `[B, K, S, S, 3]` -> the mean of their embeddings `[B, E]`."""
-    model = weights.merge(_graph(self.config), params)
+    model = weights.model(modeling.build, self.config, params)
     found = towers.flat(model, prompt['pictures'].astype(jnp.float32) / 255)
     return references.mean(found, prompt['mask'])
 
   def features(self, params, images):
     """Images `[B, M, H, W, 3]` -> unit embeddings `[B, M, E]`."""
-    model = weights.merge(_graph(self.config), params)
+    model = weights.model(modeling.build, self.config, params)
     return towers.flat(lambda x: model(modeling.prepare(x)), images)
 
   def score(self, params, vctx, images, **signals):
@@ -96,11 +96,6 @@ def _config(model, place, random):
   if random:
     return modeling.released(random, 'verifier.random')
   return convert.config_of(convert.open_branches(place, model), model)
-
-
-@functools.cache
-def _graph(config):
-  return weights.abstract(lambda: modeling.build(config))[0]
 
 
 def build(**given):

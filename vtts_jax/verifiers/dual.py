@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 
 from vtts_jax import core, weights
@@ -107,8 +106,7 @@ class Dual(core.Verifier):
     if not self.random:
       self.check()
       return self.read(weights.open_source(self.model_from))
-    build = lambda: weights.split(self.modeling.build(self.config))[1]
-    return jax.jit(lambda: jax.tree.map(lambda x: x.astype(self.dtype), build()))()
+    return weights.drawn(self.modeling.build, self.config, self.dtype)
 
   def read(self, source):
     """The parameters in a checkpoint."""
@@ -118,7 +116,7 @@ class Dual(core.Verifier):
 
   def merge(self, params):
     """The model."""
-    return weights.merge(_graph(self.modeling.build, self.config), params)
+    return weights.model(self.modeling.build, self.config, params)
 
   def ids(self, prompts):
     """Token ids `[B, T]` int32 of prompts."""
@@ -172,8 +170,3 @@ def _config(place, towers):
     return clip_convert.config_of(source, towers)
   except (FileNotFoundError, ValueError) as error:
     raise core.ConfigError(f'verifier.model_from={place!r}: {error}') from error
-
-
-@functools.cache
-def _graph(build, config):
-  return weights.abstract(lambda: build(config))[0]

@@ -7,7 +7,6 @@ people rated (-2 .. 2). Xu et al. (2023), arXiv 2304.05977; models/blip.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from vtts_jax import core, images, weights
@@ -59,8 +58,7 @@ class ImageReward(core.Verifier):
     if not self.random:
       source = weights.open_source(self.model_from)
       return convert.load(source, self.config, self.dtype)[1]
-    params = jax.jit(lambda: weights.split(modeling.build(self.config))[1])()
-    return jax.tree.map(lambda x: x.astype(self.dtype), params)
+    return weights.drawn(modeling.build, self.config, self.dtype)
 
   def tokenize(self, prompts):
     place = '' if self.random else self.tokenizer_from
@@ -69,12 +67,12 @@ class ImageReward(core.Verifier):
 
   def encode(self, params, prompt):
     """All that does not depend on a picture: the text after its first self-attention."""
-    text = weights.merge(_graph(self.config), params).text(prompt['ids'], prompt['mask'])
+    text = weights.model(modeling.build, self.config, params).text(prompt['ids'], prompt['mask'])
     return {'text': text, 'mask': prompt['mask']}
 
   def score(self, params, vctx, images, **signals):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    model = weights.merge(_graph(self.config), params)
+    model = weights.model(modeling.build, self.config, params)
     b, m = images.shape[:2]
     shown = model.vision(prepare(images.reshape(b * m, *images.shape[2:]), self.config.size))
     text, mask = (jnp.repeat(vctx[name], m, axis=0) for name in ('text', 'mask'))
@@ -98,11 +96,6 @@ def prepare(pictures, size: int):
 @functools.cache
 def _config(place):
   return convert.config_of(weights.open_source(place))
-
-
-@functools.cache
-def _graph(config):
-  return weights.abstract(lambda: modeling.build(config))[0]
 
 
 def build(**given):

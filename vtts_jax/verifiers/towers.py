@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import re
 
-import jax
-
 from vtts_jax import core, weights
 from vtts_jax import images as pictures
 from vtts_jax.models import vit
@@ -64,11 +62,11 @@ class Tower:
     """The parameters."""
     if not self.random:
       return self.read(weights.open_source(self.place))
-    return drawn(self.build, self.config, self.dtype)
+    return weights.drawn(self.build, self.config, self.dtype)
 
   def merge(self, params):
     """The model."""
-    return weights.merge(_graph(self.build, self.config), params)
+    return weights.model(self.build, self.config, params)
 
 
 class DinoTower(Tower):
@@ -139,12 +137,6 @@ class ClipTower(Tower):
     return clip.flops(self.config, 'image')
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def drawn(build, config, dtype):
-  """Random parameters of `build(config)`, always the same."""
-  return jax.tree.map(lambda x: x.astype(dtype), weights.split(build(config))[1])
-
-
 def flat(call, images):
   """`call` of `[B, M, H, W, 3]` as `[B M, H, W, 3]`, its result `[B, M, ...]` again."""
   out = call(images.reshape(-1, *images.shape[2:]))
@@ -174,11 +166,6 @@ def _clip_config(place, random):
   if random not in CLIPS:
     raise core.ConfigError(f'verifier.random={random!r}: must be one of {", ".join(CLIPS)}')
   return CLIPS[random]
-
-
-@functools.cache
-def _graph(build, config):
-  return weights.abstract(lambda: build(config))[0]
 
 
 FAMILIES = {'dino': DinoTower, 'clip': ClipTower}

@@ -8,7 +8,6 @@ P(Yes) P(end | Yes). Lin et al. (2024), arXiv 2404.01291; models/clip_flant5.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -80,7 +79,7 @@ class VqaScore(core.Verifier):
   def load(self):
     if not self.random:
       return convert.load(*_sources(self.model_from, self.vision_from), self.dtype)[1]
-    return jax.tree.map(lambda x: x.astype(self.dtype), _random(self.config)())
+    return weights.drawn(modeling.build, self.config, self.dtype)
 
   def tokenize(self, prompts):
     """Ids of what stands before the picture `[B, .]`, after it `[B, length]`, of the answer `[B,
@@ -102,13 +101,13 @@ class VqaScore(core.Verifier):
 
   def encode(self, params, prompt):
     """The words' embeddings; all else depends on the picture."""
-    embed = weights.merge(_graph(self.config), params).encoder.embed
+    embed = weights.model(modeling.build, self.config, params).encoder.embed
     words = {k: embed(prompt[k]) for k in ('before', 'after')}
     return {**words, 'mask': prompt['mask'], 'answer': prompt['answer']}
 
   def score(self, params, vctx, images, **signals):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    model = weights.merge(_graph(self.config), params)
+    model = weights.model(modeling.build, self.config, params)
     b, m = images.shape[:2]
     pixels = modeling.preprocess(self.config, images.reshape(b * m, *images.shape[2:]))
     rows = {name: jnp.repeat(value, m, axis=0) for name, value in vctx.items()}
@@ -138,16 +137,6 @@ def _sources(place, vision):
 @functools.cache
 def _config(place, vision):
   return convert.config_of(convert.whole(*_sources(place, vision)))
-
-
-@functools.cache
-def _graph(config):
-  return weights.abstract(lambda: modeling.build(config))[0]
-
-
-@functools.cache
-def _random(config):
-  return jax.jit(lambda: weights.split(modeling.build(config))[1])
 
 
 def build(**given):
