@@ -8,6 +8,7 @@ selected).
 
 import base64
 import dataclasses
+import http.client
 import io
 import json
 import threading
@@ -64,18 +65,12 @@ class Host(core.Verifier):
     return (self.name,)
 
   def tokenize(self, texts):
-    raw = [np.frombuffer(t.encode('utf-8'), np.uint8) for t in texts]
-    width = max((len(r) for r in raw), default=0)
-    return {
-      'utf8': np.stack([np.pad(r, (0, width - len(r))) for r in raw]),
-      'bytes': np.array([len(r) for r in raw], np.int32),
-    }
+    return utf8(texts)
 
   def score(self, params, vctx, images, **signals):
     images = np.asarray(images)
     b, m = images.shape[:2]
-    utf8, lengths = np.asarray(vctx['utf8']), np.asarray(vctx['bytes'])
-    prompts = [utf8[i, : lengths[i]].tobytes().decode('utf-8') for i in range(b) for _ in range(m)]
+    prompts = [text for text in texts_of(vctx) for _ in range(m)]
     flat = images.reshape(b * m, *images.shape[2:])
     scores = []
     for low in range(0, b * m, self.batch):
@@ -95,42 +90,71 @@ class Host(core.Verifier):
     return {self.name: np.concatenate(scores).reshape(b, m)}
 
   def _post(self, prompts, images):
-    body = json.dumps({'prompts': prompts, 'images': [_png(i) for i in images]}).encode()
+    body = json.dumps({'prompts': prompts, 'images': [png(i) for i in images]}).encode()
     request = urllib.request.Request(self.url, body, {'Content-Type': 'application/json'})
-    for attempt in range(self.retries + 1):
-      try:
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-          return json.load(answer)['scores']
-      except (
-        urllib.error.URLError,
-        TimeoutError,
-        ConnectionError,
-        json.JSONDecodeError,
-        KeyError,
-      ) as err:
-        if isinstance(err, urllib.error.HTTPError):
-          err.close()
-          if err.code < 500 and err.code != 429:  # asking again would not help
-            raise RuntimeError(f'verifier {self.name}: {self.url} refused: {err}') from err
-        last = err
-        if attempt < self.retries:
-          time.sleep(self.backoff * 2**attempt)
-    raise RuntimeError(
-      f'verifier {self.name}: {self.url} failed {self.retries + 1} times; the last: {last!r}. '
-      'Raise verifier.retries or verifier.timeout, or mend the endpoint'
-    ) from last
+    return ask(self, request, lambda answer: answer['scores'])
 
   def cost(self, op):
     return core.Cost(verify=float(op == 'score'))
 
 
-def _png(image: np.ndarray) -> str:
+def utf8(texts: Sequence[str]) -> dict[str, np.ndarray]:
+  """Texts as arrays, for verifiers whose `score` runs on the host; `texts_of` reads them."""
+  raw = [np.frombuffer(t.encode('utf-8'), np.uint8) for t in texts]
+  width = max((len(r) for r in raw), default=0)
+  return {
+    'utf8': np.stack([np.pad(r, (0, width - len(r))) for r in raw]),
+    'bytes': np.array([len(r) for r in raw], np.int32),
+  }
+
+
+def texts_of(vctx) -> list[str]:
+  """What `utf8` was made of."""
+  rows, lengths = np.asarray(vctx['utf8']), np.asarray(vctx['bytes'])
+  return [row[:length].tobytes().decode('utf-8') for row, length in zip(rows, lengths)]
+
+
+def png(image: np.ndarray) -> str:
+  """A picture `[H, W, 3]` in [0, 1] as base64 of a PNG; NaN is black."""
   from PIL import Image
 
   pixels = np.clip(np.rint(np.nan_to_num(image) * 255), 0, 255).astype(np.uint8)
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, 'png')
   return base64.b64encode(buffer.getvalue()).decode()
+
+
+def ask(ver, request: urllib.request.Request, read: Callable):
+  """`read` of the JSON that is answered; asked again after 429, 5xx, no or an odd answer.
+
+  Args:
+    ver: the verifier, with its `names`, `url`, `timeout`, `retries` and `backoff`.
+    read: what is wanted of the answer; its KeyError is one more failure.
+
+  Raises:
+    RuntimeError: refused, or failed every time. It repeats no word of the endpoint's, which has
+      seen the request's headers.
+  """
+  who = f'verifier {", ".join(ver.names)}: {ver.url}'
+  for attempt in range(ver.retries + 1):
+    if attempt:
+      time.sleep(ver.backoff * 2 ** (attempt - 1))
+    try:
+      with urllib.request.urlopen(request, timeout=ver.timeout) as answer:
+        return read(json.load(answer))
+    except urllib.error.HTTPError as err:
+      err.close()
+      said = f'{err.code} {http.client.responses.get(err.code, "")}'.strip()
+      if err.code < 500 and err.code != 429:  # asking again would not help
+        raise RuntimeError(f'{who} refused: {said}') from None
+    except (json.JSONDecodeError, UnicodeDecodeError, http.client.HTTPException) as err:
+      said = type(err).__name__
+    except (urllib.error.URLError, TimeoutError, ConnectionError, KeyError) as err:
+      said = repr(err)
+  raise RuntimeError(
+    f'{who} failed {ver.retries + 1} times; the last: {said}. '
+    'Raise verifier.retries or verifier.timeout, or mend the endpoint'
+  )
 
 
 def build(**given) -> Host:

@@ -1,0 +1,404 @@
+"""VQAScore: the model's sizes and pictures, what T5 is asked, the two verifiers, the endpoint on
+loopback and where its key is not."""
+
+import base64
+import dataclasses
+import io
+import json
+import logging
+import math
+import pathlib
+import threading
+import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vtts_jax import components, weights
+from vtts_jax.core import ConfigError
+from vtts_jax.models import vit
+from vtts_jax.models.clip import modeling as clip
+from vtts_jax.models.clip_flant5 import convert, modeling
+from vtts_jax.models.t5 import decoder as t5_decoder
+from vtts_jax.models.t5 import modeling as t5
+from vtts_jax.testing import laws
+from vtts_jax.verifiers.vqa_endpoint import yes_of
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden/clip_flant5.npz'
+PROMPTS = ['a red square', 'two blue dogs sit']
+KEY = 'sk-Th1s-1s-the-s3cret'
+
+
+# ---------------------------------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize(
+  ('name', 'count', 'decoder'),
+  [
+    ('clip_flant5_xl', 3_146_961_920, 1_626_229_760),
+    ('clip_flant5_xxl', 11_447_221_248, 6_373_021_696),
+  ],
+)
+def test_released_sizes(name, count, decoder):
+  """The tower's last block and norm are not there: 12,598,272 parameters of the released file."""
+  _, params = weights.abstract(lambda: modeling.build(modeling.RELEASED[name]))
+  assert weights.size(params) == count and weights.size(params['decoder']) == decoder
+  assert weights.size(params['image']) + 12_598_272 == 303_507_456  # CLIP L/14 at 336, bare
+
+
+def test_flops_are_what_xla_counts():
+  """With one layer in every loop, which XLA counts once; it adds what is not a matmul."""
+  text = t5.Config(vocab_size=300, d_model=128, d_kv=16, d_ff=320, num_layers=1, num_heads=6)
+  vision = clip.Config(vit.Config(96, 1, 2, 384), None, 1, image_size=32, patch=4)
+  c = modeling.Config(vision, text, text)
+  graphdef, params = weights.abstract(lambda: modeling.build(c))
+  shape = lambda *s, dtype='float32': jax.ShapeDtypeStruct(s, jnp.dtype(dtype))
+  words = shape(1, 9, 128), shape(1, 7, 128), shape(1, 7, dtype='int32')
+  run = lambda p, pixels, before, after, mask, answer: (
+    lambda m: m.likelihood(before, m.look(pixels), after, mask, answer)
+  )(weights.merge(graphdef, p))
+  lowered = jax.jit(run).lower(params, shape(1, 32, 32, 3), *words, shape(1, 2, dtype='int32'))
+  counted = lowered.compile().cost_analysis()['flops']
+  assert 1 <= counted / modeling.flops(c, 9, 7, 2) < 1.1
+
+
+@pytest.mark.parametrize('shape', [(4, 9), (9, 4), (5, 8), (6, 6)])
+def test_pictures_are_squared_as_published(shape):
+  picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+  side = max(shape)
+  want = Image.new('RGB', (side, side), (122, 116, 104))  # int(255 mean)
+  want.paste(Image.fromarray(picture), ((side - shape[1]) // 2, (side - shape[0]) // 2))
+  have = modeling.square(jnp.array(picture[None], jnp.float32) / 255)
+  np.testing.assert_array_equal(np.rint(np.asarray(have[0]) * 255), np.asarray(want))
+
+
+def test_a_likelihood_is_over_the_words_of_the_tokenizer(params):
+  """Over all answers of two tokens, P(first) P(second | first) sums to one."""
+  c = dataclasses.replace(modeling.TINY, words=12)
+  graphdef, _ = weights.abstract(lambda: modeling.build(c))
+  answers = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2)
+  states = np.random.default_rng(0).normal(size=(1, 7, 16)).astype(np.float32)
+
+  @jax.jit
+  def log_probs(answers):
+    model, rows = weights.merge(graphdef, params), len(answers)
+    return model.log_probs(np.repeat(states, rows, 0), np.ones((rows, 7), bool), answers)
+
+  found = np.asarray(log_probs(answers))
+  np.testing.assert_allclose(np.exp(found.sum(1)).sum(), 1, atol=1e-5)
+  assert np.ptp(found[answers[:, 1] == 3, 1]) > 1e-3  # the second hears the first
+  np.testing.assert_array_equal(t5_decoder.shifted(answers)[:, 1], answers[:, 0])
+
+
+@pytest.fixture
+def tensors():
+  with np.load(GOLDEN) as file:
+    return {k[7:]: file[k] for k in file.files if k.startswith('params/')}, json.loads(
+      str(file['config'])
+    )
+
+
+def test_what_is_wrong_is_said(tensors):
+  values, config = tensors
+  load = lambda values, config=config: convert.load(weights.arrays(values, config))
+  load(values)
+  towerless = {k: v for k, v in values.items() if not k.startswith('vision_tower.')}
+  with pytest.raises(ValueError, match='has no vision_model: name a CLIP .*patch14-336'):
+    load(towerless)
+  with pytest.raises(ValueError, match=r'no T5 decoder'):
+    load({k: v for k, v in values.items() if not k.startswith('lm_head')})
+  with pytest.raises(ValueError, match=r'has no CLIP-FlanT5: no .*mm_projector'):
+    load({k: v for k, v in values.items() if not k.startswith('mm_projector')})
+  with pytest.raises(ValueError, match=r'unused by the model: decoder\.x'):
+    load(values | {'decoder.x': np.zeros(2)})
+  for wrong in ({'mm_vision_select_layer': -1}, {'image_aspect_ratio': 'square'}):
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=f'{name}=.*allowed is'):
+      load(values, config | wrong)
+  with pytest.raises(ConfigError, match='tie_word_embeddings=True is T5 v1.0'):
+    load(values, config | {'tie_word_embeddings': True})
+
+
+# ------------------------------------------------------------------------------------- the verifier
+
+
+@pytest.fixture(scope='module')
+def pictures():
+  return np.random.default_rng(0).random((2, 3, 20, 13, 3), np.float32)
+
+
+@pytest.fixture(scope='module')
+def ver():
+  return components.load('verifiers.vqa_score', random='tiny', dtype='float32', length=24)
+
+
+@pytest.fixture(scope='module')
+def params(ver):
+  return ver.load()
+
+
+def test_conformance(ver, pictures):
+  laws.check_verifier(ver, PROMPTS, pictures)
+  assert ver.names == ('vqa_score_tiny',)
+  released = components.load('verifiers.vqa_score')
+  assert released.names == ('vqa_score_clip_flant5_xl',) and released.dtype == 'bfloat16'
+
+
+def test_a_bad_pixel_spoils_one_score_and_bfloat16_is_near(ver, params, pictures):
+  prompt = ver.tokenize(PROMPTS)
+  score = jax.jit(lambda p, images: ver.score(p, ver.encode(p, prompt), images)[ver.names[0]])
+  spoiled = pictures.copy()
+  spoiled[0, 1, 5, 5] = np.nan
+  good, bad = (np.asarray(score(params, p)) for p in (pictures, spoiled))
+  assert np.isnan(bad[0, 1]) and np.isnan(bad).sum() == 1
+  np.testing.assert_array_equal(bad[1], good[1])
+  assert ((good > 0) & (good < 1)).all() and np.ptp(good) > 1e-4
+  near = score(jax.tree.map(lambda x: x.astype('bfloat16'), params), pictures)
+  assert near.dtype == np.float32 and 0 < np.abs(np.log(near / good)).max() < 0.1
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+  """A folder with a tokenizer that, as T5's, splits at white space and puts an end."""
+  from tokenizers import Tokenizer, models, pre_tokenizers, processors
+  from transformers import PreTrainedTokenizerFast
+
+  words = ['<pad>', '</s>', '<unk>', 'USER:', 'ASSISTANT:', 'Yes', 'or', 'no.', 'red', '"', 'a']
+  made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<unk>'))
+  made.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split('"', 'isolated')]
+  )
+  made.post_processor = processors.TemplateProcessing('$A </s>', special_tokens=[('</s>', 1)])
+  PreTrainedTokenizerFast(
+    tokenizer_object=made, pad_token='<pad>', eos_token='</s>', unk_token='<unk>'
+  ).save_pretrained(tmp_path)
+  return str(tmp_path)
+
+
+def test_what_t5_is_asked(ver, tokenizer, monkeypatch, caplog):
+  """The words around the picture, an end before it and after the question, none of the question
+  lost to a prompt that is too long."""
+  asked = dataclasses.replace(ver, random='', tokenizer_from=tokenizer, length=17)
+  monkeypatch.setattr(type(asked), 'config', modeling.TINY)
+  said = asked.tokenize(['red red', ' '.join(['a'] * 40)])
+  assert said['before'].shape == (2, 25) and said['before'][0, -2:].tolist() == [3, 1]
+  assert said['answer'].tolist() == [[5, 1]] * 2
+  question = [2, 2, 2, 2, 9, 8, 8, 9, 2, 2, 2, 2, 6, 7, 4, 1]
+  whole = lambda prompt: [*question[:5], *prompt, *question[7:]]
+  assert said['after'][0].tolist() == [*whole([8, 8]), 0]
+  assert said['mask'].sum(1).tolist() == [16, 17]
+  assert said['after'][1].tolist() == whole([10, 10, 10])
+  (record,) = caplog.records
+  assert record.levelno == logging.WARNING and 'the first has 54' in record.getMessage()
+  with pytest.raises(ConfigError, match="verifier.length=14: too few tokens for any of 'a"):
+    dataclasses.replace(asked, length=14).tokenize(['a a'])
+
+
+@pytest.mark.parametrize(
+  ('given', 'said'),
+  [
+    ({'random': 'huge'}, "verifier.random='huge': must be '' or one of tiny, clip_flant5_xl"),
+    ({'dtype': 'int8'}, "verifier.dtype='int8'"),
+    ({'question': 'Is it?'}, "verifier.question='Is it\\?': must have '{}' once"),
+    ({'answer': ' '}, 'verifier.answer'),
+    ({'length': 0}, 'verifier.length=0'),
+  ],
+)
+def test_bad_settings(given, said):
+  with pytest.raises(ConfigError, match=said):
+    components.load('verifiers.vqa_score', **given)
+
+
+def test_an_empty_prompt(ver):
+  with pytest.raises(ConfigError, match='prompt 1 is empty'):
+    ver.tokenize(['a', ' '])
+
+
+# ------------------------------------------------------------------------------------- the endpoint
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+  """Sure of "yes" as the picture is bright; `plan` holds the statuses of the first answers, `log`
+  what came. It repeats the key in the reason of a failure and in its body."""
+  monkeypatch.setenv('OPENAI_API_KEY', KEY)
+  plan, log = [], []
+
+  class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+      body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+      log.append((self.path, dict(self.headers), body))
+      status = plan.pop(0) if plan else 200
+      content = {'error': KEY}
+      if isinstance(status, dict):
+        status, content = 200, status
+      elif status == 200:
+        text, picture = body['messages'][0]['content']
+        data = picture['image_url']['url'].removeprefix('data:image/png;base64,')
+        bright = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).mean() / 255
+        content = answer({'Yes': 0.5 * bright, ' yes': 0.3 * bright, 'No': 0.8 * (1 - bright)})
+        assert text['text'].count('"') == 2
+      data = json.dumps(content).encode()
+      self.send_response(status, KEY)
+      self.send_header('Content-Length', str(len(data)))
+      self.end_headers()
+      self.wfile.write(data)
+
+    def log_message(self, *args):
+      pass
+
+  server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread.start()
+  yield f'http://127.0.0.1:{server.server_port}/v1', plan, log
+  server.shutdown()
+  thread.join()
+  server.server_close()
+
+
+def answer(probabilities):
+  top = [{'token': k, 'logprob': math.log(p + 1e-9)} for k, p in probabilities.items()]
+  return {'choices': [{'logprobs': {'content': [{'token': 'x', 'top_logprobs': top}]}}]}
+
+
+def judge(url, **given):
+  return components.load('verifiers.vqa_endpoint', url=url, model='org/tiny-vl', backoff=0, **given)
+
+
+def bright(*levels):
+  return np.array(levels, np.float32)[None, :, None, None, None] * np.ones((1, 1, 4, 6, 3), 'f')
+
+
+def test_an_endpoint_is_asked_once_a_picture(endpoint):
+  url, _, log = endpoint
+  ver = judge(url, concurrency=3)
+  images = np.concatenate([bright(0.2, 0.4, 0.6), bright(0.8, np.nan, 1.0)])
+  scores = ver.score({}, ver.tokenize(['grüße', 'b']), images)['vqa_score_tiny_vl']
+  np.testing.assert_allclose(scores, [[0.2, 0.4, 0.6], [0.8, np.nan, 1.0]], atol=1e-6)
+  assert len(log) == 5  # the one that is no picture is not sent
+  for path, headers, body in log:
+    assert path == '/v1/chat/completions' and headers['Authorization'] == f'Bearer {KEY}'
+    assert (body['model'], body['max_tokens'], body['top_logprobs']) == ('org/tiny-vl', 1, 20)
+    assert body['logprobs'] is True
+  asked = sorted(body['messages'][0]['content'][0]['text'] for _, _, body in log)
+  assert asked[-1] == 'Does this figure show "grüße"? Please answer yes or no.'
+
+
+def test_endpoint_conformance(endpoint):
+  laws.check_verifier(judge(endpoint[0]), ['a', 'b'], np.concatenate([bright(0.1, 0.5)] * 2))
+
+
+def test_asked_again_when_there_were_too_many(endpoint):
+  url, plan, log = endpoint
+  plan += [429, 503]
+  ver = judge(url, retries=2)
+  scores = ver.score({}, ver.tokenize(['a']), bright(0.6))['vqa_score_tiny_vl']
+  np.testing.assert_allclose(scores, [[0.6]], atol=1e-6)
+  assert len(log) == 3
+
+
+@pytest.mark.parametrize(
+  ('plan', 'said'),
+  [
+    ([401], 'refused: 401 Unauthorized'),
+    ([400], 'refused: 400 Bad Request'),
+    ([500, 500], 'failed 2 times; the last: 500 Internal Server Error'),
+    ([{}], "verifier.model='org/tiny-vl': .* answers without logprobs"),
+    ([{'choices': [{'logprobs': None}]}], 'answers without logprobs'),
+    ([answer({})], 'answers without logprobs'),
+  ],
+)
+def test_failures_are_one_clear_error_without_the_key(endpoint, caplog, capsys, plan, said):
+  url, todo, log = endpoint
+  todo += plan
+  ver = judge(url, retries=1)
+  with pytest.raises(RuntimeError, match=said) as failure:
+    ver.score({}, ver.tokenize(['a']), bright(0.5))
+  assert len(log) == len(plan) and log[0][1]['Authorization'].endswith(KEY)  # it was there to leak
+  shown = ''.join(traceback.format_exception(failure.value))
+  settings = json.dumps(dataclasses.asdict(ver))
+  for text in (shown, repr(ver), settings, caplog.text, *capsys.readouterr()):
+    assert 's3cret' not in text
+
+
+def test_the_key_is_where_it_should_be_and_nowhere_else(endpoint, monkeypatch):
+  url, _, log = endpoint
+  ver = judge(url)
+  for value, said in ((None, 'is not set'), (' ', 'is not set'), (KEY + '\nx', 'has characters')):
+    monkeypatch.delenv('OPENAI_API_KEY')
+    monkeypatch.setenv('OPENAI_API_KEY', value) if value else None
+    for call in (ver.check, lambda: ver.score({}, ver.tokenize(['a']), bright(0.5))):
+      with pytest.raises(ConfigError, match=f"key_env='OPENAI_API_KEY'.*{said}") as failure:
+        call()
+      assert 's3cret' not in str(failure.value)
+    monkeypatch.setenv('OPENAI_API_KEY', KEY)
+  free = judge(url, key_env='')
+  free.check()
+  free.score({}, free.tokenize(['a']), bright(0.5))
+  assert len(log) == 1 and 'Authorization' not in log[0][1]
+  host = url.removeprefix('http://')
+  for given in ({'key_env': KEY}, {'url': f'http://{KEY}@{host}'}, {'url': f'{url}?key={KEY}'}):
+    with pytest.raises(ConfigError, match='verifier.(key_env|url): must') as failure:
+      judge(**({'url': url} | given))
+    assert 's3cret' not in str(failure.value)
+
+
+def test_a_redirection_does_not_take_the_key_along(monkeypatch):
+  monkeypatch.setenv('OPENAI_API_KEY', KEY)
+  seen = []
+
+  class Elsewhere(BaseHTTPRequestHandler):
+    def do_POST(self):
+      self.rfile.read(int(self.headers['Content-Length']))
+      self.send_response(302)
+      self.send_header('Location', f'http://127.0.0.1:{self.server.server_port}/other')
+      self.send_header('Content-Length', '0')
+      self.end_headers()
+
+    def do_GET(self):
+      seen.append(dict(self.headers))
+      self.send_response(200)
+      self.send_header('Content-Length', '2')
+      self.end_headers()
+      self.wfile.write(b'{}')
+
+    def log_message(self, *args):
+      pass
+
+  server = ThreadingHTTPServer(('127.0.0.1', 0), Elsewhere)
+  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread.start()
+  ver = judge(f'http://127.0.0.1:{server.server_port}/v1', retries=0)
+  with pytest.raises(RuntimeError, match='answers without logprobs'):
+    ver.score({}, ver.tokenize(['a']), bright(0.5))
+  server.shutdown()
+  thread.join()
+  server.server_close()
+  assert len(seen) == 1 and 'Authorization' not in seen[0]
+
+
+def test_yes_in_all_its_spellings():
+  pairs = [('Yes', 0.2), (' yes', 0.1), ('YES.', 0.1), ('▁no', 0.1), ('Not', 0.4), ('"No', 0.0)]
+  log = [(token, math.log(p) if p else -9999.0) for token, p in pairs]
+  assert yes_of(log) == pytest.approx(0.4 / 0.5)
+  assert math.isnan(yes_of([('Maybe', -0.1)])) and yes_of([('yes', -3.0)]) == 1
+
+
+@pytest.mark.parametrize(
+  ('given', 'said'),
+  [
+    ({'url': 'localhost:8000'}, "verifier.url='localhost:8000': must start with http"),
+    ({'model': ''}, "verifier.model=''"),
+    ({'question': '{} or {}?'}, "must have '{}' once"),
+    ({'concurrency': 0}, 'verifier.concurrency=0: must be at least 1'),
+    ({'timeout': -1.0}, 'verifier.timeout=-1.0'),
+    ({'key': KEY}, 'unknown setting key'),
+  ],
+)
+def test_bad_endpoint_settings(given, said):
+  with pytest.raises(ConfigError, match=said):
+    components.load('verifiers.vqa_endpoint', **given)

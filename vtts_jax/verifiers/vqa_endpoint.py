@@ -1,0 +1,168 @@
+"""VQAScore by a model behind an OpenAI-compatible endpoint: P(yes) of its next word, in 0 .. 1.
+
+One request a picture, to `<url>/chat/completions`; the probabilities of the most likely next tokens
+come back, and the score is that of "yes" in any spelling over that of "yes" and "no". The model is
+part of the score's name. After Lin et al. (2024), arXiv 2404.01291, whose own code for such models
+reads P("yes") alone, unnormalised.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import urllib.parse
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from vtts_jax import components, core
+from vtts_jax.verifiers import host
+from vtts_jax.verifiers.vqa_score import QUESTION, check_question
+
+TOP = 20  # most that OpenAI's endpoint gives
+
+
+@dataclasses.dataclass(frozen=True)
+class VqaEndpoint(core.Verifier):
+  """A chat model as the judge; searches with it are stepped.
+
+  Attributes:
+    url: of the endpoint, up to and with its version: `http://localhost:8000/v1`.
+    model: as the endpoint calls it; it must read pictures and give `logprobs`.
+    question: what is asked; '{}' is the prompt.
+    concurrency: requests under way at once.
+    timeout: seconds for one request.
+    retries: further tries after a failed request, waiting 1, 2, 4, ... times `backoff` seconds.
+    backoff: seconds.
+    key_env: name of the environment variable with the key, '' for an endpoint that wants none. The
+      key itself is never a setting.
+  """
+
+  url: str = 'https://api.openai.com/v1'
+  model: str = 'gpt-4o'
+  question: str = QUESTION
+  concurrency: int = 8
+  timeout: float = 60.0
+  retries: int = 5
+  backoff: float = 1.0
+  key_env: str = 'OPENAI_API_KEY'
+
+  jittable = False
+
+  def __post_init__(self):
+    place = urllib.parse.urlsplit(self.url)
+    if place.username or place.password or place.query:
+      raise core.ConfigError(
+        'verifier.url: must have no user, password or query; the key is read from the environment '
+        'variable that verifier.key_env names'
+      )
+    if place.scheme not in ('http', 'https') or not place.hostname:
+      raise core.ConfigError(f'verifier.url={self.url!r}: must start with http:// or https://')
+    if not self.model:
+      raise core.ConfigError("verifier.model='': must be a model of the endpoint's")
+    check_question(self.question)
+    for field, low in (('concurrency', 1), ('retries', 0), ('timeout', 0), ('backoff', 0)):
+      if not getattr(self, field) >= low:
+        raise core.ConfigError(f'verifier.{field}={getattr(self, field)}: must be at least {low}')
+    if not re.fullmatch(r'([A-Za-z_]\w*)?', self.key_env, re.ASCII):  # perhaps it is the key
+      raise core.ConfigError(
+        'verifier.key_env: must be the name of an environment variable (letters, digits, _), and '
+        'never a key'
+      )
+
+  @property
+  def names(self):
+    short = re.sub(r'\W', '_', self.model.rpartition('/')[2])
+    return (f'vqa_score_{short}',)
+
+  def tokenize(self, texts):
+    empty = [i for i, text in enumerate(texts) if not text.strip()]
+    if empty:
+      raise core.ConfigError(f'prompts: prompt {empty[0]} is empty; must have words')
+    return host.utf8(texts)
+
+  def score(self, params, vctx, images, **signals):
+    headers = self._headers()
+    images = np.asarray(images)
+    b, m = images.shape[:2]
+    prompts = [text for text in host.texts_of(vctx) for _ in range(m)]
+    one = lambda prompt, image: self._ask(headers, prompt, image)
+    with ThreadPoolExecutor(self.concurrency) as pool:
+      found = list(pool.map(one, prompts, images.reshape(b * m, *images.shape[2:])))
+    return {self.names[0]: np.array(found, np.float32).reshape(b, m)}
+
+  def _headers(self):
+    """The only place that reads the key."""
+    if not self.key_env:
+      return {}
+    key = os.environ.get(self.key_env, '').strip()
+    problem = '' if key else 'is not set'
+    if not re.fullmatch(r'[!-~]*', key):  # http.client would quote such a header in its error
+      problem = 'has characters that no key has'
+    if problem:
+      raise core.ConfigError(
+        f'verifier.key_env={self.key_env!r}: that environment variable {problem}; it must hold the '
+        "endpoint's key (key_env='' where none is wanted)"
+      )
+    return {'Authorization': f'Bearer {key}'}
+
+  def _ask(self, headers, prompt, image):
+    if not np.isfinite(image).all():
+      return math.nan
+    picture = {
+      'type': 'image_url',
+      'image_url': {'url': f'data:image/png;base64,{host.png(image)}'},
+    }
+    text = {'type': 'text', 'text': self.question.replace('{}', prompt)}
+    body = {
+      'model': self.model,
+      'messages': [{'role': 'user', 'content': [text, picture]}],
+      'max_tokens': 1,
+      'temperature': 1,  # some servers give the probabilities after it
+      'logprobs': True,
+      'top_logprobs': TOP,
+    }
+    url = self.url.rstrip('/') + '/chat/completions'
+    request = urllib.request.Request(
+      url, json.dumps(body).encode(), {'Content-Type': 'application/json'}
+    )
+    for name, value in headers.items():
+      request.add_unredirected_header(name, value)  # another host must not get it
+    return host.ask(self, request, self._read)
+
+  def _read(self, answer):
+    try:
+      top = answer['choices'][0]['logprobs']['content'][0]['top_logprobs']
+      pairs = [(each['token'], float(each['logprob'])) for each in top]
+    except (KeyError, IndexError, TypeError, ValueError):
+      pairs = []
+    if not pairs:
+      raise RuntimeError(
+        f'verifier.model={self.model!r}: {self.url} answers without logprobs (choices[0].logprobs.'
+        'content[0].top_logprobs); must be a model and an endpoint that give them'
+      )
+    return yes_of(pairs)
+
+  def check(self):
+    self._headers()
+
+  def cost(self, op):
+    return core.Cost(verify=float(op == 'score'))
+
+
+def yes_of(pairs) -> float:
+  """P(yes) / (P(yes) + P(no)) of pairs (token, log-probability), over all spellings of the two; NaN
+  where neither is among them."""
+  total = {'yes': 0.0, 'no': 0.0}
+  for token, logprob in pairs:
+    word = re.sub(r'[\W_]', '', token).casefold()
+    if word in total:
+      total[word] += math.exp(logprob)
+  both = sum(total.values())
+  return total['yes'] / both if both else math.nan
+
+
+def build(**given) -> VqaEndpoint:
+  return components.build_dataclass(VqaEndpoint, **given)
