@@ -1,14 +1,17 @@
 """Writes tests/golden/inception_a.npz: InceptionV3 of FID, thin and random, in plain torch.
 
-    python tests/parity/make_golden_inception.py     # in an environment with the parity extra
+    python tests/parity/make_golden_inception.py              # where the parity extra is
+    python tests/parity/make_golden_inception.py compare      # and pytorch-fid, torch-fidelity
 
 `Reference` is written down from the network's description alone, with the names of pytorch-fid; its
 `state` grows as it runs, so on the device 'meta' it lists what a released file holds. It gives the
-same numbers as the classes of pytorch-fid and torch-fidelity on the same weights (README of the
-model tells how to see that).
+same numbers as the classes of pytorch-fid and torch-fidelity on the same weights: `compare`.
 """
 
 import json
+import sys
+import tempfile
+import time
 
 import make_golden
 import make_golden_blip
@@ -162,8 +165,57 @@ def inception():
   return config, flat, pictures, before, outputs()
 
 
+def compare():
+  """Prints the differences to the two packages at full size and the time of a batch of 8."""
+  import jax
+  from pytorch_fid import inception as fid
+  from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+  from vtts_jax import weights
+  from vtts_jax.models.inception import convert, modeling
+
+  made, pixels = Reference(seed=1), np.random.default_rng(0).integers(0, 256, (2, 200, 256, 3))
+  x = torch.from_numpy(reference.nchw(pixels)).float() / 255
+  want = {look: made(resized(x, 299, look)) for look in modeling.LOOKS}
+  fid.load_state_dict_from_url = lambda *args, **options: made.state
+  theirs = fid.InceptionV3().eval()
+  with tempfile.TemporaryDirectory() as folder:
+    torch.save(made.state, f'{folder}/state.pth')
+    wanted = ['2048', 'logits_unbiased']
+    other = FeatureExtractorInceptionV3('inception', wanted, f'{folder}/state.pth')
+  gap = lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max())
+  with torch.no_grad():
+    print('pytorch-fid', gap(theirs(x)[0][:, :, 0, 0], want['pytorch_fid']['features']))
+    features, logits = other(torch.from_numpy(reference.nchw(pixels).astype(np.uint8)))
+  print('torch-fidelity', gap(features, want['tensorflow']['features']), 'logits',
+        gap(logits, want['tensorflow']['logits']), 'of', logits.std().item())  # fmt: skip
+  held = other.state_dict()
+  names = {k: v.shape for k, v in held.items() if 'num_batches' not in k}
+  print(len(held), 'names, the same:', names == {k: v.shape for k, v in made.state.items()})
+  source = weights.arrays({k: v.numpy() for k, v in made.state.items()})
+  graphdef, params = convert.load(source)
+  run = jax.jit(lambda p, x: weights.merge(graphdef, p)(modeling.prepare(x)))
+  shown = pixels.astype(np.float32) / 255
+  print('ours', gap(run(params, shown), want['pytorch_fid']['features']))
+  batch = np.random.default_rng(2).random((8, 299, 299, 3), np.float32)
+  turned = torch.from_numpy(reference.nchw(batch))
+  times = {'ours': [], 'pytorch-fid': []}
+  for _ in range(6):  # the first of ours compiles
+    start = time.perf_counter()
+    run(params, batch).block_until_ready()
+    between = time.perf_counter()
+    with torch.no_grad():
+      theirs(turned)
+    times['ours'].append(between - start)
+    times['pytorch-fid'].append(time.perf_counter() - between)
+  print('seconds for 8:', {k: round(min(v), 2) for k, v in times.items()})
+
+
 if __name__ == '__main__':
   torch.manual_seed(0)
+  if sys.argv[1:] == ['compare']:
+    compare()
+    sys.exit()
   config, flat, pictures, before, after = inception()
   np.savez_compressed(
     make_golden.FOLDER / 'inception_a.npz',
