@@ -25,7 +25,7 @@ def untied(config):
 
 
 def load(theirs, encoder):
-  source = reference.source(theirs, theirs.config.to_dict() | {'tie_word_embeddings': False})
+  source = reference.source(theirs, theirs.config.to_dict())
   config = decoder.config_of(source, encoder)
   graphdef, template = weights.abstract(lambda: decoder.build(config))
   table = [*decoder.RULES, (r'(encoder|shared|decoder\.embed_tokens)\..*', None, '')]

@@ -31,7 +31,8 @@ class VqaScore(core.Verifier):
   """CLIP-FlanT5 as the judge.
 
   Attributes:
-    model_from: a safetensors file, a folder or a repository `owner/name@revision` of the hub.
+    model_from: a safetensors file, a folder or a repository `owner/name@revision` of the hub. The
+      published file is a pickle: models/clip_flant5/README.md has the two lines that save it anew.
     vision_from: another CLIP (`openai/clip-vit-large-patch14-336` is the published one) for a
       checkpoint without its tower; '' takes that inside.
     tokenizer_from: folder or repository with the tokenizer of T5.

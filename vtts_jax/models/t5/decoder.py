@@ -130,10 +130,10 @@ def config_of(source, encoder: Config) -> Config:
     ValueError: there is no decoder with a head of its own.
     ConfigError: the checkpoint's `config.json` says that its head is that of T5 v1.0.
   """
-  if source.config.get('tie_word_embeddings'):
-    raise ConfigError(
-      f'{source.where}: tie_word_embeddings=True is T5 v1.0; allowed: False (v1.1, FLAN)'
-    )
+  options = source.config  # transformers 5 writes tie_word_embeddings=True always
+  name = 'scale_decoder_outputs' if 'scale_decoder_outputs' in options else 'tie_word_embeddings'
+  if options.get(name):
+    raise ConfigError(f'{source.where}: {name}=True is T5 v1.0; allowed: False (v1.1, FLAN)')
   lead = 'decoder.block.'
   numbers = [int(n[len(lead) :].split('.')[0]) for n in source.names() if n.startswith(lead)]
   if not numbers or 'lm_head.weight' not in source:
