@@ -12,7 +12,7 @@ setup(
   long_description_content_type='text/markdown',
   python_requires='>=3.11',
   packages=find_packages(include=['vtts_jax', 'vtts_jax.*']),
-  package_data={'vtts_jax': ['assets/*', 'assets/scenes/*']},
+  package_data={'vtts_jax': ['assets/*', 'assets/scenes/*', 'assets/geneval/*']},
   install_requires=[
     'jax>=0.10',
     'flax>=0.12',

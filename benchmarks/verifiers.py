@@ -99,8 +99,8 @@ def _owl():
 
 def _yolos():
   config = transformers.YolosConfig(
-    hidden_size=384, intermediate_size=1536, num_attention_heads=6, image_size=[512, 864],
-    num_labels=91,
+    hidden_size=192, intermediate_size=768, num_attention_heads=3, image_size=[800, 1333],
+    num_labels=91, use_mid_position_embeddings=False,
   )  # fmt: skip
   return transformers.YolosForObjectDetection(config)
 
@@ -116,7 +116,7 @@ ROWS = {
   ),
   'image_reward': Row('image_reward', {'random': 'image_reward'}, 224, _blip),
   'owlvit_b32': Row('spatial', {'random': 'owlvit_b32'}, 768, _owl),
-  'yolos_small': Row('spatial', {'random': 'yolos_small'}, 512, _yolos),
+  'yolos_tiny': Row('spatial', {'random': 'yolos_tiny'}, 512, _yolos),
   'pickscore_h14': Row('pickscore', {'random': 'h14'}, 224, _clip(1280, 32, 16, 14, 'gelu', 1024)),
 }  # fmt: skip
 

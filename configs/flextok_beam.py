@@ -2,15 +2,17 @@
 
     vtts run --config=configs/flextok_beam.py:geneval --config.generator.dtype=bfloat16
     vtts run --config=configs/flextok_beam.py:coco --config.prompts.path=captions.txt
-    vtts run --config=configs/flextok_beam.py:file,my.verifier --config.prompts.path=mine.txt
+    vtts run --config=configs/flextok_beam.py:file,verifiers.image_reward \\
+      --config.prompts.path=mine.txt
     vtts run --config=configs/flextok_beam.py:runlocal     tiny random weights, no files
 
 Arguments, in any order: the prompts (geneval, coco: the first 300 captions of a file, or file), the
-verifier as a component ('verifiers.likelihood', or a module of yours), runlocal. Beside it:
-flextok_bon, flextok_lookahead, flextok_uncond and flextok_uniform take the same.
+verifier as a component (CLIPScore with B/16 if none is given; or a module of yours), runlocal.
+Beside it: flextok_bon, flextok_lookahead, flextok_uncond and flextok_uniform take the same.
 
-What comes out: runs/flextok-<search>-<prompts>-<hash>/, as of configs/scenes.py. Pictures are not
-graded here (`metric`): GenEval's detector is not part of this config.
+What comes out: runs/flextok-<search>-<prompts>-<hash>/, as of configs/scenes.py. GenEval's prompts
+are graded by its rules on what OWL-ViT sees, which the report calls not official; captions and
+prompts of yours are not graded.
 """
 
 from ml_collections import ConfigDict
@@ -18,12 +20,12 @@ from ml_collections.config_dict import placeholder
 
 from vtts_jax.components import defaults
 
-GENEVAL = '../shared/data/geneval/evaluation_metadata.jsonl'
 PROMPTS = {
-  'geneval': {'name': 'data.prompts', 'path': GENEVAL, 'texts': (), 'count': 0},
+  'geneval': {'name': 'data.prompts', 'path': 'geneval', 'texts': (), 'count': 0},
   'coco': {'name': 'data.prompts', 'path': 'coco.txt', 'texts': (), 'count': 300},
   'file': {'name': 'data.prompts', 'path': 'prompts.txt', 'texts': (), 'count': 0},
 }
+GRADED = {'name': 'verifiers.spatial', 'mode': 'strict'}
 LOCAL = ('a photo of a bench', 'a photo of two red dogs')
 
 
@@ -38,7 +40,7 @@ def base(what: str, arg: str, search: dict, local: dict, **generator) -> ConfigD
       f'configs/flextok_{what}.py:{arg}: must be one of {", ".join(PROMPTS)}, one verifier such as '
       'verifiers.likelihood, runlocal'
     )
-  verifier = defaults(verifiers[0] if verifiers else 'verifiers.likelihood')
+  verifier = defaults(verifiers[0] if verifiers else 'verifiers.clip')
   prompts = sets[0] if sets else 'geneval'
   config = {
     'name': f'flextok-{what}-{prompts}',
@@ -47,7 +49,7 @@ def base(what: str, arg: str, search: dict, local: dict, **generator) -> ConfigD
     'generator': defaults('generators.flextok_ar', **generator),
     'verifier': verifier,
     'measure': {verifier['name'].split('.')[-1]: verifier},
-    'metric': 'data.prompts',
+    'metric': GRADED if prompts == 'geneval' else 'data.prompts',
     'search': search,
     'arms': {},
     'seeds': (0,),
@@ -61,7 +63,10 @@ def base(what: str, arg: str, search: dict, local: dict, **generator) -> ConfigD
   if 'runlocal' in options:
     config['name'] = f'flextok-{what}-runlocal'
     config['prompts'] = {'name': 'data.prompts', 'path': '', 'texts': LOCAL, 'count': 0}
+    config['metric'] = 'data.prompts'
     config['generator'].update(random='tiny', words=8, decode_steps=2)
+    if 'random' in verifier:
+      verifier['random'] = 'tiny'
     config['search'].update(local)
     config['batch'] = 2
   return ConfigDict(config)

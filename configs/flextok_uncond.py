@@ -1,6 +1,6 @@
 """FlexTok AR without its prompt: only the verifier knows what is asked for.
 
-    vtts run --config=configs/flextok_uncond.py:geneval,my.verifier
+    vtts run --config=configs/flextok_uncond.py:geneval
     vtts run --config=configs/flextok_uncond.py:runlocal   tiny random weights, no files
 
 Arguments and what comes out: configs/flextok_beam.py.

@@ -1,6 +1,6 @@
 """FlexTok without a prior: 5 beams of 640 uniform tokens each (1 % of the codes), 32 tokens.
 
-    vtts run --config=configs/flextok_uniform.py:geneval,my.verifier
+    vtts run --config=configs/flextok_uniform.py:geneval
     vtts run --config=configs/flextok_uniform.py:runlocal   tiny random weights, no files
 
 Arguments and what comes out: configs/flextok_beam.py.

@@ -1,13 +1,12 @@
 """GenEval's rules one by one, on detections made by hand, and on all rows of the benchmark."""
 
-import gzip
 import json
-import pathlib
 
 import pytest
 
 from vtts_jax.core import ConfigError
 from vtts_jax.data import geneval as grammar
+from vtts_jax.data import prompts
 from vtts_jax.data import scenes as world
 from vtts_jax.metrics import geneval
 
@@ -20,8 +19,7 @@ ROWS = [
     '"count": 4}], "prompt": "a photo of three cups"}',
   )
 ]
-with gzip.open(pathlib.Path(__file__).parent / 'data/geneval_metadata.jsonl.gz', 'rt') as _file:
-  OFFICIAL = [json.loads(line) for line in _file]  # see data/README.md
+OFFICIAL = prompts.prompts('geneval')
 
 
 def _at(name, x=0.0, y=0.0, color='red', side=10.0):

@@ -53,6 +53,10 @@ def test_a_folder_is_scored_and_one_broken_picture_costs_itself_only(folder, cap
       assert row['scores'][name] == pytest.approx(float(value[0, 0]), abs=1e-5)
   assert len({tuple(r['scores'].values()) for r in rows[:5]}) == 5
 
+  plain = ['--verifier=verifiers.aesthetic', '--verifier.random=tiny', str(folder)]
+  assert main.cli(['score', *plain]) == 1  # of the picture alone: no prompt is needed
+  assert re.search(r'aesthetic_tiny_random +5 ', capsys.readouterr().out)
+
   listed = folder / 'list.jsonl'
   listed.write_text(
     ''.join(json.dumps({'image': f'{i}.png', 'prompt': 'a cat'}) + '\n' for i in (2, 0))

@@ -1,7 +1,6 @@
 """The spatial verifier: rules against metrics/geneval.py, crops against PIL, and its protocol."""
 
 import functools
-import gzip
 import json
 import pathlib
 
@@ -12,17 +11,17 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from vtts_jax import core
+from vtts_jax import core, grading
 from vtts_jax.components import load
 from vtts_jax.data import geneval as grammar
+from vtts_jax.data import prompts as prompt_files
 from vtts_jax.metrics import geneval
 from vtts_jax.models.owlvit import modeling as owl
 from vtts_jax.testing import laws, replay
 from vtts_jax.verifiers import colours, detectors, ensemble, geneval_rules, towers
 
 HERE = pathlib.Path(__file__).parent
-with gzip.open(HERE / 'data/geneval_metadata.jsonl.gz', 'rt') as _file:
-  ROWS = [json.loads(line) for line in _file]
+ROWS = prompt_files.prompts('geneval')
 PROMPTS = [
   'a photo of a dog', 'a photo of three buses', 'a photo of a red car and a blue orange',
   'a photo of a cup left of a cow',
@@ -393,3 +392,29 @@ def test_cost_is_the_detectors_and_the_clips():
   crop = 2 * colours.modeling.flops(colours.SIZES['tiny'], 'image')
   fewer = 2 * 24**2 * 20 * 512  # the queries of ten colours for two classes
   assert clipped.cost('score').flops == owl_.cost('score').flops - fewer + crop
+
+
+def test_a_verifier_as_metric():
+  """Pictures are right where the strict score is 1; the label says whose accuracy it is."""
+  settings = {
+    'name': 'verifiers.spatial',
+    'mode': 'strict',
+    'random': 'tiny',
+    'limits': (0.001, 0.001, 0.5),
+  }
+  texts = ['a photo of a dog', 'a photo of a cup left of a cow']
+  images = np.random.default_rng(3).random((6, 40, 40, 3), np.float32)
+  entries = [{'prompt': texts[i % 2]} for i in range(6)]
+  right = grading.metric(settings, texts).score(images, entries)
+  verifier = load('verifiers.spatial', mode='strict', random='tiny', limits=(0.001, 0.001, 0.5))
+  params = verifier.load()
+  vctx = verifier.encode(params, verifier.tokenize(texts))
+  paired = images.reshape(3, 2, *images.shape[1:]).swapaxes(0, 1)
+  want = verifier.score(params, vctx, paired)[verifier.names[0]]
+  np.testing.assert_array_equal(right.reshape(3, 2).T, np.asarray(want) == 1)
+  assert right.any() and not right.all()
+  assert grading.label(settings) == 'geneval_tiny (not official)'
+  assert grading.label(settings, [verifier]) == 'geneval_tiny (not official, oracle)'
+  assert 'not graded' in grading.label('data.prompts')
+  with pytest.raises(core.ConfigError, match='metric: .*is no prompt of GenEval'):
+    grading.metric(settings, ['hello'])

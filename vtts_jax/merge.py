@@ -50,7 +50,7 @@ def read(roots: Sequence) -> Runs:
     if not (path / 'config.json').exists():
       raise ConfigError(f'{path} is no run directory: it has no config.json')
   about = [json.loads((path / 'config.json').read_text()) for path in paths]
-  metrics = [a['config']['metric'] for a in about]
+  metrics = [json.dumps(a['config']['metric']) for a in about]
   if len(set(metrics)) > 1:
     raise ConfigError(f'metrics {", ".join(metrics)} differ: only runs with one metric merge')
   asked = [arm_settings(a['config']) for a in about]

@@ -1,12 +1,15 @@
 """What a person sees while a study runs and when it is done: the bill, a bar with an ETA, a
 table."""
 
+import json
+
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from vtts_jax import stats, study
+from vtts_jax import grading, stats, study
 from vtts_jax.store import read_results
 
 
@@ -49,6 +52,8 @@ class Progress:
 def table(root) -> None:
   """The final table: accuracy with its interval, score and cost of every arm."""
   rows = read_results(root)
+  config = json.loads((epath.Path(root) / 'config.json').read_text())['config']
+  graded = config['metric'] != grading.NONE
   console = Console(width=None if Console().is_terminal else 140)
   out = Table(
     'arm', 'pass@1', 'accuracy (95 %)', 'searched score', 'NFE', 'GFLOP', 'prompts x seeds'
@@ -57,8 +62,10 @@ def table(root) -> None:
     first, last = arm.points[0], arm.points[-1]
     out.add_row(
       arm.name,
-      f'{first.accuracy.mean:.3f}' if arm.ladder else '',
-      f'{last.accuracy.mean:.3f} [{last.accuracy.low:.3f}, {last.accuracy.high:.3f}]',
+      f'{first.accuracy.mean:.3f}' if arm.ladder and graded else '',
+      f'{last.accuracy.mean:.3f} [{last.accuracy.low:.3f}, {last.accuracy.high:.3f}]'
+      if graded
+      else 'not graded',
       f'{last.total.mean:.3f}',
       f'{last.cost["generator"]:,.0f}',
       f'{last.cost["flops"] / 1e9:,.2f}',

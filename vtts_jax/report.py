@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from vtts_jax import matched, merge, plots, stats, tables
+from vtts_jax import components, grading, matched, merge, plots, stats, tables
 from vtts_jax.store import write_atomic
 
 
@@ -55,7 +55,7 @@ def write(*roots, out=None) -> epath.Path:
     configs=[
       {'name': n, 'text': json.dumps(a['config'], indent=1)} for n, a in zip(runs.names, runs.about)
     ],
-    metric=config['metric'],
+    metric=_metric(config, runs.settings),
     curve=_uri(figures['curve'], 'png'),
     figures={name: _uri(data, 'png') for name, data in figures.items()},
     arms=[_arm_row(a, searched[a.name]) for a in arms],
@@ -70,6 +70,13 @@ def write(*roots, out=None) -> epath.Path:
   )
   write_atomic(out / 'report.html', page.encode())
   return out / 'report.html'
+
+
+def _metric(config, settings) -> str:
+  if isinstance(config['metric'], str):
+    return grading.label(config['metric'])
+  parts = [dict(own['verifier']) for own in settings.values()]
+  return grading.label(config['metric'], [components.load(p.pop('name'), **p) for p in parts])
 
 
 def _study(runs, arms, seconds) -> dict:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from PIL import Image, UnidentifiedImageError
 
 from vtts_jax import components, core, images, sharding
@@ -189,11 +189,21 @@ class Scorer:
   def __init__(self, verifier: core.Verifier):
     self.verifier, self.params = verifier, verifier.load()
     compiled = jax.jit if verifier.jittable else lambda f: f
-    self._mesh = sharding.make_mesh() if verifier.jittable else None
-    if self._mesh:
-      self.params = jax.device_put(self.params, sharding.place(self.params, self._mesh))
+    call = lambda params, vctx, x: verifier.score(params, vctx, x[:, None])
+    self._devices = len(jax.local_devices()) if verifier.jittable else 1
+    if self._devices > 1:
+      data, whole = PartitionSpec('data'), PartitionSpec()
+      self._shared = jax.jit(
+        jax.shard_map(
+          call,
+          mesh=sharding.make_mesh(),
+          in_specs=(whole, data, data),
+          out_specs=data,
+          check_vma=False,
+        )
+      )
     self._encode = compiled(verifier.encode)
-    self._score = compiled(lambda p, vctx, x: verifier.score(p, vctx, x[:, None]))
+    self._score = compiled(call)
     self._known: dict[str, Any] = {}
 
   def prepare(self, texts: Sequence[str]) -> None:
@@ -225,10 +235,8 @@ class Scorer:
       self.prepare(texts)
     index = np.minimum(np.arange(_power(len(texts))), len(texts) - 1)
     vctx = jax.tree.map(lambda *x: np.stack(x), *(self._known[texts[i]] for i in index))
-    given = vctx, pictures[index]
-    if self._mesh and len(index) % self._mesh.shape['data'] == 0:
-      given = jax.device_put(given, NamedSharding(self._mesh, PartitionSpec('data')))
-    out = self._score(self.params, *given)
+    shared = self._devices > 1 and len(index) % self._devices == 0
+    out = (self._shared if shared else self._score)(self.params, vctx, pictures[index])
     return {name: np.asarray(value)[: len(texts), 0] for name, value in out.items()}
 
 
@@ -275,6 +283,14 @@ def write(path: str, found: Sequence[Mapping]) -> None:
   os.replace(file.name, target)
 
 
+def reads_prompts(verifier: core.Verifier) -> bool:
+  """Whether a score depends on the prompt."""
+  try:
+    return bool(jax.tree.leaves(verifier.tokenize(['a'])))
+  except ValueError:  # it reads them, and this is none of them
+    return True
+
+
 # ------------------------------------------------------------------------------------- the commands
 
 
@@ -283,8 +299,7 @@ def command_score(argv: Sequence[str]) -> int:
   verifier, found, rest = options(argv, {'prompts': '', 'out': '', 'batch': '32'}, 'score')
   if len(rest) != 1:
     raise core.ConfigError(f'give one folder or .jsonl of pictures, got {rest}')
-  reads = type(verifier).tokenize is not core.Verifier.tokenize
-  todo = rows(rest[0], found['prompts'], needed=reads)
+  todo = rows(rest[0], found['prompts'], needed=reads_prompts(verifier))
   scored = score(verifier, todo, number(found, 'batch', 1))
   if found['out']:
     write(found['out'], scored)

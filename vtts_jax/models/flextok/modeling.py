@@ -21,6 +21,7 @@ from flax import nnx
 from vtts_jax.core import ConfigError
 from vtts_jax.models.flextok import fsq
 from vtts_jax.models.stacked import scan, stack
+from vtts_jax.models.vit import attend
 
 EPS = 1e-5  # of every norm
 FREQUENCIES = 256  # features of a time
@@ -142,13 +143,12 @@ class Attention(nnx.Module):
     self.wq, self.wk, self.wv, self.proj = (_linear(width, width, rngs) for _ in range(4))
 
   def __call__(self, x, bias):  # [R, T, D], None or [T, T] -> [R, T, D]
-    split = lambda y: y.reshape(*y.shape[:-1], -1, self.head)
-    q, k, v = (split(w(x)) for w in (self.wq, self.wk, self.wv))
+    normed = lambda y: norm(y.reshape(*y.shape[:-1], -1, self.head)).reshape(y.shape)
+    q, k, v = self.wq(x), self.wk(x), self.wv(x)
     if self.qk_norm:
-      q, k = norm(q), norm(k)
-    s = jnp.einsum('rthd,rshd->rhts', q, k, preferred_element_type=jnp.float32) * (8 / self.head)
-    a = jax.nn.softmax(s if bias is None else s + bias, -1).astype(v.dtype)
-    return self.proj(jnp.einsum('rhts,rshd->rthd', a, v).reshape(x.shape))
+      q, k = normed(q), normed(k)
+    scale = 8 * self.head**-0.5  # over the 1 / sqrt d of `attend`
+    return self.proj(attend(q * scale, k, v, x.shape[-1] // self.head, bias))
 
 
 class SwiGLU(nnx.Module):
