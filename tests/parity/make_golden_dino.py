@@ -5,7 +5,6 @@
 Names are those of the files on the hub (dino_original: of facebookresearch/dino).
 """
 
-import json
 
 import dino_layouts
 import make_golden
@@ -108,8 +107,5 @@ def dreamsim():
 if __name__ == '__main__':
   torch.manual_seed(0)
   makers = (dino_vit, dino_original, dinov2, dinov2_registers, dreamsim)
-  numbers = {f'{make.__name__}.npz': make_golden.write(f'{make.__name__}.npz', *make())
-             for make in makers}  # fmt: skip
-  path = make_golden.FOLDER / 'tolerances.json'
-  known = json.loads(path.read_text())
-  path.write_text(json.dumps(known | numbers, indent=1) + '\n')
+  files = {f'{make.__name__}.npz': make for make in makers}
+  make_golden.add({name: make_golden.write(name, *make()) for name, make in files.items()})

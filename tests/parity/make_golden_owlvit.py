@@ -3,7 +3,6 @@
 python tests/parity/make_golden_owlvit.py     # in an environment with the parity extra
 """
 
-import json
 
 import make_golden
 import numpy as np
@@ -66,6 +65,4 @@ def yolos():
 if __name__ == '__main__':
   torch.manual_seed(0)
   made = {'owlvit.npz': owl(False), 'owlv2.npz': owl(True), 'yolos.npz': yolos()}
-  numbers = {name: make_golden.write(name, *parts) for name, parts in made.items()}
-  path = make_golden.FOLDER / 'tolerances.json'
-  path.write_text(json.dumps({**json.loads(path.read_text()), **numbers}, indent=1) + '\n')
+  make_golden.add({name: make_golden.write(name, *parts) for name, parts in made.items()})
