@@ -6,9 +6,9 @@ a. Tokens per second of five beams of the 113M prior with their caches, against 
    again for each token with the same weights. Prefixes are padded to the next multiple of 64, so
    that the second is no slower than it must be; the four lengths are timed and averaged.
 b. The published beam (5 beams of 10, looked at after 1, 2, 4 .. 256 tokens) at 113M with a small
-   decoder and CLIP B/32, as one compiled program: seconds of the prior, the decoder and the
-   verifier alone, of the same shapes and as many calls; the rest is selection. FLOP/s of prior and
-   decoder at batch 50, as shares of this machine's matmul rate taken beside them.
+   decoder, a small VAE and CLIP B/32, as one compiled program: seconds of the prior, the decoder,
+   the VAE and the verifier alone, of the same shapes and as many calls; the rest is selection.
+   FLOP/s of prior and decoder at batch 50, as shares of this machine's matmul rate.
 c. Bytes and FLOPs of one step of the 3B prior in bfloat16 on a v5e:2x4, one prompt a chip with
    guidance, as the TPU compiler plans it (nothing runs), over the floor: weights once, keys and
    values once; FLOPs are those of the shapes. For 5 and 50 candidates with caches of their own, and
@@ -30,27 +30,16 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from timing import fastest
 
 from vtts_jax import components, core, drivers, step, study, weights
 from vtts_jax.models.flexar import modeling as flexar
+from vtts_jax.models.flextok import modeling as flextok
 from vtts_jax.testing import hlo
 
 BEAMS, CHILDREN, LOOKS, TOKENS, WORDS = 5, 10, 9, 256, 128
 STREAMS = 2  # prompt and null
 V5E = 819e9  # bytes per second
-
-
-def fastest(calls, repeats):
-  """Least seconds of each call, taken in turn so that a busy machine slows them alike."""
-  seconds = [float('inf')] * len(calls)
-  for call in calls:
-    jax.block_until_ready(call())  # compiles
-  for _ in range(repeats):
-    for i, call in enumerate(calls):
-      begin = time.perf_counter()
-      jax.block_until_ready(call())
-      seconds[i] = min(seconds[i], time.perf_counter() - begin)
-  return seconds
 
 
 def product(size=2048):
@@ -108,6 +97,7 @@ def beam(gen, params, repeats):
   )
   draw, short = run(TOKENS), run(4)
   render = jax.jit(lambda p, s: gen.render(p['generator'], ctx, s, TOKENS))
+  latents = jax.jit(lambda p, s: gen.latents(p['generator'], s, TOKENS))
   score = jax.jit(lambda p, i: ver.score(p['verifier'], vctx, i))
   slim = gen.slim(wide[1])
   images = render(params, slim)
@@ -116,9 +106,10 @@ def beam(gen, params, repeats):
   begin = time.perf_counter()
   jax.block_until_ready(compiled(params, arrays))  # long enough to be timed once
   whole = time.perf_counter() - begin
-  prior, decoder, verifier, steps, rate = fastest(
+  prior, decoder, picture, verifier, steps, rate = fastest(
     [
       lambda: draw(params, kept[1], kept[0]),
+      lambda: latents(params, slim),
       lambda: render(params, slim),
       lambda: score(params, images),
       lambda: short(params, wide[1], wide[0]),
@@ -127,11 +118,14 @@ def beam(gen, params, repeats):
     repeats,
   )
   rate = flops / rate
-  seconds = {'prior': prior, 'decoder': LOOKS * decoder, 'verifier': LOOKS * verifier}
+  seconds = {'prior': prior, 'decoder': LOOKS * decoder, 'vae': LOOKS * max(0, picture - decoder)}
+  seconds['verifier'] = LOOKS * verifier
   seconds['selection'] = max(0.0, whole - sum(seconds.values()))
   shares = {name: s / whole for name, s in seconds.items()}
   prior_rate = many * gen.cost('extend', 0, 4).flops / steps
-  return whole, shares, prior_rate, many * gen.cost('render').flops / decoder, rate
+  passes = gen.decode_steps * (1 if gen.decode_scale == 1 else 2)
+  drawn = many * passes * flextok.flops_decode(gen.configs.tokenizer)
+  return whole, shares, prior_rate, drawn / decoder, rate
 
 
 def tpu_step(rows, pool):

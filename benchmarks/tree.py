@@ -15,7 +15,6 @@ Prints a table and, last, one line of JSON.
 
 import argparse
 import json
-import time
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ import mctx
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from timing import fastest
 
 from vtts_jax.search import simulate, tree
 from vtts_jax.search.policies import PUCT, Gumbel
@@ -37,19 +37,6 @@ POLICIES = {
   'puct': (PUCT(), mctx.muzero_policy),
   'gumbel': (Gumbel(), mctx.gumbel_muzero_policy),
 }
-
-
-def fastest(calls, repeats):
-  """Least seconds of each call, taken in turn so that a busy machine slows them alike."""
-  seconds = [float('inf')] * len(calls)
-  for call in calls:
-    jax.block_until_ready(call())  # compiles
-  for _ in range(repeats):
-    for i, call in enumerate(calls):
-      begin = time.perf_counter()
-      jax.block_until_ready(call())
-      seconds[i] = min(seconds[i], time.perf_counter() - begin)
-  return seconds
 
 
 def searches(name, simulations, params, start, leaves):

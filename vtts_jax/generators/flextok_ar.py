@@ -303,16 +303,20 @@ class FlexTokAR(core.Generator):
     # all positions at once; those from `stage` on are never looked at before they are rewritten
     return slim._replace(cache=self._model(params, 'prior').prefill(ctx, slim.tokens)[1])
 
-  def render(self, params, ctx, state, stage):
+  def latents(self, params, state, stage):
+    """What the VAE decodes, `[B N, H, W, C]`."""
     config, lead = self.configs.tokenizer, state.tokens.shape[:2]
-    decoder, vae = self._model(params, 'tokenizer'), self._model(params, 'vae')
+    decoder = self._model(params, 'tokenizer')
     keep = jnp.broadcast_to(stage, lead).reshape(-1)
     registers = decoder.condition(state.tokens.reshape(-1, config.tokens), keep)
     shape = (config.size, config.size, config.channels)
     noise = parts.noise(state.noise.reshape(-1, 2), shape)
-    latents = flow.sample(decoder, registers, noise, self.decode_steps, self.decode_scale)
-    images = vae.decode(vae.unscale(latents)).astype(jnp.float32)
-    return jnp.clip((images + 1) / 2, 0, 1).reshape(*lead, *self.image_shape)
+    return flow.sample(decoder, registers, noise, self.decode_steps, self.decode_scale)
+
+  def render(self, params, ctx, state, stage):
+    vae = self._model(params, 'vae')
+    images = vae.decode(vae.unscale(self.latents(params, state, stage))).astype(jnp.float32)
+    return jnp.clip((images + 1) / 2, 0, 1).reshape(*state.logp.shape, *self.image_shape)
 
   def log_prob(self, state):
     return state.logp
