@@ -68,10 +68,9 @@ ALGORITHMS = {
     AHEAD,
     MCTS(simulations=6, leaves=3, rule='dts', rollout='small', greedy=False, finish=2),
   ),
-  'value': (AHEAD, MCTS(simulations=8, leaves=4, size=3, mix=0.0, finish=3)),
   'uct-flow': (FLOW, MCTS(simulations=4, leaves=2, size=1, rule='uct', slots=2)),
 }
-SHAPES = {'rounds', 'beam', 'smc', 'puct'}  # batches and chunks are the drivers' business
+SHAPES = {'rounds', 'beam'}  # batches and chunks are the drivers' business
 
 
 @pytest.mark.parametrize('name', ALGORITHMS)
