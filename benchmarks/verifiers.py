@@ -13,6 +13,7 @@ Prints a table and, last, one line of JSON: for each, pictures per second over t
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from typing import NamedTuple
@@ -171,6 +172,7 @@ def main():
     found[name] = round(theirs / ours, 3)
     numbers = (args.batch / ours, args.batch / theirs, theirs / ours, rate / 1e9, rate / matmul)
     table.add_row(name, row.verifier, str(row.side), *(f'{n:.2f}' for n in numbers))
+    print(f'{name}: {theirs / ours:.2f}', file=sys.stderr, flush=True)
     jax.clear_caches()
     study.parameters.cache_clear()
   Console(width=110).print(table)
