@@ -37,7 +37,9 @@ from vtts_jax.models.flexar import modeling as flexar
 from vtts_jax.models.flextok import modeling as flextok
 from vtts_jax.testing import hlo
 
-BEAMS, CHILDREN, LOOKS, TOKENS, WORDS = 5, 10, 9, 256, 128
+BEAMS, CHILDREN, TOKENS, WORDS = 5, 10, 256, 128
+# looks at 50 candidates: the first of 9 is at one root's 10, and the best is rendered once more
+LOOKS = 8 + (CHILDREN + 1) / (BEAMS * CHILDREN)
 STREAMS = 2  # prompt and null
 V5E = 819e9  # bytes per second
 
@@ -120,7 +122,7 @@ def beam(gen, params, repeats):
   rate = flops / rate
   seconds = {'prior': prior, 'decoder': LOOKS * decoder, 'vae': LOOKS * max(0, picture - decoder)}
   seconds['verifier'] = LOOKS * verifier
-  seconds['selection'] = max(0.0, whole - sum(seconds.values()))
+  seconds['selection'] = whole - sum(seconds.values())  # the rest; below 0 is noise
   shares = {name: s / whole for name, s in seconds.items()}
   prior_rate = many * gen.cost('extend', 0, 4).flops / steps
   passes = gen.decode_steps * (1 if gen.decode_scale == 1 else 2)
