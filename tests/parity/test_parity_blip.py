@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from vtts_jax import checkpoints, components, weights
 from vtts_jax.models.blip import convert, modeling
+from vtts_jax.models.clip import modeling as clip
 from vtts_jax.verifiers import image_reward
 
 CLOSE = {'atol': 1e-4, 'rtol': 1e-4}
@@ -100,7 +101,7 @@ def test_preprocessing_is_that_of_torchvision_on_pil(shape):
   want = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
   want = np.asarray(want.crop((left, top, left + 224, top + 224))) / 255
   have = image_reward.prepare(pixels.astype(np.float32) / 255, 224)
-  have = have * np.array(image_reward.STD) + np.array(image_reward.MEAN)
+  have = have * np.array(clip.STD) + np.array(clip.MEAN)
   np.testing.assert_allclose(have, want, atol=1 / 255 + 1e-5)
 
 

@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from vtts_jax import core, images, weights
 from vtts_jax.components import build_dataclass
 from vtts_jax.models.blip import convert, modeling
-from vtts_jax.verifiers import texts
+from vtts_jax.models.clip import modeling as clip
+from vtts_jax.verifiers import texts, towers
 
 SIZES = {'tiny': modeling.TINY, **modeling.RELEASED}
-DTYPES = ('float32', 'bfloat16')
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +40,7 @@ class ImageReward(core.Verifier):
       raise core.ConfigError(
         f"verifier.random={self.random!r}: must be '' or one of {', '.join(SIZES)}"
       )
-    if self.dtype not in DTYPES:
-      raise core.ConfigError(f'verifier.dtype={self.dtype!r}: must be one of {", ".join(DTYPES)}')
+    towers.check_dtype(self.dtype)
 
   @property
   def names(self):
@@ -90,7 +87,7 @@ class ImageReward(core.Verifier):
 def prepare(pictures, size: int):
   """Pictures `[..., H, W, 3]` in [0, 1] as the network takes them, `[..., size, size, 3]`."""
   cut = images.center_crop(images.resize_shortest(pictures, size), size)
-  return images.normalize(cut, MEAN, STD)
+  return images.normalize(cut, clip.MEAN, clip.STD)
 
 
 @functools.cache
