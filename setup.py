@@ -12,7 +12,7 @@ setup(
   long_description_content_type='text/markdown',
   python_requires='>=3.11',
   packages=find_packages(include=['vtts_jax', 'vtts_jax.*']),
-  package_data={'vtts_jax': ['assets/*', 'assets/scenes/*', 'assets/geneval/*']},
+  package_data={'vtts_jax': ['report/*.j2', 'scenes/assets/*', 'data/assets/geneval/*']},
   install_requires=[
     'jax>=0.10',
     'flax>=0.12',
@@ -36,5 +36,5 @@ setup(
     'parity': ['torch', 'transformers', 'diffusers'],
     'tpu': ['jax[tpu]'],
   },
-  entry_points={'console_scripts': ['vtts = vtts_jax.main:cli']},
+  entry_points={'console_scripts': ['vtts = vtts_jax.cli.main:cli']},
 )

@@ -32,9 +32,12 @@ from rich.console import Console
 from rich.table import Table
 from timing import fastest
 
-from vtts_jax import components, core, drivers, step, study, weights
+from vtts_jax import components, core
+from vtts_jax.engine import drivers, step
+from vtts_jax.models import modules
 from vtts_jax.models.flexar import modeling as flexar
 from vtts_jax.models.flextok import modeling as flextok
+from vtts_jax.study import execute as study
 from vtts_jax.testing import hlo
 
 BEAMS, CHILDREN, TOKENS, WORDS = 5, 10, 256, 128
@@ -52,7 +55,7 @@ def product(size=2048):
 
 def parts():
   """Generator, its parameters and a context of one prompt."""
-  gen = components.load('generators.flextok_ar', random='flexar_113m/small', decode_steps=1)
+  gen = components.load('generators.flextok', random='flexar_113m/small', decode_steps=1)
   params = study.parameters(gen)
   prompt = jax.tree.map(jnp.asarray, gen.tokenize(['a photo of a bench']))
   return gen, params, jax.jit(gen.encode)(params, prompt)
@@ -145,7 +148,7 @@ def tpu_step(rows, pool):
   mesh = Mesh(np.array(topology.devices), ('data',))
   whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), ('data',)))
   c, B = flexar.RELEASED['flexar_3b'], len(topology.devices)
-  graphdef, params = weights.abstract(lambda: flexar.FlexAR(c, rngs=nnx.Rngs(0)))
+  graphdef, params = modules.abstract(lambda: flexar.FlexAR(c, rngs=nnx.Rngs(0)))
   half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   params = jax.tree.map(lambda x: half(*x.shape), params)
   words = half(B, STREAMS, c.layers, WORDS, c.width)
@@ -158,7 +161,7 @@ def tpu_step(rows, pool):
   seen = jax.ShapeDtypeStruct((B, 1, rows, slots), jnp.bool) if pool else None
 
   def one(params, ctx, cache, tokens, t, slot, seen):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     hidden, cache = model.step(ctx, cache, tokens, t, slot if pool else None, seen)
     logits = flexar.guide(model.logits(hidden), 3.0)
     return jnp.argmax(logits, -1).astype(jnp.int32), cache

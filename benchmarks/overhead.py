@@ -24,9 +24,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vtts_jax import components, core, drivers, run, step, study, weights
-from vtts_jax.data import scenes
-from vtts_jax.models.scenes import prior
+from vtts_jax import components, core
+from vtts_jax.engine import drivers, step
+from vtts_jax.engine import search as run
+from vtts_jax.models import modules
+from vtts_jax.scenes import world as scenes
+from vtts_jax.scenes.models import prior
+from vtts_jax.study import execute as study
 
 SEGMENT = 16
 
@@ -55,8 +59,8 @@ def matmul_rate(repeats, size=1536):
 def search_against_model(repeats, prompts):
   """Seconds of the fused search and of its model calls alone, and its analytic FLOPs."""
   algo = components.load('search.beam', width=4, branch=8)
-  gen = components.load('generators.scenes_ar')
-  ver = components.load('verifiers.scenes_clip', which='a')
+  gen = components.load('scenes.ar')
+  ver = components.load('scenes.clip', which='a')
   params = {'generator': study.parameters(gen), 'verifier': study.parameters(ver)}
   job = step.Job(algo, gen, ver, render_chunk=4)  # as configs/scenes.py does
   texts = [m['prompt'] for m in scenes.prompts('held', prompts)]
@@ -111,12 +115,12 @@ def search_against_model(repeats, prompts):
 def cached_against_prefix(repeats, tokens=256, prompts=1, rows=16):
   """Seconds to draw `tokens` tokens greedily: with the cache, and running the prefix each time."""
   config = prior.Config(tokens=tokens)
-  graphdef, params = weights.split(prior.build(config))
+  graphdef, params = modules.split(prior.build(config))
   text = jnp.asarray(scenes.tokenize(['a photo of a red circle'] * prompts))
 
   @jax.jit
   def cached(params):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     text_kv = model.text(text)
 
     def token(carry, t):
@@ -136,10 +140,10 @@ def cached_against_prefix(repeats, tokens=256, prompts=1, rows=16):
     for length in range(
       SEGMENT, tokens + 1, SEGMENT
     ):  # shapes are static: SEGMENT tokens share one
-      short, _ = weights.abstract(
+      short, _ = modules.abstract(
         lambda n=length: prior.build(dataclasses.replace(config, tokens=n))
       )
-      model = weights.merge(short, params | {'place': params['place'][:length]})
+      model = modules.merge(short, params | {'place': params['place'][:length]})
 
       def token(drawn, t, model=model):
         logits = jax.lax.dynamic_index_in_dim(model(texts, drawn), t, 1, keepdims=False)

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from timing import fastest
 
-from vtts_jax.search import simulate, tree
-from vtts_jax.search.policies import PUCT, Gumbel
-from vtts_jax.testing import games
+from vtts_jax.games import trees as games
+from vtts_jax.search.mcts import simulate, tree
+from vtts_jax.search.mcts.rules import PUCT, Gumbel
 
 ROWS, SLOTS, WIDTH = 64, 16, 8
 TOKENS = 256

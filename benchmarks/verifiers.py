@@ -24,7 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vtts_jax import components, study
+from vtts_jax import components
+from vtts_jax.study import execute as study
 
 warnings.simplefilter('ignore')  # torch's, about itself
 import torch  # noqa: E402

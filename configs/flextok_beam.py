@@ -25,7 +25,7 @@ PROMPTS = {
   'coco': {'name': 'data.prompts', 'path': 'coco.txt', 'texts': (), 'count': 300},
   'file': {'name': 'data.prompts', 'path': 'prompts.txt', 'texts': (), 'count': 0},
 }
-GRADED = {'name': 'verifiers.spatial', 'mode': 'strict'}
+GRADED = {'name': 'verifiers.geneval', 'mode': 'strict'}
 LOCAL = ('a photo of a bench', 'a photo of two red dogs')
 
 
@@ -46,7 +46,7 @@ def base(what: str, arg: str, search: dict, local: dict, **generator) -> ConfigD
     'name': f'flextok-{what}-{prompts}',
     'workdir': 'runs',
     'prompts': PROMPTS[prompts],
-    'generator': defaults('generators.flextok_ar', **generator),
+    'generator': defaults('generators.flextok', **generator),
     'verifier': verifier,
     'measure': {verifier['name'].split('.')[-1]: verifier},
     'metric': GRADED if prompts == 'geneval' else 'data.prompts',

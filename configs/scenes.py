@@ -18,10 +18,10 @@ from ml_collections.config_dict import placeholder
 from vtts_jax.components import defaults
 
 MEASURED = {
-  'clip_a': {'name': 'verifiers.scenes_clip', 'which': 'a'},
-  'clip_b': {'name': 'verifiers.scenes_clip', 'which': 'b'},
-  'detector': {'name': 'verifiers.scenes_detector'},
-  'quality': {'name': 'verifiers.scenes_quality'},
+  'clip_a': {'name': 'scenes.clip', 'which': 'a'},
+  'clip_b': {'name': 'scenes.clip', 'which': 'b'},
+  'detector': {'name': 'scenes.detector'},
+  'quality': {'name': 'scenes.quality'},
   'likelihood': {'name': 'verifiers.likelihood'},
 }
 ORDERS = ('1d', '2d')
@@ -65,11 +65,11 @@ def get_config(arg: str = 'demo') -> ConfigDict:
   config = {
     'name': f'scenes-{what}' + (f'-{order}' if what in SINGLE else ''),
     'workdir': 'runs',
-    'prompts': {'name': 'data.scenes', 'split': 'held', 'count': 240, 'seed': 0},
-    'generator': defaults('generators.scenes_ar', order=order),
-    'verifier': {'name': 'verifiers.scenes_clip', 'which': 'a'},
+    'prompts': {'name': 'scenes.world', 'split': 'held', 'count': 240, 'seed': 0},
+    'generator': defaults('scenes.ar', order=order),
+    'verifier': {'name': 'scenes.clip', 'which': 'a'},
     'measure': MEASURED,
-    'metric': 'metrics.scenes',
+    'metric': 'scenes.oracle',
     'search': defaults(SINGLE.get(what, BON)['search']['name']),
     'arms': {},
     'seeds': (0, 1, 2),

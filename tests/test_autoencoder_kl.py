@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import convert, modeling
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/autoencoderkl_c16.npz'
@@ -32,13 +34,13 @@ def test_released_sizes(names, channels, size):
   assert len(no_factor) == 1  # of one size, they differ in their factors only
   config = configs[0]
   assert (config.latent_channels, config.downscale) == (channels, 8)
-  assert weights.size(weights.abstract(lambda: modeling.build(config))[1]) == size
+  assert modules.size(modules.abstract(lambda: modeling.build(config))[1]) == size
 
 
 def test_released_shapes():
   config = dataclasses.replace(modeling.RELEASED['flextok_vae_c16'], encoder=False)
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
-  run = lambda p, x: weights.merge(graphdef, p).decode(x)
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
+  run = lambda p, x: modules.merge(graphdef, p).decode(x)
   out = jax.eval_shape(run, template, jax.ShapeDtypeStruct((2, 32, 32, 16), jnp.float32))
   assert out.shape == (2, 256, 256, 3)
 
@@ -53,35 +55,35 @@ OPTIONS = {'_class_name': 'AutoencoderKL', 'norm_num_groups': 4}
 
 
 def test_config_decides_then_keys(tensors):
-  config = convert.config_of(weights.arrays(tensors, OPTIONS))
+  config = convert.config_of(source_files.arrays(tensors, OPTIONS))
   assert config == modeling.Config(
     latent_channels=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
     use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.18215,
   )  # fmt: skip
   said = {'norm_num_groups': 4, 'shift_factor': 0.5}
-  bare = convert.config_of(weights.arrays(tensors, said))
+  bare = convert.config_of(source_files.arrays(tensors, said))
   assert bare == dataclasses.replace(config, scaling_factor=None, shift_factor=0.5)
-  model = weights.merge(*convert.load(weights.arrays(tensors, said)))
+  model = modules.merge(*convert.load(source_files.arrays(tensors, said)))
   with pytest.raises(ConfigError, match='scaling_factor=None'):
     model.unscale(jnp.zeros((1, 2, 2, 16)))
 
 
 def test_scale_and_back():
   config = modeling.Config(scaling_factor=2.0, shift_factor=0.5)
-  model = weights.merge(*weights.abstract(lambda: modeling.build(config)))
+  model = modules.merge(*modules.abstract(lambda: modeling.build(config)))
   assert model.scale(1.0) == 1.0 and model.unscale(1.0) == 1.0
   assert model.scale(3.0) == 5.0 and model.unscale(5.0) == 3.0
 
 
 def test_decoder_alone(tensors):
-  source = weights.arrays(tensors, OPTIONS)
-  whole = weights.merge(*convert.load(source))
+  source = source_files.arrays(tensors, OPTIONS)
+  whole = modules.merge(*convert.load(source))
   graphdef, params = convert.load(source, encoder=False)
-  half = weights.merge(graphdef, params)
-  assert not any(k.startswith('encoder') for k in weights.flatten(params))
-  rest = {k: v for k, v in weights.flatten(weights.split(whole)[1]).items() if k[:7] == 'decoder'}
-  assert rest.keys() == weights.flatten(params).keys()
-  for key, value in weights.flatten(params).items():
+  half = modules.merge(graphdef, params)
+  assert not any(k.startswith('encoder') for k in weight_files.flatten(params))
+  rest = {k: v for k, v in weight_files.flatten(modules.split(whole)[1]).items() if k[:7] == 'decoder'}
+  assert rest.keys() == weight_files.flatten(params).keys()
+  for key, value in weight_files.flatten(params).items():
     np.testing.assert_array_equal(value, rest[key])
   with pytest.raises(ConfigError, match='encoder=False'):
     half.encode(jnp.zeros((1, 4, 4, 3)))
@@ -100,7 +102,7 @@ def test_old_attention_names(tensors, convolutions):
         value = value[:, :, None, None] if convolutions and value.ndim == 2 else value
     old[key] = value
   assert any('proj_attn' in key for key in old)
-  new, old = (convert.load(weights.arrays(t, OPTIONS))[1] for t in (tensors, old))
+  new, old = (convert.load(source_files.arrays(t, OPTIONS))[1] for t in (tensors, old))
   jax.tree.map(np.testing.assert_array_equal, new, old)
 
 
@@ -115,7 +117,7 @@ def test_posterior():
 
 def test_what_is_wrong_is_said(tensors):
   with pytest.raises(ValueError, match='has no AutoencoderKL'):
-    convert.load(weights.arrays({'x': np.zeros(1)}))
+    convert.load(source_files.arrays({'x': np.zeros(1)}))
   for options, say in (
     ({'_class_name': 'AutoencoderTiny'}, "_class_name='AutoencoderTiny'"),
     ({'act_fn': 'relu'}, "act_fn='relu': allowed is 'silu'"),
@@ -124,6 +126,6 @@ def test_what_is_wrong_is_said(tensors):
     ({'block_out_channels': []}, 'at least one block'),
   ):
     with pytest.raises(ConfigError, match=say):
-      convert.config_of(weights.arrays(tensors), options=options)
+      convert.config_of(source_files.arrays(tensors), options=options)
   with pytest.raises(ValueError, match=r'wanted by the model: quant_conv\.kernel'):
-    convert.load(weights.arrays(tensors, OPTIONS | {'use_quant_conv': True}))
+    convert.load(source_files.arrays(tensors, OPTIONS | {'use_quant_conv': True}))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import components, weights
-from vtts_jax.core import ConfigError
-from vtts_jax.models import vit
+from vtts_jax import components
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules, vit
 from vtts_jax.models.blip import convert, modeling
 from vtts_jax.testing import laws
 
@@ -34,9 +35,9 @@ def params(ver):
 
 
 def test_released_size():
-  _, params = weights.abstract(lambda: modeling.build(modeling.RELEASED['image_reward']))
-  assert weights.size(params) == 446_206_689
-  assert weights.size(params['vision']) == 303_301_632  # ViT-L/16 at 224 without its classifier
+  _, params = modules.abstract(lambda: modeling.build(modeling.RELEASED['image_reward']))
+  assert modules.size(params) == 446_206_689
+  assert modules.size(params['vision']) == 303_301_632  # ViT-L/16 at 224 without its classifier
 
 
 def test_flops_are_what_xla_counts():
@@ -45,11 +46,11 @@ def test_flops_are_what_xla_counts():
     vision=vit.Config(256, 1, 4, 1024), size=32, patch=8, vocab=64, positions=12, width=192,
     layers=2, heads=3, hidden=768, length=12,
   )  # fmt: skip
-  graphdef, params = weights.abstract(lambda: modeling.build(c))
+  graphdef, params = modules.abstract(lambda: modeling.build(c))
   shape = jax.ShapeDtypeStruct
 
   def counted(f, *args):
-    run = jax.jit(lambda params, *args: f(weights.merge(graphdef, params), *args))
+    run = jax.jit(lambda params, *args: f(modules.merge(graphdef, params), *args))
     return run.lower(params, *args).compile().cost_analysis()['flops']
 
   ids, text = shape((1, 12), jnp.int32), shape((1, 12, 192), jnp.float32)
@@ -76,11 +77,11 @@ def test_a_bad_pixel_spoils_one_score_and_bfloat16_is_near(ver, params, pictures
 
 
 def test_the_words_count_and_padding_does_not(params):
-  graphdef = weights.abstract(lambda: modeling.build(modeling.TINY))[0]
+  graphdef = modules.abstract(lambda: modeling.build(modeling.TINY))[0]
 
   @jax.jit
   def reward(ids, mask):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     image = model.vision(jnp.zeros((1, 32, 32, 3)))
     return model.reward(model.fuse(model.text(ids, mask), mask, image)[0])
 
@@ -100,24 +101,24 @@ def tensors():
 
 def test_sizes_from_shapes_then_config(tensors):
   values, options = tensors
-  config = convert.config_of(weights.arrays(values))
+  config = convert.config_of(source_files.arrays(values))
   assert (config.size, config.patch, config.layers, config.heads) == (16, 4, 2, 1)
   assert config.vision == vit.Config(8, 1, 1, 12, eps=1e-6) and config.head == (8, 6, 6, 4, 1)
   said = {'text_config': {'num_attention_heads': 2}, 'vision_config': {'layer_norm_eps': 1e-3}}
-  config = convert.config_of(weights.arrays(values, said))
+  config = convert.config_of(source_files.arrays(values, said))
   assert config.heads == 2 and config.vision.eps == 1e-3
-  assert convert.config_of(weights.arrays(values), **options).heads == options['heads']
+  assert convert.config_of(source_files.arrays(values), **options).heads == options['heads']
 
 
 def test_what_is_wrong_is_said(tensors):
   values, _ = tensors
   with pytest.raises(ValueError, match='has no BLIP with a reward head'):
-    convert.load(weights.arrays({'x': np.zeros(1)}))
+    convert.load(source_files.arrays({'x': np.zeros(1)}))
   headless = {k: v for k, v in values.items() if not k.startswith('mlp.')}
   with pytest.raises(ValueError, match=r'wanted by the model: head\.4\.kernel'):
-    convert.load(weights.arrays(headless), convert.config_of(weights.arrays(values)))
+    convert.load(source_files.arrays(headless), convert.config_of(source_files.arrays(values)))
   with pytest.raises(ValueError, match=r'unused by the model: text_encoder\.pooler'):
-    convert.load(weights.arrays(values | {'blip.text_encoder.pooler': np.zeros(3)}))
+    convert.load(source_files.arrays(values | {'blip.text_encoder.pooler': np.zeros(3)}))
   with pytest.raises(ConfigError, match='layers=1: at least 2'):
     modeling.Config(layers=1)
   for given, said in (({'random': 'huge'}, 'random'), ({'dtype': 'int8'}, 'dtype')):

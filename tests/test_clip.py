@@ -10,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import components, weights
-from vtts_jax.core import ConfigError
+from vtts_jax import components
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.clip import convert, modeling
 from vtts_jax.testing import laws
-from vtts_jax.verifiers import aesthetic, dual, hpsv2
+from vtts_jax.verifiers import aesthetic, hpsv2
+from vtts_jax.verifiers.parts import dual_encoder as dual
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 COUNTS = {
@@ -57,7 +61,7 @@ def tiny(name, **settings):
 def test_released_sizes():
   for name, count in COUNTS.items():
     config = modeling.RELEASED[name]
-    assert weights.size(weights.abstract(lambda c=config: modeling.build(c))[1]) == count
+    assert modules.size(modules.abstract(lambda c=config: modeling.build(c))[1]) == count
   assert COUNTS.keys() == modeling.RELEASED.keys()
 
 
@@ -80,13 +84,13 @@ def products(jaxpr, times=1):
 def test_flops_are_those_of_the_products(size):
   ver = dual.Dual(random=size)
   c, net = ver.config, ver.modeling
-  graphdef, params = weights.abstract(lambda: net.build(c))
+  graphdef, params = modules.abstract(lambda: net.build(c))
   shapes = {
     'image': jax.ShapeDtypeStruct((1, c.image_size, c.image_size, 3), jnp.float32),
     'text': jax.ShapeDtypeStruct((1, c.length), jnp.int32),
   }
   for op, shape in shapes.items():
-    run = lambda p, x, op=op: getattr(weights.merge(graphdef, p), f'embed_{op}')(x)
+    run = lambda p, x, op=op: getattr(modules.merge(graphdef, p), f'embed_{op}')(x)
     traced = jax.make_jaxpr(run)(params, shape)
     assert products(traced.jaxpr) == net.flops(c, op)
 
@@ -170,9 +174,9 @@ def write_aesthetic(tmp_path):
     layers[f'{name}.bias'] = rng.normal(size=out).astype(np.float32)
     width = out
   options = {'num_attention_heads': 2, 'hidden_act': 'quick_gelu'}
-  weights.save(tmp_path / 'whole.safetensors', state | layers, options)
-  weights.save(tmp_path / 'clip.safetensors', state, options)
-  weights.save(tmp_path / 'head.safetensors', layers)
+  weight_files.save(tmp_path / 'whole.safetensors', state | layers, options)
+  weight_files.save(tmp_path / 'clip.safetensors', state, options)
+  weight_files.save(tmp_path / 'head.safetensors', layers)
   return list(layers.values())
 
 
@@ -225,7 +229,7 @@ def test_a_checkpoint_of_open_clip(tmp_path, caplog):
   with np.load(GOLDEN / 'clip_open.npz') as file:
     state = {k[7:]: file[k] for k in file.files if k.startswith('params/')}
   path = str(tmp_path / 'open.safetensors')
-  weights.save(path, state, {'vision_config': {'num_attention_heads': 2}})
+  weight_files.save(path, state, {'vision_config': {'num_attention_heads': 2}})
   ver = components.load('verifiers.clip', model_from=path, scale='cosine')
   params, ids = ver.load(), np.arange(16).reshape(2, 8)
   half = dataclasses.replace(ver, dtype='bfloat16').load()
@@ -244,7 +248,7 @@ def test_a_checkpoint_of_open_clip(tmp_path, caplog):
   with pytest.raises(ConfigError, match=r'verifier\.model_from=.*must be CLIP h14; it is Config'):
     components.load('verifiers.pickscore', model_from=path).check()
   with pytest.raises(ConfigError, match='has no CLIP'):
-    weights.save(tmp_path / 'x.safetensors', {'w': np.zeros(1)})
+    weight_files.save(tmp_path / 'x.safetensors', {'w': np.zeros(1)})
     components.load('verifiers.clip', model_from=str(tmp_path / 'x.safetensors')).check()
   with caplog.at_level(logging.WARNING):
     tiny('clip').tokenize(['a cat', 'a ' * 20])
@@ -276,7 +280,7 @@ def test_bad_settings(name, settings, message):
 def test_bad_checkpoints():
   with np.load(GOLDEN / 'clip_hf.npz') as file:
     state = {k[7:]: file[k] for k in file.files if k.startswith('params/')}
-  load = lambda **options: convert.load(weights.arrays(state, options))
+  load = lambda **options: convert.load(source_files.arrays(state, options))
   with pytest.raises(ConfigError, match="act='relu': must be one of"):
     load(vision_config={'hidden_act': 'relu'})
   with pytest.raises(ConfigError, match='width=12: must be a multiple of heads=5'):
@@ -284,6 +288,6 @@ def test_bad_checkpoints():
   with pytest.raises(ValueError, match='10 positions do not fit pictures of 224 in patches of 4'):
     load(vision_config={'image_size': 224})
   with pytest.raises(ConfigError, match="towers='audio': must be one of both, image, text"):
-    convert.config_of(weights.arrays(state), 'audio')
+    convert.config_of(source_files.arrays(state), 'audio')
   with pytest.raises(ConfigError, match=r'prompt 1 is empty'):
     tiny('clip').tokenize(['a', ' '])

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from scipy import stats as scipy_stats
 
-from vtts_jax import components, core, sampling, select
-from vtts_jax.search import settings as search_settings
+from vtts_jax import components, core
+from vtts_jax import token_sampling as sampling
+from vtts_jax.errors import ConfigError
+from vtts_jax.search import schedules, select
 
 KEY = jax.random.key(7)
 
@@ -87,7 +89,7 @@ def test_truncation():
 
 
 @given(
-  st.sampled_from(search_settings.SCHEDULES),
+  st.sampled_from(schedules.SCHEDULES),
   st.integers(2, 9),
   st.integers(0, 5),
   st.integers(0, 20),
@@ -95,18 +97,18 @@ def test_truncation():
 )
 @settings(max_examples=60, deadline=None)
 def test_schedules_rise_to_the_end(kind, size, steps, start, more):
-  marks = search_settings.cuts(kind, size, steps, start, start + more)
+  marks = schedules.cuts(kind, size, steps, start, start + more)
   assert all(a < b for a, b in zip((start, *marks), marks)) and marks[-1] <= start + more
   assert len(marks) <= steps if steps else marks[-1] == start + more
 
 
 def test_published_schedules():
-  assert search_settings.cuts('geometric', 2, 9, 0, 256) == tuple(2**i for i in range(9))
-  assert search_settings.cuts('linear', 32, 0, 0, 100) == (32, 64, 96, 100)
-  assert search_settings.cuts('fixed', 2, 3, 10, 100) == (11, 12, 13)
-  assert search_settings.cuts((4, 9), 2, 0, 0, 12) == (4, 9)
-  with pytest.raises(core.ConfigError, match=r'search.schedule=\[4, 4\]: must be increasing'):
-    search_settings.cuts((4, 4), 2, 0, 0, 12)
+  assert schedules.cuts('geometric', 2, 9, 0, 256) == tuple(2**i for i in range(9))
+  assert schedules.cuts('linear', 32, 0, 0, 100) == (32, 64, 96, 100)
+  assert schedules.cuts('fixed', 2, 3, 10, 100) == (11, 12, 13)
+  assert schedules.cuts((4, 9), 2, 0, 0, 12) == (4, 9)
+  with pytest.raises(ConfigError, match=r'search.schedule=\[4, 4\]: must be increasing'):
+    schedules.cuts((4, 4), 2, 0, 0, 12)
 
 
 @pytest.mark.parametrize(
@@ -119,17 +121,17 @@ def test_published_schedules():
     ('search.best_of_n', {'lookahead': 2}, r'unknown setting lookahead=2; allowed: n, round'),
     ('search.best_of_n', {'n': 8, 'round': 3}, r'search.round=3: must divide search.n=8'),
     ('search.beams', {}, r"unknown component 'search.beams'; allowed: generators"),
-    ('generators.scenes_ar', {'order': '3d'}, r"generator.order='3d': must be one of"),
-    ('generators.scenes_ar', {'top_p': 0.0}, r'generator.top_p=0.0: must be in \(0, 1\]'),
+    ('scenes.ar', {'order': '3d'}, r"generator.order='3d': must be one of"),
+    ('scenes.ar', {'top_p': 0.0}, r'generator.top_p=0.0: must be in \(0, 1\]'),
     ('verifiers.host', {}, 'exactly one of score_fn'),
   ],
 )
 def test_impossible_settings_are_named(name, given, message):
-  with pytest.raises(core.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     components.load(name, **given)
 
 
 def test_components_are_listed_without_importing_them():
   found = components.components()
-  assert {'search.beam', 'generators.scenes_ar', 'verifiers.ensemble'} <= set(found)
+  assert {'search.beam', 'scenes.ar', 'verifiers.ensemble'} <= set(found)
   assert all(found.values()), 'a component without a docstring'

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.dino import convert, modeling
 from vtts_jax.models.dinov2 import modeling as dinov2
 from vtts_jax.models.dreamsim import convert as dreamsim_convert
@@ -37,7 +38,7 @@ def test_golden(name):
 
 
 def count(build):
-  return weights.size(weights.abstract(build)[1])
+  return modules.size(modules.abstract(build)[1])
 
 
 def test_released_sizes():
@@ -70,10 +71,10 @@ def test_positions_of_the_original_code_are_shifted():
 
 
 def test_bfloat16_stays_near():
-  graphdef, params = jax.jit(lambda: weights.split(modeling.build(modeling.TINY)))()
+  graphdef, params = jax.jit(lambda: modules.split(modeling.build(modeling.TINY)))()
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   images = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
-  a, b = (weights.merge(graphdef, p).features(images) for p in (params, half))
+  a, b = (modules.merge(graphdef, p).features(images) for p in (params, half))
   assert b.dtype == jnp.float32
   assert 0 < np.abs(a - b).max() < 0.1
 
@@ -87,26 +88,26 @@ def tensors():
 
 def test_config_is_read_off(tensors):
   arrays, config = tensors
-  found = convert.config_of(weights.arrays(arrays, config))
+  found = convert.config_of(source_files.arrays(arrays, config))
   assert found == modeling.Config(12, 2, 2, 24, 4, 4, layer_scale=True, classes=5)
-  assert convert.config_of(weights.arrays(arrays)).heads == 1  # 64 wide, if nothing says
+  assert convert.config_of(source_files.arrays(arrays)).heads == 1  # 64 wide, if nothing says
   bare = dataclasses.replace(found, classes=0)
-  _, params = convert.load(weights.arrays(arrays, config), config=bare)
+  _, params = convert.load(source_files.arrays(arrays, config), config=bare)
   assert 'head' not in params
 
 
 def test_what_is_wrong_is_said(tensors):
   arrays, config = tensors
   with pytest.raises(ValueError, match=r'has no DINO or DINOv2: nothing for cls, patch\.kernel'):
-    convert.config_of(weights.arrays({'x': np.zeros(1)}))
+    convert.config_of(source_files.arrays({'x': np.zeros(1)}))
   with pytest.raises(ConfigError, match="act='silu': must be one of quick_gelu, gelu"):
-    convert.config_of(weights.arrays(arrays, config | {'hidden_act': 'silu'}))
+    convert.config_of(source_files.arrays(arrays, config | {'hidden_act': 'silu'}))
   gone = {k: v for k, v in arrays.items() if 'layer_scale2' not in k}
   with pytest.raises(ValueError, match=r'wanted by the model: trunk\.blocks\.scale_ffn'):
-    convert.load(weights.arrays(gone, config))
+    convert.load(source_files.arrays(gone, config))
   odd = {**arrays, 'dinov2.decoder.weight': np.zeros((2, 2), np.float32)}
   with pytest.raises(ValueError, match=r'unused by the model: dinov2\.decoder'):
-    convert.load(weights.arrays(odd, config))
+    convert.load(source_files.arrays(odd, config))
 
 
 # ----------------------------------------------------------------------------------------- DreamSim
@@ -130,7 +131,7 @@ def folder(tmp_path):
 def embedding(place, images):
   branches = dreamsim_convert.open_branches(str(place))
   config = dreamsim_convert.config_of(branches, heads=2)
-  return weights.merge(*dreamsim_convert.load(branches, config))(images)
+  return modules.merge(*dreamsim_convert.load(branches, config))(images)
 
 
 def test_dreamsim_from_its_files(folder):

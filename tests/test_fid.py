@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from scipy import linalg
 
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import fid, inception
-from vtts_jax.models.inception.statistics import Statistics
+from vtts_jax.metrics.statistics import Statistics
 
 D = 60
 

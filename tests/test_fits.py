@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from vtts_jax import fits
+from vtts_jax.report import scaling_laws as fits
 
 K = 2.0 ** np.arange(8)
 

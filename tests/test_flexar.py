@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vtts_jax import checkpoints, core, weights
+from vtts_jax.checkpoints import source as checkpoints
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.flexar import convert, modeling
 
 SMALL = modeling.Config(
@@ -22,10 +25,10 @@ MASK = np.arange(W) < np.array([[4, 1], [2, 1]])[..., None]  # [B, C, W]
 @functools.cache
 def small(**options):
   build = lambda: modeling.FlexAR(dataclasses.replace(SMALL, **options), rngs=nnx.Rngs(1))
-  graphdef, template = weights.abstract(build)
+  graphdef, template = modules.abstract(build)
   rng = np.random.default_rng(0)  # and no initialisation: every part matters
   draw = lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32)
-  return weights.merge(graphdef, jax.tree.map(draw, template))
+  return modules.merge(graphdef, jax.tree.map(draw, template))
 
 
 @functools.cache
@@ -112,8 +115,8 @@ def test_masked_words_do_not_matter():
 
 
 def test_bfloat16_weights_give_bfloat16_caches_and_float32_logits():
-  graphdef, params = weights.split(small())
-  low = weights.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  graphdef, params = modules.split(small())
+  low = modules.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
   states, mask = jnp.ones((B, C, W, SMALL.text_width)), jnp.ones((B, C, W))
 
   def run(model):
@@ -156,10 +159,10 @@ def test_guidance():
 )
 def test_released_sizes(name, trunk, all_of_it):
   config = modeling.RELEASED[name]
-  _, params = weights.abstract(lambda: modeling.FlexAR(config, rngs=nnx.Rngs(0)))
+  _, params = modules.abstract(lambda: modeling.FlexAR(config, rngs=nnx.Rngs(0)))
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
-  assert round(weights.size(params['blocks']) / 1e6) == trunk
-  assert round(weights.size(params) / 1e6) == all_of_it
+  assert round(modules.size(params['blocks']) / 1e6) == trunk
+  assert round(modules.size(params) / 1e6) == all_of_it
   assert config.width // config.heads == 64
 
 
@@ -210,10 +213,10 @@ def test_headers_of_released_checkpoints_give_the_released_configs():
 
 
 def test_errors_name_setting_value_and_what_is_allowed():
-  with pytest.raises(core.ConfigError, match='width=20: must be a multiple of heads=3'):
+  with pytest.raises(ConfigError, match='width=20: must be a multiple of heads=3'):
     modeling.Config(width=20, heads=3)
-  with pytest.raises(core.ConfigError, match="norm='batch': must be one of"):
+  with pytest.raises(ConfigError, match="norm='batch': must be one of"):
     modeling.Config(norm='batch')
-  source = weights.arrays({'a.blocks.0.w': np.zeros(2), 'b': np.zeros(2)}, where='here')
+  source = source_files.arrays({'a.blocks.0.w': np.zeros(2), 'b': np.zeros(2)}, where='here')
   with pytest.raises(ValueError, match='here is no FlexTok AR checkpoint: no models.ar_image'):
     convert.config_of(source)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vtts_jax import core, weights
-from vtts_jax.models import stacked
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules, stacked
 from vtts_jax.models.flextok import convert, flow, fsq, modeling
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/flextok_a.npz'
@@ -25,10 +26,10 @@ GRID = dataclasses.replace(SMALL, registers=0, streams=1)
 @functools.cache
 def tok(config=SMALL):
   build = lambda: modeling.FlexTok(config, rngs=nnx.Rngs(2))
-  graphdef, template = weights.abstract(build)
+  graphdef, template = modules.abstract(build)
   rng = np.random.default_rng(0)  # and no initialisation: every part matters
   draw = lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32)
-  return weights.merge(graphdef, jax.tree.map(draw, template))
+  return modules.merge(graphdef, jax.tree.map(draw, template))
 
 
 @functools.cache
@@ -74,8 +75,8 @@ def test_first_level_is_the_least_significant_digit():
 
 
 def test_a_register_does_not_see_those_after_it():
-  graphdef, params = weights.split(tok().encoder)
-  run = jax.jit(lambda p: weights.merge(graphdef, p).unquantized(pictures(0)))
+  graphdef, params = modules.split(tok().encoder)
+  run = jax.jit(lambda p: modules.merge(graphdef, p).unquantized(pictures(0)))
   changed = params | {'registers': params['registers'].at[3:].mul(-1.0)}
   before, after = run(params), run(changed)
   close(before[:, :3], after[:, :3])
@@ -151,8 +152,8 @@ def test_euler_steps_by_hand():
 
 
 def test_bfloat16_weights_are_run_in_bfloat16_and_latents_stay_float32():
-  graphdef, params = weights.split(tok())
-  low = weights.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  graphdef, params = modules.split(tok())
+  low = modules.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
   def run(noise):
     registers = low.decoder.condition(low.encoder(noise))
@@ -182,7 +183,7 @@ def source(change=lambda arrays: None):
   with np.load(GOLDEN) as file:
     arrays = {k[7:]: file[k] for k in file.files if k.startswith('params/')}
   change(arrays)
-  return weights.arrays(arrays, {'model': {'head_dim': 16, 'max_timestep': 7}}, 'here')
+  return source_files.arrays(arrays, {'model': {'head_dim': 16, 'max_timestep': 7}}, 'here')
 
 
 def test_loading_infers_the_config_and_takes_parts():
@@ -220,7 +221,7 @@ def test_checkpoints_that_do_not_fit(change, message):
 
 def test_stacked_layers_keep_their_order():
   layers = {f'a.blocks.{i}.w': np.full(2, i) for i in (1, 0, 10, *range(2, 10))}
-  joined = stacked.stacked(weights.arrays({**layers, 'b': np.ones(1)}))
+  joined = stacked.stacked(source_files.arrays({**layers, 'b': np.ones(1)}))
   assert sorted(joined.names()) == ['a.blocks.*.w', 'b']
   assert joined.shape('a.blocks.*.w') == (11, 2)
   np.testing.assert_array_equal(joined.get('a.blocks.*.w')[:, 0], np.arange(11))
@@ -238,9 +239,9 @@ def test_stacked_layers_keep_their_order():
 )
 def test_released_sizes(name, billions, millions):
   config = modeling.RELEASED[name]
-  _, params = weights.abstract(lambda: modeling.FlexTok(config, rngs=nnx.Rngs(0)))
+  _, params = modules.abstract(lambda: modeling.FlexTok(config, rngs=nnx.Rngs(0)))
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
-  assert round(weights.size(params) / 1e6) == millions
+  assert round(modules.size(params) / 1e6) == millions
   assert abs(millions + 84 - 1e3 * billions) < 0.02 * 1e3 * billions
   assert config.codes == 64000 and config.tokens == 256
 
@@ -261,7 +262,7 @@ def test_errors_name_setting_value_and_what_is_allowed():
     ({'size': 10}, 'size=10: must be a multiple of patch=2, at most 8'),
     ({'registers': 0}, r'streams=2: must be 1'),
   ):
-    with pytest.raises(core.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
       dataclasses.replace(SMALL, **options)
   with pytest.raises(ValueError, match='here is no FlexTok checkpoint: no encoder.module_dict'):
-    convert.config_of(weights.arrays({'x': np.zeros(1)}, where='here'))
+    convert.config_of(source_files.arrays({'x': np.zeros(1)}, where='here'))

@@ -9,15 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import core, main, run, study
+from vtts_jax import core
+from vtts_jax.cli import main
 from vtts_jax.data import prompts
+from vtts_jax.engine import search as run
+from vtts_jax.errors import ConfigError
 from vtts_jax.generators import flextok_parts as parts
-from vtts_jax.generators.flextok_ar import FlexTokAR, build
+from vtts_jax.generators.flextok import FlexTokAR, build
 from vtts_jax.models.autoencoder_kl import modeling as autoencoder_kl
 from vtts_jax.models.flexar import modeling as flexar
 from vtts_jax.models.flextok import flow
 from vtts_jax.models.t5 import modeling as t5
 from vtts_jax.search.beam import Beam
+from vtts_jax.study import execute as study
 from vtts_jax.testing import laws
 
 KEY = jax.random.key(3)
@@ -244,7 +248,7 @@ def test_classes_are_numbers_or_names(tmp_path):
   ],
 )
 def test_settings_that_cannot_run(settings, message):
-  with pytest.raises(core.ConfigError, match=message.replace('(', r'\(')):
+  with pytest.raises(ConfigError, match=message.replace('(', r'\(')):
     build(**{'random': 'tiny', **settings}).check()
 
 
@@ -257,7 +261,7 @@ def test_settings_that_cannot_run(settings, message):
   ],
 )
 def test_prompts_that_cannot_be_read(settings, text, message):
-  with pytest.raises(core.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     tiny(**settings).tokenize([text])
 
 
@@ -285,7 +289,7 @@ def test_configs_build_and_foretell_their_bill(name, steps, evals):
 
 
 def test_a_config_names_what_its_argument_may_be():
-  with pytest.raises(core.ConfigError, match='must be one of geneval, coco, file, one verifier'):
+  with pytest.raises(ConfigError, match='must be one of geneval, coco, file, one verifier'):
     main.read_config([f'--config={CONFIGS}/flextok_beam.py:imagenet'])
 
 

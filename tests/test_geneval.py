@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from vtts_jax.core import ConfigError
 from vtts_jax.data import geneval as grammar
 from vtts_jax.data import prompts
-from vtts_jax.data import scenes as world
+from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import geneval
+from vtts_jax.scenes import world as world
 
 ROWS = [
   json.loads(row)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtts_jax import images
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
+from vtts_jax.media import preprocess as images
 
 SIZES = [
   ((61, 40), (24, 33)), ((40, 61), (33, 24)), ((16, 20), (37, 41)), ((9, 9), (9, 9)),

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import components, weights
-from vtts_jax.core import ConfigError
+from vtts_jax import components
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import fid as metric
+from vtts_jax.metrics import statistics as stats
+from vtts_jax.models import modules
 from vtts_jax.models.inception import convert, modeling
 from vtts_jax.models.inception import replay as golden
-from vtts_jax.models.inception import statistics as stats
 from vtts_jax.testing import laws
 from vtts_jax.verifiers import fid, inception_score
 
@@ -32,8 +34,8 @@ PICTURES = squares(0, 2, 3)
 
 def test_released_size():
   c = modeling.RELEASED['inception_2015_12_05']
-  _, params = weights.abstract(lambda: modeling.build(c))
-  assert weights.size(params) == 23_833_744
+  _, params = modules.abstract(lambda: modeling.build(c))
+  assert modules.size(params) == 23_833_744
   assert params['fc']['kernel'].shape == (2048, 1008)
   assert modeling.flops(c) == 11_426_464_960  # 5.7 G multiply-adds, as published
 
@@ -68,7 +70,7 @@ def tensors():
 
 
 def test_what_is_wrong_is_said(tensors):
-  load = lambda values: convert.load(weights.arrays(values), modeling.Config(139, 7, 64))
+  load = lambda values: convert.load(source_files.arrays(values), modeling.Config(139, 7, 64))
   load(tensors | {'Mixed_5b.branch1x1.bn.num_batches_tracked': np.array(3)})
   lost = {k: v for k, v in tensors.items() if k != 'Mixed_6a.branch3x3.bn.running_var'}
   with pytest.raises(ValueError, match=r'without Mixed_6a\.branch3x3\.bn\.running_var'):
@@ -76,9 +78,9 @@ def test_what_is_wrong_is_said(tensors):
   with pytest.raises(ValueError, match=r'unused by the model: extra'):
     load(tensors | {'extra': np.zeros(2)})
   with pytest.raises(ValueError, match='is the InceptionV3 of torchvision'):
-    convert.config_of(weights.arrays(tensors | {'AuxLogits.fc.weight': np.zeros(2)}))
+    convert.config_of(source_files.arrays(tensors | {'AuxLogits.fc.weight': np.zeros(2)}))
   with pytest.raises(ValueError, match='has no InceptionV3'):
-    convert.config_of(weights.arrays({'x': np.zeros(2)}))
+    convert.config_of(source_files.arrays({'x': np.zeros(2)}))
   with pytest.raises(ConfigError, match='side=74: at least 75'):
     modeling.Config(side=74)
 
@@ -116,7 +118,7 @@ def test_oracles_are_the_metrics_recomputed(n):
 
 def test_oracles_on_statistics_files(tmp_path):
   """A reference of pytorch-fid, a running file of ours, the network's own features."""
-  model = weights.merge(convert.graph(modeling.TINY), convert.params_at('', 'tiny'))
+  model = modules.merge(convert.graph(modeling.TINY), convert.params_at('', 'tiny'))
   see = jax.jit(lambda x: (f := model(modeling.prepare(x, 75)), model.logits(f)))
   real, old = (see(squares(seed, 9)) for seed in (1, 2))
   gauss = stats.Statistics.of(*real)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vtts_jax import difficulty, matched, stats
+from vtts_jax.report import budgets as matched
+from vtts_jax.report import difficulty, stats
 
 
 def row(arm, seed, i, curve, ladder=False, **more):

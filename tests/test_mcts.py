@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import components, core, run
-from vtts_jax.search import mcts
+from vtts_jax import components, core
+from vtts_jax.engine import search as run
+from vtts_jax.errors import ConfigError
 from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.search.mcts import search as mcts
 from vtts_jax.testing import toys
 
 KEY = jax.random.key(11)
@@ -108,7 +110,7 @@ def test_a_rollout_with_a_bad_score_is_the_worst():
 
 
 def test_a_node_costs_bytes_not_a_cache():
-  gen = components.load('generators.scenes_ar')
+  gen = components.load('scenes.ar')
   algo = mcts.build(simulations=16, leaves=4)
 
   def grown(params):
@@ -137,11 +139,11 @@ def test_a_node_costs_bytes_not_a_cache():
   ],
 )
 def test_bad_settings(settings, text):
-  with pytest.raises(core.ConfigError, match=text):
+  with pytest.raises(ConfigError, match=text):
     components.load('search.mcts', **settings).check(GEN)
 
 
 def test_a_value_head_must_predict_the_score_searched_on():
   algo = mcts.build(simulations=4, leaves=2, mix=0.5)
-  with pytest.raises(core.ConfigError, match="predicts 'target', the search is on brightness"):
+  with pytest.raises(ConfigError, match="predicts 'target', the search is on brightness"):
     run.validate(algo, AHEAD, toys.Brightness())

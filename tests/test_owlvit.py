@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.owlvit import convert as owl_convert
 from vtts_jax.models.owlvit import modeling as owl
 from vtts_jax.models.yolos import convert as yolos_convert
@@ -46,15 +47,15 @@ def test_fixture(name):
 )
 def test_released_sizes(module, name, count):
   config = module.RELEASED[name]
-  assert weights.size(weights.abstract(lambda: module.build(config))[1]) == count
+  assert modules.size(modules.abstract(lambda: module.build(config))[1]) == count
 
 
 @pytest.mark.parametrize('name', FILES)
 def test_names_of_older_files_load_too(name):
   options, have = tensors(name)
   convert = FILES[name]
-  config = convert.config_of(weights.arrays(have, options))
-  _, want = convert.load(weights.arrays(have), config=config)
+  config = convert.config_of(source_files.arrays(have, options))
+  _, want = convert.load(source_files.arrays(have), config=config)
   if name == 'yolos.npz':
     middle = have.pop('vit.encoder.interpolation.mid_position_embeddings')
     have['vit.encoder.mid_position_embeddings'] = middle
@@ -63,21 +64,21 @@ def test_names_of_older_files_load_too(name):
     for part in ('text', 'vision'):
       have[f'{base}.{part}_model.embeddings.position_ids'] = np.arange(9)[None]
     have['box_bias'] = np.zeros((16, 4), np.float32)
-  _, params = convert.load(weights.arrays(have, options))
+  _, params = convert.load(source_files.arrays(have, options))
   jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
 def test_config_json_decides_over_the_usual_head_width():
   options, have = tensors('owlvit.npz')
-  config = owl_convert.config_of(weights.arrays(have, options))
+  config = owl_convert.config_of(source_files.arrays(have, options))
   assert (config.vision.heads, config.text.heads, config.v2) == (2, 2, False)
   assert (config.size, config.patch, config.context, config.embed) == (16, 4, 6, 8)
   given = {'num_attention_heads': 4}
-  other = owl_convert.config_of(weights.arrays(have, options), text_config=given)
+  other = owl_convert.config_of(source_files.arrays(have, options), text_config=given)
   assert (other.vision.heads, other.text.heads) == (2, 4)
   assert owl.RELEASED['owlvit_l14'].text.heads == 16  # as its config.json says, see the README
   options, have = tensors('yolos.npz')
-  config = yolos_convert.config_of(weights.arrays(have, options))
+  config = yolos_convert.config_of(source_files.arrays(have, options))
   assert config.size == (12, 20) and config.middle and config.shortest == 800
 
 
@@ -85,12 +86,12 @@ def test_config_json_decides_over_the_usual_head_width():
 def test_what_is_wrong_is_said(name):
   options, have = tensors(name)
   with pytest.raises(ValueError, match='has no (OWL-ViT or OWLv2|YOLOS) detector: no'):
-    FILES[name].config_of(weights.arrays({'x': np.zeros(1)}))
+    FILES[name].config_of(source_files.arrays({'x': np.zeros(1)}))
   with pytest.raises(ValueError, match=r'unused by the model: extra \(3,\)'):
-    FILES[name].load(weights.arrays(have | {'extra': np.zeros(3)}, options))
+    FILES[name].load(source_files.arrays(have | {'extra': np.zeros(3)}, options))
   del have['vit.layernorm.bias' if name == 'yolos.npz' else 'box_head.dense2.bias']
   with pytest.raises(ValueError, match=r'wanted by the model: (norm|box\.last)\.bias'):
-    FILES[name].load(weights.arrays(have, options))
+    FILES[name].load(source_files.arrays(have, options))
   with pytest.raises(ConfigError, match='must be'):
     if name == 'yolos.npz':
       yolo.Config(yolo.RELEASED['yolos_tiny'].trunk, (8, 8))

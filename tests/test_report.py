@@ -11,9 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from vtts_jax import main, matched, merge, report, rules, run, stats, store, study, tables
-from vtts_jax.core import ConfigError
+from vtts_jax.cli import main
+from vtts_jax.engine import search as run
+from vtts_jax.errors import ConfigError
+from vtts_jax.report import budgets as matched
+from vtts_jax.report import page as report
+from vtts_jax.report import runs as merge
+from vtts_jax.report import stats, tables
 from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.study import execute as study
+from vtts_jax.study import selection as rules
+from vtts_jax.study import store
 from vtts_jax.testing import toys
 
 CONFIG = str(pathlib.Path(__file__).parent / 'configs' / 'toys.py')
@@ -256,7 +264,7 @@ def test_runs_that_do_not_fit_are_one_error(tmp_path):
     ConfigError, match="prompt 0 is 'p0' in .*a and 'another' in .*one prompt set"
   ):
     merge.read([a, other])
-  metric = write_run(tmp_path / 'c', {**config, 'metric': 'metrics.scenes'}, [line('bon')])
+  metric = write_run(tmp_path / 'c', {**config, 'metric': 'scenes.oracle'}, [line('bon')])
   with pytest.raises(ConfigError, match='only runs with one metric merge'):
     merge.read([a, metric])
   with pytest.raises(ConfigError, match='no run directory'):

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import core, run
+from vtts_jax import core
+from vtts_jax.engine import search as run
+from vtts_jax.errors import ConfigError
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.search.rollover import Rollover
 from vtts_jax.testing import laws, toys
@@ -119,5 +121,5 @@ def test_a_batch_in_which_all_are_done_stops():
   ],
 )
 def test_bad_settings(settings, text):
-  with pytest.raises(core.ConfigError, match=text):
+  with pytest.raises(ConfigError, match=text):
     Rollover(**settings)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vtts_jax import rules
+from vtts_jax.study import selection as rules
 
 INF = float('inf')
 

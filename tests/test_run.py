@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import vtts_jax
-from vtts_jax import core, drivers, run, step
+from vtts_jax.engine import drivers, step
+from vtts_jax.engine import search as run
+from vtts_jax.errors import ConfigError
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.testing import laws, toys
@@ -27,10 +29,10 @@ BEAM = Beam(width=2, branch=3, schedule='linear', size=2)
 def test_a_search_above_budget_is_refused_with_the_bill_before_any_compile():
   made = run.Program.made
   with pytest.raises(
-    core.ConfigError, match=r'budget.generator=11 per prompt .*generator 12, render 19'
+    ConfigError, match=r'budget.generator=11 per prompt .*generator 12, render 19'
   ):
     run.search(BEAM, TOKENS, TARGET, NONE, PROMPTS, KEY, budget={'generator': 11})
-  with pytest.raises(core.ConfigError, match=r'budget.nfe=1: no such limit; allowed: generator'):
+  with pytest.raises(ConfigError, match=r'budget.nfe=1: no such limit; allowed: generator'):
     run.search(BEAM, TOKENS, TARGET, NONE, PROMPTS, KEY, budget={'nfe': 1})
   assert run.Program.made == made
   run.search(BEAM, TOKENS, TARGET, NONE, PROMPTS, KEY, budget={'generator': 12, 'flops': 0})
@@ -84,7 +86,7 @@ def test_host_verifiers_are_scored_between_ask_and_tell():
   want = run.search(BEAM, TOKENS, TARGET, NONE, PROMPTS, KEY)
   laws.same(got.best.state, want.best.state, 'host against fused')
   assert max(seen) <= 16
-  with pytest.raises(core.ConfigError, match="mode='fused': Host scores on the host"):
+  with pytest.raises(ConfigError, match="mode='fused': Host scores on the host"):
     run.search(BEAM, TOKENS, host, NONE, PROMPTS, KEY)
 
 
@@ -117,7 +119,7 @@ def test_on_step_sees_every_step():
 def test_what_does_not_fit_is_one_clear_error(change, message):
   given = {'algo': BEAM, 'gen': TOKENS, 'prompts': PROMPTS} | change
   algo, gen, prompts = given.pop('algo'), given.pop('gen'), given.pop('prompts')
-  with pytest.raises(core.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     run.search(algo, gen, TARGET, NONE, prompts, KEY, **given)
 
 

@@ -4,15 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from vtts_jax import components, core, run
+from vtts_jax import components, core
+from vtts_jax.engine import search as run
+from vtts_jax.errors import ConfigError
 from vtts_jax.testing import laws
 
 KEY = jax.random.key(4)
 PROMPTS = ['a photo of a circle', 'a drawing of a red square and a blue ring']
 GENERATORS = {
-  '2d': ('generators.scenes_ar', {'order': '2d', 'guidance': 1.0, 'top_k': 20, 'top_p': 0.9}),
-  'uniform': ('generators.scenes_ar', {'prior': 'uniform'}),
-  'flow': ('generators.scenes_flow', {'steps': 4, 'eta': 0.3, 'early_at': 2}),
+  '2d': ('scenes.ar', {'order': '2d', 'guidance': 1.0, 'top_k': 20, 'top_p': 0.9}),
+  'uniform': ('scenes.ar', {'prior': 'uniform'}),
+  'flow': ('scenes.flow', {'steps': 4, 'eta': 0.3, 'early_at': 2}),
 }
 
 
@@ -23,14 +25,14 @@ def test_scenes_generators_conform(name):
 
 
 def test_a_search_on_scenes_keeps_the_laws():
-  gen = components.load('generators.scenes_ar')
-  ver = components.load('verifiers.scenes_clip', which='b')
+  gen = components.load('scenes.ar')
+  ver = components.load('scenes.clip', which='b')
   algo = components.load('search.beam', width=2, branch=2, schedule=(16, 32))
   laws.check_algorithm(algo, gen, ver, PROMPTS, KEY, shapes=False)
 
 
 def test_a_flow_sample_is_compared_with_its_early_prediction():
-  gen = components.load('generators.scenes_flow', steps=3, early_at=1)
+  gen = components.load('scenes.flow', steps=3, early_at=1)
   ver = components.load('verifiers.self_consistency', random='tiny')
   algo = components.load('search.best_of_n', n=3)
   params = laws.parameters(gen, ver)
@@ -43,23 +45,23 @@ def test_a_flow_sample_is_compared_with_its_early_prediction():
     np.testing.assert_allclose(found.steps[0].scores[name], value, atol=1e-5)
   spent = laws.counted(algo, gen, ver, params, PROMPTS[:1], KEY)
   assert spent == sum(found.costs, core.Cost()) and spent.render == 7
-  with pytest.raises(core.ConfigError, match='early_at above 0'):
-    run.validate(algo, components.load('generators.scenes_flow'), ver)
+  with pytest.raises(ConfigError, match='early_at above 0'):
+    run.validate(algo, components.load('scenes.flow'), ver)
 
 
 def test_guidance_runs_as_many_streams_as_it_needs():
   costs = {
-    g: components.load('generators.scenes_ar', guidance=g).cost('extend', 0, 4)
+    g: components.load('scenes.ar', guidance=g).cost('extend', 0, 4)
     for g in (0.0, 1.0, 2.0)
   }
   assert costs[0.0] == costs[1.0] and costs[2.0].generator == costs[1.0].generator == 4
   assert costs[2.0].flops == 2 * costs[1.0].flops > 0
-  assert components.load('generators.scenes_ar', prior='uniform').cost('extend', 0, 4).flops == 0
+  assert components.load('scenes.ar', prior='uniform').cost('extend', 0, 4).flops == 0
 
 
 def test_the_null_stream_ignores_the_prompt():
   gen, ver = (
-    components.load('generators.scenes_ar', guidance=0.0),
+    components.load('scenes.ar', guidance=0.0),
     components.load('verifiers.likelihood'),
   )
   algo = components.load('search.best_of_n', n=2)
@@ -73,6 +75,6 @@ def test_the_null_stream_ignores_the_prompt():
   [('a photo of a dog', "word 'dog' is not in the scene world"), ('a ' * 13, 'at most 12')],
 )
 def test_texts_outside_the_grammar_are_named(text, message):
-  gen = components.load('generators.scenes_ar')
+  gen = components.load('scenes.ar')
   with pytest.raises(ValueError, match=message):
     gen.tokenize([text])

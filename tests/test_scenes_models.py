@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import weights
-from vtts_jax.data import scenes as world
-from vtts_jax.metrics import scenes as oracle
-from vtts_jax.models import scenes as models
-from vtts_jax.models.scenes import flow, prior, tokenizer
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.models import modules
+from vtts_jax.scenes import models as models
+from vtts_jax.scenes import oracle as oracle
+from vtts_jax.scenes import world as world
+from vtts_jax.scenes.models import flow, prior, tokenizer
 from vtts_jax.train import loop
 
 SMALL = prior.Config(tokens=8, codes=16, width=32, layers=2, heads=2, text_width=16)
@@ -21,7 +22,7 @@ SMALL = prior.Config(tokens=8, codes=16, width=32, layers=2, heads=2, text_width
 
 @functools.cache
 def small_prior():
-  return weights.split(prior.build(SMALL, seed=3))
+  return modules.split(prior.build(SMALL, seed=3))
 
 
 @functools.cache
@@ -40,28 +41,28 @@ def counted(function, *args):
 def test_weights_come_back_and_a_file_that_does_not_fit_names_both_sides(tmp_path):
   params = small_prior()[1]
   path = tmp_path / 'a.safetensors'
-  weights.save(path, params, {'kind': 'prior', 'sizes': [1, 2]})
-  back = weights.load(path, weights.abstract(lambda: prior.build(SMALL))[1])
+  weight_files.save(path, params, {'kind': 'prior', 'sizes': [1, 2]})
+  back = weight_files.load(path, modules.abstract(lambda: prior.build(SMALL))[1])
   jax.tree.map(np.testing.assert_array_equal, params, back)
-  assert weights.metadata(path) == {'kind': 'prior', 'sizes': '[1, 2]'}
+  assert weight_files.metadata(path) == {'kind': 'prior', 'sizes': '[1, 2]'}
   assert [p.name for p in tmp_path.iterdir()] == ['a.safetensors']  # no temporary file is left
 
   template = dict(params)
   template['extra'] = template.pop('head')
   with pytest.raises(ValueError, match=r'missing from the file: extra\.(.|\n)*unused: head\.'):
-    weights.load(path, template)
+    weight_files.load(path, template)
   with pytest.raises(ValueError, match=r'head\.bias: file has shape \(16,\), model wants \(3,\)'):
-    weights.load(path, {**params, 'head': {**params['head'], 'bias': np.zeros(3, np.float32)}})
+    weight_files.load(path, {**params, 'head': {**params['head'], 'bias': np.zeros(3, np.float32)}})
   with pytest.raises(ValueError, match=r'head\.bias: file has dtype float32, model wants int32'):
-    weights.load(path, {**params, 'head': {**params['head'], 'bias': np.zeros(16, np.int32)}})
+    weight_files.load(path, {**params, 'head': {**params['head'], 'bias': np.zeros(16, np.int32)}})
 
   (tmp_path / 'cut').write_bytes(path.read_bytes()[:-1000])
   (tmp_path / 'text').write_text('not weights')
   for name in ('cut', 'text'):
     with pytest.raises(ValueError, match='truncated or no safetensors'):
-      weights.load(tmp_path / name, params)
+      weight_files.load(tmp_path / name, params)
   with pytest.raises(FileNotFoundError, match='no weights at'):
-    weights.load(tmp_path / 'absent', params)
+    weight_files.load(tmp_path / 'absent', params)
   with pytest.raises(ValueError, match="name='prior_3d' is no shipped scene model; allowed are"):
     models.load('prior_3d')
 
@@ -98,10 +99,10 @@ def test_prior_cached_steps_equal_prefill_and_teacher_forcing():
   text_ids[1, 7:] = 0
   text_ids[2] = 0  # the null prompt
   tokens = rng.integers(0, SMALL.codes, (3, 2, SMALL.tokens)).astype(np.int32)
-  call = lambda f: jax.jit(lambda p, *args: f(weights.merge(graphdef, p), *args))
+  call = lambda f: jax.jit(lambda p, *args: f(modules.merge(graphdef, p), *args))
   text = call(lambda m, ids: m.text(ids))(params, text_ids)
   step = call(lambda m, text, cache, t, i: m.step(text, cache, t, i))
-  cache = weights.merge(graphdef, params).init_cache(3, 2)
+  cache = modules.merge(graphdef, params).init_cache(3, 2)
   last, logits, caches = np.full((3, 2), SMALL.codes), [], []
   for t in range(SMALL.tokens):
     out, cache = step(params, text, cache, last, t)
@@ -130,8 +131,8 @@ def test_prior_cached_steps_equal_prefill_and_teacher_forcing():
 
 def test_flops_formulas_agree_with_the_compiler():
   config = prior.Config()
-  graphdef, params = weights.abstract(lambda: prior.build(config))
-  model = lambda p: weights.merge(graphdef, p)
+  graphdef, params = modules.abstract(lambda: prior.build(config))
+  model = lambda p: modules.merge(graphdef, p)
   shape = jax.ShapeDtypeStruct
   B, N, T = 2, 3, config.tokens
   text_ids, last = shape((B, 12), jnp.int32), shape((B, N), jnp.int32)
@@ -147,16 +148,16 @@ def test_flops_formulas_agree_with_the_compiler():
   }  # fmt: skip
   for order in ('1d', '2d'):
     sizes = tokenizer.Config(order=order)
-    graph, p = weights.abstract(lambda sizes=sizes: tokenizer.build(sizes))
+    graph, p = modules.abstract(lambda sizes=sizes: tokenizer.build(sizes))
     measured[tokenizer.flops_decode(sizes)] = (
       counted(
-        lambda p, i, graph=graph: weights.merge(graph, p).decode(i, sizes.tokens),  # noqa: B023
+        lambda p, i, graph=graph: modules.merge(graph, p).decode(i, sizes.tokens),  # noqa: B023
         p, shape((64, sizes.tokens), jnp.int32)) / 64)  # fmt: skip
   sizes = flow.Config()
-  graph, p = weights.abstract(lambda: flow.build(sizes))
-  emb = jax.eval_shape(lambda p, i: weights.merge(graph, p).text(i), p, shape((8, 12), jnp.int32))
+  graph, p = modules.abstract(lambda: flow.build(sizes))
+  emb = jax.eval_shape(lambda p, i: modules.merge(graph, p).text(i), p, shape((8, 12), jnp.int32))
   measured[flow.flops_velocity(sizes)] = counted(
-    lambda p, *a: weights.merge(graph, p)(*a), p, shape((8, 32, 32, 3), jnp.float32),
+    lambda p, *a: modules.merge(graph, p)(*a), p, shape((8, 32, 32, 3), jnp.float32),
     shape((8,), jnp.float32), emb) / 8  # fmt: skip
   for formula, compiled in measured.items():
     assert compiled == pytest.approx(formula, rel=0.05)
@@ -169,8 +170,8 @@ def test_flops_formulas_agree_with_the_compiler():
 def test_tokenizer_prefixes_and_quality(order):
   graphdef, params = models.load(f'tokenizer_{order}')
   config = models.config(f'tokenizer_{order}')
-  encode = jax.jit(lambda p, x: weights.merge(graphdef, p).encode(x))
-  decode = jax.jit(lambda p, i, k: weights.merge(graphdef, p).decode(i, k))
+  encode = jax.jit(lambda p, x: modules.merge(graphdef, p).encode(x))
+  decode = jax.jit(lambda p, i, k: modules.merge(graphdef, p).decode(i, k))
   images, metadata = held(96)
   ids = np.array(encode(params, images))
   assert ids.shape == (96, config.tokens) and ids.dtype == np.int32
@@ -200,7 +201,7 @@ def test_the_two_orders_are_comparable_and_differ_in_their_prefixes():
   for order in ('1d', '2d'):
     graphdef, params = models.load(f'tokenizer_{order}')
     half = jax.jit(
-      lambda p, x, g=graphdef: weights.merge(g, p).decode(weights.merge(g, p).encode(x), 12)
+      lambda p, x, g=graphdef: modules.merge(g, p).decode(modules.merge(g, p).encode(x), 12)
     )
     error[order] = float(((half(params, images) - images) ** 2).mean())
   assert error['1d'] < 0.5 * error['2d']  # 12 of 32 tokens: a whole picture against a third of one

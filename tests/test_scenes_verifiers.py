@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import core
 from vtts_jax.components import load
-from vtts_jax.data import scenes as world
-from vtts_jax.data import truth
+from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import geneval
-from vtts_jax.models.scenes import judge
+from vtts_jax.scenes import labels as truth
+from vtts_jax.scenes import world as world
+from vtts_jax.scenes.models import soft_detector as judge
 from vtts_jax.testing import laws
 
 PAIRS = 600
 VERIFIERS = {
-  'clip_a': ('verifiers.scenes_clip', {'which': 'a'}),
-  'clip_b': ('verifiers.scenes_clip', {'which': 'b'}),
-  'detector': ('verifiers.scenes_detector', {}),
-  'quality': ('verifiers.scenes_quality', {}),
+  'clip_a': ('scenes.clip', {'which': 'a'}),
+  'clip_b': ('scenes.clip', {'which': 'b'}),
+  'detector': ('scenes.detector', {}),
+  'quality': ('scenes.quality', {}),
 }
 
 
@@ -139,7 +139,7 @@ def test_truth_is_genevals_rule_on_the_objects():
 
 
 def test_settings_that_do_not_exist_are_refused():
-  with pytest.raises(core.ConfigError, match="which='c'"):
-    load('verifiers.scenes_clip', which='c')
-  with pytest.raises(core.ConfigError, match='unknown setting'):
-    load('verifiers.scenes_quality', size=3)
+  with pytest.raises(ConfigError, match="which='c'"):
+    load('scenes.clip', which='c')
+  with pytest.raises(ConfigError, match='unknown setting'):
+    load('scenes.quality', size=3)

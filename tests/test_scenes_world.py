@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from vtts_jax.data import scenes as world
 from vtts_jax.metrics import geneval
-from vtts_jax.metrics import scenes as oracle
+from vtts_jax.scenes import oracle as oracle
+from vtts_jax.scenes import world as world
 
 
 def test_rows_depend_on_seed_and_index_only():

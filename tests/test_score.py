@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtts_jax import components, core, main, run, score
+from vtts_jax import components, core
+from vtts_jax.cli import main
+from vtts_jax.engine import scorer as score
+from vtts_jax.engine import search as run
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.testing import toys
 from vtts_jax.verifiers.host import Host

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from vtts_jax import components, core, run
+from vtts_jax import components, core
+from vtts_jax.engine import search as run
+from vtts_jax.errors import ConfigError
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.search.halving import Halving, Rung
-from vtts_jax.search.mcts import MCTS
+from vtts_jax.search.mcts.search import MCTS
 from vtts_jax.search.rollover import Rollover
 from vtts_jax.search.smc import SMC
 from vtts_jax.testing import laws, toys
@@ -192,7 +194,7 @@ def test_a_search_starts_from_initial_tokens():
     for step in found.steps:
       assert (step.shown.tokens[:, :, :2] == given[:, None]).all()
     laws.counted(algo, TOKENS, TARGET, NONE, PROMPTS[:1], KEY)
-  with pytest.raises(core.ConfigError, match='search.initial=2: 0 initial tokens were passed'):
+  with pytest.raises(ConfigError, match='search.initial=2: 0 initial tokens were passed'):
     run.search(algo, TOKENS, TARGET, NONE, PROMPTS, KEY)
 
 
@@ -229,5 +231,5 @@ def test_elitism_hands_out_only_finished_pictures_where_prefixes_are_none():
     want = seen.max(1) if gen.anytime else seen[:, -1]
     np.testing.assert_allclose(found.best.total, want, atol=1e-6)
   assert (found.best.stage == grid.num_stages).all()
-  with pytest.raises(core.ConfigError, match='search.complete=False'):
+  with pytest.raises(ConfigError, match='search.complete=False'):
     run.search(Beam(steps=1, complete=False), grid, TARGET, NONE, PROMPTS, KEY)

@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from vtts_jax import components, weights
-from vtts_jax.core import ConfigError
+from vtts_jax import components
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.siglip import convert, modeling
 from vtts_jax.testing import laws
 
@@ -37,7 +40,7 @@ def test_released_sizes():
   assert COUNTS.keys() == modeling.RELEASED.keys()
   for name, count in COUNTS.items():
     config = modeling.RELEASED[name]
-    assert weights.size(weights.abstract(lambda c=config: modeling.build(c))[1]) == count, name
+    assert modules.size(modules.abstract(lambda c=config: modeling.build(c))[1]) == count, name
 
 
 def test_verifier():
@@ -50,7 +53,7 @@ def test_a_checkpoint(tmp_path, tensors):
   """A file through the verifier that is CLIP's: which of the two it is, its header says."""
   path = tmp_path / 'siglip.safetensors'
   heads = {'num_attention_heads': 2}
-  weights.save(path, tensors, {'text_config': heads, 'vision_config': heads})
+  weight_files.save(path, tensors, {'text_config': heads, 'vision_config': heads})
   ver = components.load('verifiers.clip', model_from=str(path), scale='cosine')
   params = ver.load()
   ids = np.arange(16).reshape(2, 8)
@@ -62,15 +65,15 @@ def test_a_checkpoint(tmp_path, tensors):
 
 
 def test_what_a_file_says(tensors):
-  found = convert.config_of(weights.arrays(tensors))
+  found = convert.config_of(source_files.arrays(tensors))
   assert (found.image_size, found.patch, found.length, found.vocab) == (12, 4, 8, 30)
   assert (found.image.act, found.image.eps, found.resample) == ('gelu_tanh', 1e-6, 'bicubic')
   said = {'vision_config': {'image_size': 15}}  # a rest of three pixels
-  assert convert.config_of(weights.arrays(tensors, said)).image_size == 15
+  assert convert.config_of(source_files.arrays(tensors, said)).image_size == 15
   with pytest.raises(ValueError, match='9 positions do not fit pictures of 16 in patches of 4'):
-    convert.config_of(weights.arrays(tensors, {'vision_config': {'image_size': 16}}))
+    convert.config_of(source_files.arrays(tensors, {'vision_config': {'image_size': 16}}))
   del tensors['vision_model.head.probe']
   with pytest.raises(ValueError, match=r'has no SigLIP: no .*head\.probe'):
-    convert.load(weights.arrays(tensors))
+    convert.load(source_files.arrays(tensors))
   with pytest.raises(ConfigError, match="resample='box': must be one of bilinear"):
     modeling.Config(found.image, found.text, resample='box')

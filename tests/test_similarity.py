@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from vtts_jax import images as pictures
 from vtts_jax.components import load
-from vtts_jax.core import ConfigError
+from vtts_jax.data import references
+from vtts_jax.errors import ConfigError
+from vtts_jax.media import preprocess as pictures
 from vtts_jax.models.dino import modeling as dino
 from vtts_jax.models.dreamsim import modeling as dreamsim
 from vtts_jax.testing import laws
-from vtts_jax.verifiers import references, towers
+from vtts_jax.verifiers.parts import image_encoder as towers
 
 PROMPTS = ['a red cube', 'a green dog']
 

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import components, core, run, select, step
+from vtts_jax import components, core
+from vtts_jax.engine import search as run
+from vtts_jax.engine import step
+from vtts_jax.errors import ConfigError
+from vtts_jax.search import select
 from vtts_jax.search.smc import PRESETS, SMC
 from vtts_jax.testing import laws, toys
 
@@ -169,12 +173,12 @@ def test_presets_run(name):
   ],
 )
 def test_bad_settings(settings, text):
-  with pytest.raises(core.ConfigError, match=text):
+  with pytest.raises(ConfigError, match=text):
     components.load('search.smc', **settings).check(toys.Tokens())
 
 
 def test_a_sampler_that_draws_nothing_is_refused():
-  gen = components.load('generators.scenes_flow')
-  with pytest.raises(core.ConfigError, match='generator.eta above 0'):
+  gen = components.load('scenes.flow')
+  with pytest.raises(ConfigError, match='generator.eta above 0'):
     SMC().check(gen)
-  SMC().check(components.load('generators.scenes_flow', eta=0.5))
+  SMC().check(components.load('scenes.flow', eta=0.5))

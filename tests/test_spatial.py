@@ -11,14 +11,18 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from vtts_jax import core, grading
 from vtts_jax.components import load
 from vtts_jax.data import geneval as grammar
 from vtts_jax.data import prompts as prompt_files
+from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import geneval
+from vtts_jax.metrics import geneval_arrays as geneval_rules
 from vtts_jax.models.owlvit import modeling as owl
+from vtts_jax.study import grading
 from vtts_jax.testing import laws, replay
-from vtts_jax.verifiers import colours, detectors, ensemble, geneval_rules, towers
+from vtts_jax.verifiers import ensemble
+from vtts_jax.verifiers.parts import colours, detectors
+from vtts_jax.verifiers.parts import image_encoder as towers
 
 HERE = pathlib.Path(__file__).parent
 ROWS = prompt_files.prompts('geneval')
@@ -141,14 +145,14 @@ def test_what_is_excluded_stands_alone_or_with_its_class():
   targets, names = geneval_rules.targets([row], 2)
   assert names == [['dog', 'cat']]
   assert targets['least'].tolist() == [[1, 0]] and targets['most'].tolist() == [[10_000, 0]]
-  with pytest.raises(core.ConfigError, match='entries=1: the metadata of .* has 2'):
+  with pytest.raises(ConfigError, match='entries=1: the metadata of .* has 2'):
     geneval_rules.targets([row], 1)
   for change, match in (
     ({'color': 'mauve'}, "color='mauve'; must be one of red"), ({'count': 17}, 'in 1 .. 16'),
     ({'position': ['beside', 0]}, "position='beside'"), ({'position': ['above', 0]}, 'no entry'),
   ):  # fmt: skip
     wrong = {'include': [{'class': 'dog', 'count': 1, **change}]}
-    with pytest.raises(core.ConfigError, match=match):
+    with pytest.raises(ConfigError, match=match):
       geneval_rules.targets([wrong], 2)
 
 
@@ -186,7 +190,7 @@ def test_crops_are_what_pil_cuts():
 
 
 def test_colours_are_clips_averaged_templates():
-  clip = load('verifiers.spatial', random='tiny_yolos').clip
+  clip = load('verifiers.geneval', random='tiny_yolos').clip
   params = clip.load()
   ids = clip.tokenize([['cup', 'wine glass']])
   assert ids.shape == (1, 2, 10, 3, 12) and colours.TEMPLATES[1] == 'a photo of a {}-colored {}'
@@ -223,13 +227,13 @@ def load_once():
   {'random': 'tiny'}, {'random': 'tiny_yolos', 'mode': 'strict'},
 ], ids=str)  # fmt: skip
 def test_protocol(settings):
-  verifier = load('verifiers.spatial', limits=(0.05, 0.1, 0.5), **settings)
+  verifier = load('verifiers.geneval', limits=(0.05, 0.1, 0.5), **settings)
   images = np.random.default_rng(0).random((4, 3, 40, 48, 3), np.float32)
   laws.check_verifier(verifier, PROMPTS, images)
 
 
 def test_broken_pictures_and_half_precision():
-  verifier = load('verifiers.spatial', limits=(0.05, 0.1, 0.5), random='tiny')
+  verifier = load('verifiers.geneval', limits=(0.05, 0.1, 0.5), random='tiny')
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), verifier.load())
   prompt = verifier.tokenize(PROMPTS)
   run = lambda x: verifier.score(params, verifier.encode(params, prompt), x)[verifier.names[0]]
@@ -246,13 +250,13 @@ def test_broken_pictures_and_half_precision():
 def test_strict_is_the_benchmark_on_its_own_detections(size):
   """Of random detectors that see objects everywhere, under limits that some of them pass."""
   prompts = ['a photo of two dogs', 'a photo of a red car', 'a photo of a cup left of a cow'] * 4
-  verifier = load('verifiers.spatial', random=size, mode='strict')
+  verifier = load('verifiers.geneval', random=size, mode='strict')
   params = jax.tree.map(lambda x: x * 3, verifier.load())  # louder: scores and places differ
   images = np.random.default_rng(5).random((12, 4, 40, 40, 3), np.float32)
   found = verifier.detections(params, prompts, images)
   ranked = np.sort([d['score'] for row in found for seen in row for d in seen])
   limits = (float(ranked[len(ranked) // 2]), float(ranked[-len(ranked) // 4]), 0.9)
-  verifier = load('verifiers.spatial', random=size, mode='strict', limits=limits)
+  verifier = load('verifiers.geneval', random=size, mode='strict', limits=limits)
   found = verifier.detections(params, prompts, images)
   vctx = verifier.encode(params, verifier.tokenize(prompts))
   have = np.asarray(jax.jit(verifier.score)(params, vctx, images)[verifier.names[0]])
@@ -265,7 +269,7 @@ def test_strict_is_the_benchmark_on_its_own_detections(size):
 
 def test_owl_asks_for_every_class_in_every_colour():
   """Scores and colours of a class are those of its own queries, whatever the batch."""
-  model = load('verifiers.spatial', random='tiny').model
+  model = load('verifiers.geneval', random='tiny').model
   params, names = model.load(), [['dog', 'tv remote'], ['cup', 'cow']]
   prompt = model.tokenize(names, True)
   assert prompt['ids'].shape == (2, 22, 16)
@@ -295,7 +299,7 @@ def test_owl_asks_for_every_class_in_every_colour():
 
 
 def test_yolos_looks_up_cocos_numbers():
-  model = load('verifiers.spatial', random='tiny_yolos').model
+  model = load('verifiers.geneval', random='tiny_yolos').model
   params = model.load()
   prompt = model.tokenize([['computer mouse', 'person']], False)
   assert prompt['index'].tolist() == [[74, 1]]
@@ -306,7 +310,7 @@ def test_yolos_looks_up_cocos_numbers():
   assert hues is None and boxes.shape == (1, 2, 20, 4)
   want = jax.nn.softmax(logits)[..., [74, 1]].swapaxes(1, 2)
   np.testing.assert_allclose(scores[0], want, atol=1e-6)
-  with pytest.raises(core.ConfigError, match="'unicorn': no class of COCO's"):
+  with pytest.raises(ConfigError, match="'unicorn': no class of COCO's"):
     model.tokenize([['unicorn', 'person']], False)
 
 
@@ -318,16 +322,16 @@ def test_metadata_from_a_file(tmp_path):
     'include': [{'class': 'unicorn', 'count': 2}],
   }
   path.write_text(json.dumps(row) + '\n' + json.dumps({'prompt': 'bare'}) + '\n')
-  verifier = load('verifiers.spatial', random='tiny', metadata=str(path))
+  verifier = load('verifiers.geneval', random='tiny', metadata=str(path))
   targets = verifier.tokenize(['Two unicorns.'])['targets']
   assert targets['least'].tolist() == [[2, 0]] and targets['counting'].tolist() == [True]
   for text in ('bare', 'a photo of a dog'):
     with pytest.raises(
-      core.ConfigError, match=f'has no row with an include for the prompt {text!r}'
+      ConfigError, match=f'has no row with an include for the prompt {text!r}'
     ):
       verifier.tokenize([text])
-  with pytest.raises(core.ConfigError, match='no such file'):
-    load('verifiers.spatial', random='tiny', metadata='nowhere.jsonl').tokenize(['x'])
+  with pytest.raises(ConfigError, match='no such file'):
+    load('verifiers.geneval', random='tiny', metadata='nowhere.jsonl').tokenize(['x'])
 
 
 def checkpoint(folder, name):
@@ -340,27 +344,27 @@ def checkpoint(folder, name):
 
 
 def test_a_checkpoint_says_which_detector_it_is(tmp_path):
-  verifier = load('verifiers.spatial', model_from=checkpoint(tmp_path / 'my-owl', 'owlv2.npz'))
+  verifier = load('verifiers.geneval', model_from=checkpoint(tmp_path / 'my-owl', 'owlv2.npz'))
   assert verifier.names == ('spatial_my_owl',) and verifier.model.config.v2
   params = verifier.load()['detector']
   x = np.zeros((1, 1, 20, 20, 3), np.float32)
   queries = np.ones((1, 22, 8), np.float32)
   boxes, *_ = jax.jit(lambda p: verifier.model.detect(p, queries, x, 2))(params)
   assert boxes.shape == (1, 1, 16, 4)
-  few = load('verifiers.spatial', model_from=checkpoint(tmp_path / 'few', 'yolos.npz'))
-  with pytest.raises(core.ConfigError, match="has 7 classes; must be COCO's 92"):
+  few = load('verifiers.geneval', model_from=checkpoint(tmp_path / 'few', 'yolos.npz'))
+  with pytest.raises(ConfigError, match="has 7 classes; must be COCO's 92"):
     few.check()
   with pytest.raises(FileNotFoundError, match='nothing-here'):
-    load('verifiers.spatial', model_from='nothing-here.safetensors').check()
+    load('verifiers.geneval', model_from='nothing-here.safetensors').check()
 
 
 def test_names_tell_the_models_and_oracles():
-  name = lambda **given: load('verifiers.spatial', **given).names[0]
+  name = lambda **given: load('verifiers.geneval', **given).names[0]
   assert name() == 'spatial_owlvit_b32' and name(mode='strict') == 'spatial_strict_owlvit_b32'
   assert name(colour='clip') == 'spatial_owlvit_b32_clip_l14'
   assert name(model_from='hustvl/yolos-small@abc') == 'spatial_yolos_small_clip_l14'
   assert name(random='owlv2_l14') == 'spatial_owlv2_l14'
-  owl_, yolo = load('verifiers.spatial'), load('verifiers.spatial', model_from='hustvl/yolos-tiny')
+  owl_, yolo = load('verifiers.geneval'), load('verifiers.geneval', model_from='hustvl/yolos-tiny')
   both = ensemble.build(members={'a': owl_, 'b': yolo}, weights={'a': 1, 'b': 0})
   assert geneval.judges_of(yolo) == {'yolos_tiny', 'clip_l14'}
   assert geneval.judges_of(both) == {'owlvit_b32'}  # the other is only measured
@@ -378,17 +382,17 @@ def test_what_cannot_be_run_is_said():
     ({'dtype': 'float16'}, "verifier.dtype='float16'"),
     ({'random': 'tiny_yolos', 'colour': 'query'}, "colour='query': tiny_yolos cannot"),
   ):  # fmt: skip
-    with pytest.raises(core.ConfigError, match=match):
-      load('verifiers.spatial', **settings)
-  with pytest.raises(core.ConfigError, match='is no prompt of GenEval'):
-    load('verifiers.spatial', random='tiny').tokenize(['hello'])
+    with pytest.raises(ConfigError, match=match):
+      load('verifiers.geneval', **settings)
+  with pytest.raises(ConfigError, match='is no prompt of GenEval'):
+    load('verifiers.geneval', random='tiny').tokenize(['hello'])
 
 
 def test_cost_is_the_detectors_and_the_clips():
-  owl_ = load('verifiers.spatial', random='owlvit_b32')
+  owl_ = load('verifiers.geneval', random='owlvit_b32')
   # 577 tokens of 85 M parameters and their attention; OWL-ViT's paper gives no number
   assert 1.0e11 < owl_.cost('score').flops < 1.25e11 and owl_.cost('score').verify == 1
-  clipped = load('verifiers.spatial', random='owlvit_b32', colour='clip')
+  clipped = load('verifiers.geneval', random='owlvit_b32', colour='clip')
   crop = 2 * colours.modeling.flops(colours.SIZES['tiny'], 'image')
   fewer = 2 * 24**2 * 20 * 512  # the queries of ten colours for two classes
   assert clipped.cost('score').flops == owl_.cost('score').flops - fewer + crop
@@ -397,7 +401,7 @@ def test_cost_is_the_detectors_and_the_clips():
 def test_a_verifier_as_metric():
   """Pictures are right where the strict score is 1; the label says whose accuracy it is."""
   settings = {
-    'name': 'verifiers.spatial',
+    'name': 'verifiers.geneval',
     'mode': 'strict',
     'random': 'tiny',
     'limits': (0.001, 0.001, 0.5),
@@ -406,7 +410,7 @@ def test_a_verifier_as_metric():
   images = np.random.default_rng(3).random((6, 40, 40, 3), np.float32)
   entries = [{'prompt': texts[i % 2]} for i in range(6)]
   right = grading.metric(settings, texts).score(images, entries)
-  verifier = load('verifiers.spatial', mode='strict', random='tiny', limits=(0.001, 0.001, 0.5))
+  verifier = load('verifiers.geneval', mode='strict', random='tiny', limits=(0.001, 0.001, 0.5))
   params = verifier.load()
   vctx = verifier.encode(params, verifier.tokenize(texts))
   paired = images.reshape(3, 2, *images.shape[1:]).swapaxes(0, 1)
@@ -416,5 +420,5 @@ def test_a_verifier_as_metric():
   assert grading.label(settings) == 'geneval_tiny (not official)'
   assert grading.label(settings, [verifier]) == 'geneval_tiny (not official, oracle)'
   assert 'not graded' in grading.label('data.prompts')
-  with pytest.raises(core.ConfigError, match='metric: .*is no prompt of GenEval'):
+  with pytest.raises(ConfigError, match='metric: .*is no prompt of GenEval'):
     grading.metric(settings, ['hello'])

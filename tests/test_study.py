@@ -17,8 +17,10 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from vtts_jax import main, stats, store
-from vtts_jax.core import ConfigError
+from vtts_jax.cli import main
+from vtts_jax.errors import ConfigError
+from vtts_jax.report import stats
+from vtts_jax.study import store
 
 CONFIG = str(pathlib.Path(__file__).parent / 'configs' / 'toys.py')
 SMALL = [f'--config={CONFIG}', '--config.seeds=(0,)']
@@ -182,7 +184,7 @@ def test_commands_explain_themselves(capsys, tmp_path):
   assert main.cli(['--help']) == 0 and 'vtts run --config' in capsys.readouterr().out
   assert main.cli(['list']) == 0
   listed = capsys.readouterr().out
-  for name in ('search.beam', 'search.best_of_n', 'generators.scenes_ar', 'verifiers.host'):
+  for name in ('search.beam', 'search.best_of_n', 'scenes.ar', 'verifiers.host'):
     assert name in listed
   assert main.cli(['list', 'search.beam']) == 0 and 'branch_at' in capsys.readouterr().out
   assert main.cli(['run', f'--config={CONFIG}', '--help']) == 0
@@ -251,7 +253,7 @@ def test_two_processes_share_the_prompts(whole, tmp_path):
 
 
 def test_what_is_searched_on_goes_by_its_measured_name():
-  from vtts_jax import study
+  from vtts_jax.study import execute as study
   from vtts_jax.testing import toys
   from vtts_jax.verifiers import ensemble
 
@@ -268,8 +270,10 @@ def test_what_a_prompt_did_not_need_is_not_on_its_bill():
   and nothing from there on."""
   import jax
 
-  from vtts_jax import core, run, study
+  from vtts_jax import core
+  from vtts_jax.engine import search as run
   from vtts_jax.search.beam import Beam
+  from vtts_jax.study import execute as study
   from vtts_jax.testing import toys
 
   gen, ver = toys.Tokens(), toys.Target()

@@ -4,11 +4,14 @@ import pathlib
 
 import pytest
 
-from vtts_jax import main, stats, study, sweep
-from vtts_jax.core import ConfigError
+from vtts_jax.cli import main
+from vtts_jax.errors import ConfigError
+from vtts_jax.report import stats
+from vtts_jax.study import execute as study
+from vtts_jax.study import sweep
 
 CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'sweeps' / 'scenes.py'
-A, B = {'name': 'verifiers.scenes_clip', 'which': 'a'}, {'name': 'verifiers.likelihood'}
+A, B = {'name': 'scenes.clip', 'which': 'a'}, {'name': 'verifiers.likelihood'}
 
 
 def test_best_of_n_runs_once_at_its_largest():

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.t5 import convert, modeling
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/t5_a.npz'
@@ -20,7 +23,7 @@ SMALL = modeling.Config(
 
 
 def count(config):
-  return weights.size(weights.abstract(lambda: modeling.build(config))[1])
+  return modules.size(modules.abstract(lambda: modeling.build(config))[1])
 
 
 def decoder(c):
@@ -53,8 +56,8 @@ def test_buckets_by_hand():
 
 
 def test_masked_tokens_are_not_seen():
-  graphdef, params = weights.split(modeling.build(SMALL))
-  model = jax.jit(lambda *args: weights.merge(graphdef, params)(*args))
+  graphdef, params = modules.split(modeling.build(SMALL))
+  model = jax.jit(lambda *args: modules.merge(graphdef, params)(*args))
   ids = np.arange(12).reshape(2, 6)
   mask = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
   base, other = model(ids, mask), model(np.where(mask, ids, 20), mask)
@@ -72,12 +75,12 @@ def test_flexar_text_encoder():
     with np.load(path) as file:
       golden = {k: file[k] for k in file.files}
     options = json.loads(str(golden['config']))['t5']
-    source = weights.arrays(golden).part(prefix, options)
+    source = source_files.arrays(golden).part(prefix, options)
     graphdef, params = convert.load(source)
-    encode = jax.jit(lambda p, *args, g=graphdef: weights.merge(g, p)(*args))
+    encode = jax.jit(lambda p, *args, g=graphdef: modules.merge(g, p)(*args))
     have = encode(params, golden['in/text_ids'], golden['in/text_mask'])
     np.testing.assert_allclose(have, golden['out/t5_last_hidden'], atol=1e-4)
-    assert convert.config_of(weights.arrays(golden), prefix) == convert.config_of(source)
+    assert convert.config_of(source_files.arrays(golden), prefix) == convert.config_of(source)
 
 
 @pytest.fixture
@@ -87,10 +90,10 @@ def tensors():
 
 
 def test_config_decides_then_keys(tensors):
-  inferred = convert.config_of(weights.arrays(tensors))
+  inferred = convert.config_of(source_files.arrays(tensors))
   assert (inferred.num_layers, inferred.num_heads, inferred.d_kv) == (2, 3, 6)
   said = {'layer_norm_epsilon': 1e-5, 'relative_attention_max_distance': 20, 'extra': 1}
-  config = convert.config_of(weights.arrays(tensors, said))
+  config = convert.config_of(source_files.arrays(tensors, said))
   assert config == dataclasses.replace(
     inferred, layer_norm_epsilon=1e-5, relative_attention_max_distance=20
   )
@@ -99,27 +102,27 @@ def test_config_decides_then_keys(tensors):
 def test_tied_names(tensors):
   for gone in ('shared.weight', 'encoder.embed_tokens.weight'):
     tensors.setdefault('shared.weight', tensors['encoder.embed_tokens.weight'])
-    _, params = convert.load(weights.arrays({k: v for k, v in tensors.items() if k != gone}))
+    _, params = convert.load(source_files.arrays({k: v for k, v in tensors.items() if k != gone}))
     np.testing.assert_array_equal(params['embed']['embedding'], tensors['shared.weight'])
   tensors['shared.weight'] = tensors['shared.weight'] + 1
   with pytest.raises(ValueError, match=r'both go to embed\.embedding and differ'):
-    convert.load(weights.arrays(tensors))
+    convert.load(source_files.arrays(tensors))
 
 
 def test_prefix_and_target(tensors):
   """The rules of a composite model: names under a prefix, parameters under a branch."""
-  _, template = weights.abstract(lambda: modeling.build(convert.config_of(weights.arrays(tensors))))
-  source = weights.arrays({f'text.model.{k}': v for k, v in tensors.items()})
-  both = weights.convert(source, convert.rules('text.model.', 't5.'), {'t5': template})
-  alone = weights.convert(weights.arrays(tensors), convert.RULES, template)
-  for key, value in weights.flatten(alone).items():
-    np.testing.assert_array_equal(weights.flatten(both)[f't5.{key}'], value)
+  _, template = modules.abstract(lambda: modeling.build(convert.config_of(source_files.arrays(tensors))))
+  source = source_files.arrays({f'text.model.{k}': v for k, v in tensors.items()})
+  both = conversion.convert(source, convert.rules('text.model.', 't5.'), {'t5': template})
+  alone = conversion.convert(source_files.arrays(tensors), convert.RULES, template)
+  for key, value in weight_files.flatten(alone).items():
+    np.testing.assert_array_equal(weight_files.flatten(both)[f't5.{key}'], value)
 
 
 def test_what_is_wrong_is_said(tensors):
   with pytest.raises(ValueError, match='has no T5 encoder'):
-    convert.load(weights.arrays({'x': np.zeros(1)}))
+    convert.load(source_files.arrays({'x': np.zeros(1)}))
   with pytest.raises(ConfigError, match="feed_forward_proj='gated-silu': allowed are gated-gelu"):
-    convert.config_of(weights.arrays(tensors), options={'feed_forward_proj': 'gated-silu'})
+    convert.config_of(source_files.arrays(tensors), options={'feed_forward_proj': 'gated-silu'})
   with pytest.raises(ValueError, match=r'blocks\.2\.feed\.wo\.kernel'):
-    convert.load(weights.arrays(tensors, {'num_layers': 3}))
+    convert.load(source_files.arrays(tensors, {'num_layers': 3}))

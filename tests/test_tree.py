@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from trees import KEY, QUIET, random_search, search
 
 from vtts_jax import core
-from vtts_jax.core import ConfigError
-from vtts_jax.search import simulate, tree
-from vtts_jax.search.policies import DTS, PUCT, UCT, Gumbel
-from vtts_jax.testing import games
+from vtts_jax.errors import ConfigError
+from vtts_jax.games import trees as games
+from vtts_jax.search.mcts import simulate, tree
+from vtts_jax.search.mcts.rules import DTS, PUCT, UCT, Gumbel
 
 # ------------------------------------------------------------------------------ what always holds
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from trees import KEY, QUIET, adversary, random_search, search
 
-from vtts_jax.search import simulate
-from vtts_jax.search.policies import DTS, PUCT, UCT, Gumbel
-from vtts_jax.testing import games
+from vtts_jax.games import trees as games
+from vtts_jax.search.mcts import simulate
+from vtts_jax.search.mcts.rules import DTS, PUCT, UCT, Gumbel
 
 # ------------------------------------------------------------------------------------------- mctx
 

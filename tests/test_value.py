@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import components, core, weights
-from vtts_jax.data import scenes as world
-from vtts_jax.models import scenes as models
-from vtts_jax.models.scenes import clip, prior, value
+from vtts_jax import components, core
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
+from vtts_jax.scenes import models as models
+from vtts_jax.scenes import world as world
+from vtts_jax.scenes.models import clip, prior, value
+from vtts_jax.scenes.train import completions, rollout
 from vtts_jax.testing import laws, toys
-from vtts_jax.train import completions, rollout
 
 KEY = jax.random.key(8)
 PROMPTS = ['a photo of a circle', 'a drawing of a red square and a blue ring']
@@ -23,7 +25,7 @@ SMALL = value.Config(tokens=9, codes=16, width=32, heads=2, text_width=16)
 
 @functools.cache
 def small(kind, config, seed=3):
-  return weights.split(kind.build(config, seed))
+  return modules.split(kind.build(config, seed))
 
 
 def inputs(config, tokens=8):
@@ -37,12 +39,12 @@ def inputs(config, tokens=8):
 
 
 def test_generators_with_value_and_rollout_conform():
-  laws.check_generator(components.load('generators.scenes_ar', **AHEAD), PROMPTS, KEY)
+  laws.check_generator(components.load('scenes.ar', **AHEAD), PROMPTS, KEY)
 
 
 def test_nothing_is_loaded_or_computed_unless_asked_for():
-  plain = components.load('generators.scenes_ar')
-  asked = components.load('generators.scenes_ar', **AHEAD)
+  plain = components.load('scenes.ar')
+  asked = components.load('scenes.ar', **AHEAD)
   assert set(plain.load()) == {'tokenizer', 'prior'}
   assert set(asked.load()) == {'tokenizer', 'prior', 'value', 'rollout'}
   prompt = plain.tokenize(PROMPTS)
@@ -58,18 +60,18 @@ def test_nothing_is_loaded_or_computed_unless_asked_for():
 
 
 def test_what_a_generator_lacks_is_a_config_error_that_names_it():
-  lacks = (components.load('generators.scenes_ar'), toys.Tokens())
+  lacks = (components.load('scenes.ar'), toys.Tokens())
   for gen in lacks:
     name = type(gen).__name__
-    with pytest.raises(core.ConfigError, match=f'{name}: has no value head'):
+    with pytest.raises(ConfigError, match=f'{name}: has no value head'):
       gen.value({}, None, None, 0)
-    with pytest.raises(core.ConfigError, match=f'{name}: has no rollout policy'):
+    with pytest.raises(ConfigError, match=f'{name}: has no rollout policy'):
       gen.rollout({}, None, None, None, 0, 1)
   for bad in ({'value_of': 'scenes_clip_b'}, {'rollout_policy': 'large'}):
-    with pytest.raises(core.ConfigError, match=f'generator.{next(iter(bad))}='):
-      components.load('generators.scenes_ar', **bad)
-  with pytest.raises(core.ConfigError, match="generator.prior='ar'"):
-    components.load('generators.scenes_ar', prior='uniform', value_of='scenes_clip_a')
+    with pytest.raises(ConfigError, match=f'generator.{next(iter(bad))}='):
+      components.load('scenes.ar', **bad)
+  with pytest.raises(ConfigError, match="generator.prior='ar'"):
+    components.load('scenes.ar', prior='uniform', value_of='scenes_clip_a')
 
 
 # ---- the model ---------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ def test_what_a_generator_lacks_is_a_config_error_that_names_it():
 def test_a_value_is_the_same_read_at_one_stage_and_at_all_of_them():
   graphdef, params = small(value, SMALL)
   text, tokens = inputs(SMALL)
-  call = lambda f: jax.jit(lambda p, *a: f(weights.merge(graphdef, p), *a))
+  call = lambda f: jax.jit(lambda p, *a: f(modules.merge(graphdef, p), *a))
   context = call(lambda m, t: m.context(t))(params, text)
   every = call(lambda m, c, t: m.scores(c, m.embeddings(c, t)))(params, context, tokens)
   assert every.shape == (2, 3, 9)
@@ -91,13 +93,13 @@ def test_a_value_is_the_same_read_at_one_stage_and_at_all_of_them():
 def test_scores_are_the_verifiers_logits_of_the_embedding():
   judge = clip.build(clip.Config(), seed=1)
   graphdef, params = small(value, SMALL)
-  theirs = weights.split(judge)[1]
+  theirs = modules.split(judge)[1]
   params = params | {
     'captions': theirs['words'],
     'scale': theirs['scale'],
     'bias': theirs['bias'],
   }
-  model, (text, _) = weights.merge(graphdef, params), inputs(SMALL)
+  model, (text, _) = modules.merge(graphdef, params), inputs(SMALL)
   seen = jax.random.normal(KEY, (2, 5, 128))
   want = judge.logits(seen, judge.text(text)[:, None])
   np.testing.assert_allclose(model.scores(model.context(text), seen), want, rtol=1e-5, atol=1e-5)
@@ -105,8 +107,8 @@ def test_scores_are_the_verifiers_logits_of_the_embedding():
 
 def test_flops_of_values_agree_with_the_compiler():
   config = value.Config()
-  graphdef, params = weights.abstract(lambda: value.build(config))
-  model = lambda p: weights.merge(graphdef, p)
+  graphdef, params = modules.abstract(lambda: value.build(config))
+  model = lambda p: modules.merge(graphdef, p)
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
   count = lambda f, *a: jax.jit(f).lower(*a).compile().cost_analysis()['flops']
   text = shape((2, 12))
@@ -128,7 +130,7 @@ def test_flops_of_values_agree_with_the_compiler():
 @pytest.mark.parametrize('scale', [1, 1.5])
 def test_samples_keep_what_is_given_and_tell_the_guided_logits(scale):
   config = prior.Config(tokens=8, codes=16, width=32, layers=2, heads=2, text_width=16)
-  model = weights.merge(*small(prior, config))
+  model = modules.merge(*small(prior, config))
   text, given = inputs(config)
   begin = np.array([[0, 3, 8], [5, 0, 1]])
   draw = jax.jit(functools.partial(completions.sample, model, scale), static_argnames='greedy')
@@ -144,7 +146,7 @@ def test_samples_keep_what_is_given_and_tell_the_guided_logits(scale):
 
 def test_a_distribution_survives_its_storage_and_diverges_from_itself_by_nothing():
   config = prior.Config(tokens=8, codes=16, width=32, layers=2, heads=2, text_width=16)
-  model = weights.merge(*small(prior, config))
+  model = modules.merge(*small(prior, config))
   text, tokens = inputs(config)
   p = jax.nn.softmax(model.forced(model.text(text), tokens))
   root = jnp.round(255 * jnp.sqrt(p)).astype(jnp.uint8)
@@ -174,8 +176,8 @@ def ranks(x):
 
 @pytest.mark.parametrize('order', ['1d', '2d'])
 def test_the_shipped_parts_tell_good_candidates_of_a_held_out_prompt_from_bad(order):
-  gen = components.load('generators.scenes_ar', order=order, **AHEAD)
-  ver = components.load('verifiers.scenes_clip', which='a')
+  gen = components.load('scenes.ar', order=order, **AHEAD)
+  ver = components.load('scenes.clip', which='a')
   assert ver.names == (gen.value_of,)
   texts = [m['prompt'] for m in world.prompts('held', 48, seed=5)]
   params, judge, cut = gen.load(), ver.load(), 20

@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from vtts_jax import components, core, run
+from vtts_jax import components
+from vtts_jax.engine import search as run
+from vtts_jax.errors import ConfigError
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.testing import laws, toys
@@ -78,7 +80,7 @@ def test_likelihood_is_the_mean_log_probability():
   np.testing.assert_allclose(found.steps[0].totals, shown.logp / 6, rtol=1e-6)
   cost = BestOfN(n=4).cost(TOKENS, ver)
   assert cost.render == 0 and cost.verify == 4
-  with pytest.raises(core.ConfigError, match='needs log-probabilities, which Flow lacks'):
+  with pytest.raises(ConfigError, match='needs log-probabilities, which Flow lacks'):
     run.search(BestOfN(n=4), toys.Flow(), ver, params(ver), PROMPTS, KEY)
 
 
@@ -94,7 +96,7 @@ def test_likelihood_is_the_mean_log_probability():
   ],
 )
 def test_ensembles_refuse(given, message):
-  with pytest.raises(core.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     components.load('verifiers.ensemble', **given)
 
 

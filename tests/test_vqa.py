@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtts_jax import components, weights
-from vtts_jax.core import ConfigError
-from vtts_jax.models import vit
+from vtts_jax import components
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules, vit
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.clip_flant5 import convert, modeling
 from vtts_jax.models.t5 import decoder as t5_decoder
@@ -36,9 +37,9 @@ PROMPTS = ['a red square', 'two blue dogs sit']
 )
 def test_released_sizes(name, count, decoder):
   """The tower's last block and norm are not there: 12,598,272 parameters of the released file."""
-  _, params = weights.abstract(lambda: modeling.build(modeling.RELEASED[name]))
-  assert weights.size(params) == count and weights.size(params['decoder']) == decoder
-  assert weights.size(params['image']) + 12_598_272 == 303_507_456  # CLIP L/14 at 336, bare
+  _, params = modules.abstract(lambda: modeling.build(modeling.RELEASED[name]))
+  assert modules.size(params) == count and modules.size(params['decoder']) == decoder
+  assert modules.size(params['image']) + 12_598_272 == 303_507_456  # CLIP L/14 at 336, bare
 
 
 def test_flops_are_what_xla_counts():
@@ -46,12 +47,12 @@ def test_flops_are_what_xla_counts():
   text = t5.Config(vocab_size=300, d_model=128, d_kv=16, d_ff=320, num_layers=1, num_heads=6)
   vision = clip.Config(vit.Config(96, 1, 2, 384), None, 1, image_size=32, patch=4)
   c = modeling.Config(vision, text, text)
-  graphdef, params = weights.abstract(lambda: modeling.build(c))
+  graphdef, params = modules.abstract(lambda: modeling.build(c))
   shape = lambda *s, dtype='float32': jax.ShapeDtypeStruct(s, jnp.dtype(dtype))
   words = shape(1, 9, 128), shape(1, 7, 128), shape(1, 7, dtype='int32')
   run = lambda p, pixels, before, after, mask, answer: (
     lambda m: m.likelihood(before, m.look(pixels), after, mask, answer)
-  )(weights.merge(graphdef, p))
+  )(modules.merge(graphdef, p))
   lowered = jax.jit(run).lower(params, shape(1, 32, 32, 3), *words, shape(1, 2, dtype='int32'))
   counted = lowered.compile().cost_analysis()['flops']
   assert 1 <= counted / modeling.flops(c, 9, 7, 2) < 1.1
@@ -70,13 +71,13 @@ def test_pictures_are_squared_as_published(shape):
 def test_a_likelihood_is_over_the_words_of_the_tokenizer(params):
   """Over all answers of two tokens, P(first) P(second | first) sums to one."""
   c = dataclasses.replace(modeling.TINY, words=12)
-  graphdef, _ = weights.abstract(lambda: modeling.build(c))
+  graphdef, _ = modules.abstract(lambda: modeling.build(c))
   answers = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2)
   states = np.random.default_rng(0).normal(size=(1, 7, 16)).astype(np.float32)
 
   @jax.jit
   def log_probs(answers):
-    model, rows = weights.merge(graphdef, params), len(answers)
+    model, rows = modules.merge(graphdef, params), len(answers)
     return model.log_probs(np.repeat(states, rows, 0), np.ones((rows, 7), bool), answers)
 
   found = np.asarray(log_probs(answers))
@@ -95,7 +96,7 @@ def tensors():
 
 def test_what_is_wrong_is_said(tensors):
   values, config = tensors
-  load = lambda values, config=config: convert.load(weights.arrays(values, config))
+  load = lambda values, config=config: convert.load(source_files.arrays(values, config))
   load(values)
   towerless = {k: v for k, v in values.items() if not k.startswith('vision_tower.')}
   with pytest.raises(ValueError, match='has no vision_model: name a CLIP .*patch14-336'):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vtts_jax import components
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
 from vtts_jax.testing import laws
 from vtts_jax.verifiers.vqa_endpoint import yes_of
 

@@ -4,9 +4,9 @@ import functools
 
 import jax
 
-from vtts_jax.search import simulate
-from vtts_jax.search.policies import PUCT
-from vtts_jax.testing import games
+from vtts_jax.games import trees as games
+from vtts_jax.search.mcts import simulate
+from vtts_jax.search.mcts.rules import PUCT
 
 KEY = jax.random.key(5)
 QUIET = PUCT(fraction=0.0)

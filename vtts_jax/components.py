@@ -10,9 +10,10 @@ import importlib
 import pathlib
 from typing import Any
 
-from vtts_jax.core import Algorithm, ConfigError, Generator, Verifier
+from vtts_jax.core import Algorithm, Generator, Verifier
+from vtts_jax.errors import ConfigError
 
-FOLDERS = ('generators', 'verifiers', 'search')
+FOLDERS = ('generators', 'verifiers', 'search', 'scenes')
 
 
 def load(name: str, **settings):

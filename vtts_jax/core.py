@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vtts_jax.errors import ConfigError
+
 # the vocabulary of every part: core.take, core.fold ...
 from vtts_jax.keys import CHILD as CHILD
 from vtts_jax.keys import candidate_keys as candidate_keys
@@ -29,10 +31,6 @@ from vtts_jax.keys import take as take
 from vtts_jax.keys import where as where
 
 NEG_INF = float('-inf')
-
-
-class ConfigError(ValueError):
-  """A setting that cannot be run; its message names the setting, the value and what is allowed."""
 
 
 # ----------------------------------------------------------------------------------------------

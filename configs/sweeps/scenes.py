@@ -17,14 +17,14 @@ largest N. On two cores a seed of `budget` takes about 15 minutes and one of `al
 
 from ml_collections import ConfigDict
 
-from vtts_jax import sweep
 from vtts_jax.components import defaults
+from vtts_jax.study import sweep
 
 VERIFIERS = {
-  'clip_a': {'name': 'verifiers.scenes_clip', 'which': 'a'},
-  'clip_b': {'name': 'verifiers.scenes_clip', 'which': 'b'},
-  'detector': {'name': 'verifiers.scenes_detector'},
-  'quality': {'name': 'verifiers.scenes_quality'},
+  'clip_a': {'name': 'scenes.clip', 'which': 'a'},
+  'clip_b': {'name': 'scenes.clip', 'which': 'b'},
+  'detector': {'name': 'scenes.detector'},
+  'quality': {'name': 'scenes.quality'},
   'likelihood': {'name': 'verifiers.likelihood'},
 }
 ALGORITHMS = {  # a new one is a line here; the second argument is the setting that is its budget
@@ -94,11 +94,11 @@ def get_config(arg: str = 'budget') -> ConfigDict:
   config = {
     'name': f'sweep-{what}-{order}',
     'workdir': 'runs',
-    'prompts': {'name': 'data.scenes', 'split': 'held', 'count': 240, 'seed': 0},
-    'generator': defaults('generators.scenes_ar', order=order),
+    'prompts': {'name': 'scenes.world', 'split': 'held', 'count': 240, 'seed': 0},
+    'generator': defaults('scenes.ar', order=order),
     'verifier': VERIFIERS['clip_a'],
     'measure': VERIFIERS,
-    'metric': 'metrics.scenes',
+    'metric': 'scenes.oracle',
     'search': defaults('search.best_of_n', n=64),
     'arms': ARMS[what](),
     'seeds': (0, 1, 2),

@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from vtts_jax import checkpoints, weights
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints import source as checkpoints
 
 
 def header(model, options=None, also=()):
@@ -19,13 +21,13 @@ def check_table(source, rules, template):
 
   Nothing is read: a rule's function is called on zeros that take no memory.
   """
-  want, filled = weights.flatten(template), set()
+  want, filled = weight_files.flatten(template), set()
   for name in source.names():
-    target, op = weights._match(name, rules)
+    target, op = conversion._match(name, rules)
     assert target != '', f'{name}: no rule knows it'
     if target is not None:
       zeros = np.broadcast_to(np.float32(0), source.shape(name))
-      made = op(zeros) if callable(op) else np.transpose(zeros, weights.OPS[op])
+      made = op(zeros) if callable(op) else np.transpose(zeros, conversion.OPS[op])
       made = zeros if op == '' else made
       assert made.shape == tuple(want[target].shape), (name, made.shape, target)
       filled.add(target)

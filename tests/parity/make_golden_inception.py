@@ -170,7 +170,8 @@ def compare():
   from pytorch_fid import inception as fid
   from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-  from vtts_jax import weights
+  from vtts_jax.checkpoints import source as source_files
+  from vtts_jax.models import modules
   from vtts_jax.models.inception import convert, modeling
 
   made, pixels = Reference(seed=1), np.random.default_rng(0).integers(0, 256, (2, 200, 256, 3))
@@ -191,9 +192,9 @@ def compare():
   held = other.state_dict()
   names = {k: v.shape for k, v in held.items() if 'num_batches' not in k}
   print(len(held), 'names, the same:', names == {k: v.shape for k, v in made.state.items()})
-  source = weights.arrays({k: v.numpy() for k, v in made.state.items()})
+  source = source_files.arrays({k: v.numpy() for k, v in made.state.items()})
   graphdef, params = convert.load(source)
-  run = jax.jit(lambda p, x: weights.merge(graphdef, p)(modeling.prepare(x)))
+  run = jax.jit(lambda p, x: modules.merge(graphdef, p)(modeling.prepare(x)))
   shown = pixels.astype(np.float32) / 255
   print('ours', gap(run(params, shown), want['pytorch_fid']['features']))
   batch = np.random.default_rng(2).random((8, 299, 299, 3), np.float32)

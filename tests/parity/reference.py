@@ -12,7 +12,7 @@ with warnings.catch_warnings():
 
   LAZY = (diffusers.AutoencoderKL, transformers.T5EncoderModel)  # they load when they are named
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import source as source_files
 
 
 def randomise(model, seed, scale=0.2):
@@ -30,7 +30,7 @@ def randomise(model, seed, scale=0.2):
 def source(model, config=None):
   """The state dict as production code sees a file; tied names are all there."""
   state = {k: v.numpy() for k, v in model.state_dict().items()}
-  return weights.arrays(state, config)
+  return source_files.arrays(state, config)
 
 
 def run(module, *values, **options):

@@ -7,7 +7,8 @@ import pytest
 import reference
 from reference import diffusers, nchw, nhwc, torch
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import convert, modeling
 
 CLOSE = {'atol': 5e-5, 'rtol': 5e-5}
@@ -33,7 +34,7 @@ def pair(request):
     **options,
   )  # fmt: skip
   theirs = reference.randomise(theirs, 3)
-  ours = weights.merge(*convert.load(reference.source(theirs, dict(theirs.config))))
+  ours = modules.merge(*convert.load(reference.source(theirs, dict(theirs.config))))
   return theirs, ours
 
 
@@ -87,13 +88,13 @@ def test_whole(pair):
   with torch.no_grad():
     posterior = theirs.encode(torch.from_numpy(images)).latent_dist
     decoded = theirs.decode(torch.from_numpy(latents)).sample.numpy()
-  graphdef, params = weights.split(ours)
-  mean, spread = jax.jit(lambda p, x: weights.merge(graphdef, p).encode(x))(params, nhwc(images))
+  graphdef, params = modules.split(ours)
+  mean, spread = jax.jit(lambda p, x: modules.merge(graphdef, p).encode(x))(params, nhwc(images))
   np.testing.assert_allclose(nchw(mean), posterior.mean.numpy(), **CLOSE)
   np.testing.assert_allclose(nchw(spread), posterior.logvar.numpy(), **CLOSE)
   kl = modeling.divergence(mean, spread)
   np.testing.assert_allclose(kl, posterior.kl().numpy(), rtol=1e-4)
-  have = jax.jit(lambda p, x: weights.merge(graphdef, p).decode(x))(params, nhwc(latents))
+  have = jax.jit(lambda p, x: modules.merge(graphdef, p).decode(x))(params, nhwc(latents))
   np.testing.assert_allclose(nchw(have), decoded, **CLOSE)
   assert ours.config.scaling_factor == theirs.config.scaling_factor
   assert ours.config.shift_factor == (theirs.config.shift_factor or 0)
@@ -110,16 +111,16 @@ def test_old_attention_names(pair, as_convolution):
         value = value[:, :, None, None]
       name = name.replace(f'.{new}.', f'.{old}.')
     state[name] = value
-  _, params = convert.load(weights.arrays(state, dict(theirs.config)))
-  jax.tree.map(np.testing.assert_array_equal, params, weights.split(ours)[1])
+  _, params = convert.load(source_files.arrays(state, dict(theirs.config)))
+  jax.tree.map(np.testing.assert_array_equal, params, modules.split(ours)[1])
 
 
 def test_bfloat16_stays_near(pair):
   theirs, ours = pair
   latents = data(1, ours.config.latent_channels, 4, 4)
-  graphdef, params = weights.split(ours)
+  graphdef, params = modules.split(ours)
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  have = weights.merge(graphdef, half).decode(nhwc(latents).astype(jnp.bfloat16))
+  have = modules.merge(graphdef, half).decode(nhwc(latents).astype(jnp.bfloat16))
   assert have.dtype == jnp.bfloat16
   with torch.no_grad():
     want = theirs.decode(torch.from_numpy(latents)).sample.numpy()
@@ -139,4 +140,4 @@ def test_released_configs(name):
       use_post_quant_conv=c.use_post_quant_conv,
     )  # fmt: skip
   count = sum(p.numel() for p in theirs.parameters())
-  assert weights.size(weights.abstract(lambda: modeling.build(c))[1]) == count
+  assert modules.size(modules.abstract(lambda: modeling.build(c))[1]) == count

@@ -12,7 +12,11 @@ from PIL import Image
 from reference import torch, transformers
 from safetensors.numpy import save_file
 
-from vtts_jax import checkpoints, components, weights
+from vtts_jax import components
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints import source as checkpoints
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.models import modules
 from vtts_jax.models.blip import convert, modeling
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.verifiers import image_reward
@@ -37,8 +41,8 @@ def ours(theirs, request):
   found, options, settings = state(theirs), {}, theirs.config.to_dict()
   if request.param == 'image_reward':
     found, options, settings = golden.renamed(found), golden.OPTIONS, {}
-  source = weights.arrays(found, settings)
-  return weights.merge(*convert.load(source, convert.config_of(source, **options)))
+  source = source_files.arrays(found, settings)
+  return modules.merge(*convert.load(source, convert.config_of(source, **options)))
 
 
 def test_every_stage(theirs, ours):
@@ -77,7 +81,7 @@ def test_released_names_and_counts():
   header['blip.text_encoder.embeddings.position_ids'] = ((1, 512), 'int64')
   source = checkpoints.Source('released', header, lambda name: None)
   assert convert.config_of(source) == modeling.RELEASED['image_reward']
-  want = weights.flatten(weights.abstract(lambda: modeling.build(convert.config_of(source)))[1])
+  want = weight_files.flatten(modules.abstract(lambda: modeling.build(convert.config_of(source)))[1])
   found, left = set(), set()
   for name in convert.paired(source).names():
     rule = next(r for r in convert.RULES if re.fullmatch(r[0], name))

@@ -14,7 +14,11 @@ import reference
 from PIL import Image
 from reference import nchw, torch, transformers
 
-from vtts_jax import components, weights
+from vtts_jax import components
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.models import modules
 from vtts_jax.models.clip import convert, modeling
 from vtts_jax.verifiers import aesthetic
 
@@ -43,7 +47,7 @@ def pair(request):
   theirs = reference.randomise(transformers.CLIPModel(config(*request.param)), 1)
   with torch.no_grad():
     theirs.logit_scale.fill_(1.5)
-  ours = weights.merge(*convert.load(reference.source(theirs, theirs.config.to_dict())))
+  ours = modules.merge(*convert.load(reference.source(theirs, theirs.config.to_dict())))
   return theirs, ours
 
 
@@ -99,7 +103,7 @@ def test_scores(pair):
 def test_bfloat16_stays_near(pair):
   theirs, ours = pair
   source = reference.source(theirs, theirs.config.to_dict())
-  half = weights.merge(*convert.load(source, jnp.bfloat16))
+  half = modules.merge(*convert.load(source, jnp.bfloat16))
   assert half.scale.dtype == jnp.float32 and half.image.cls.dtype == jnp.bfloat16
   x = data(8, 20, 20, 3, seed=2)
   cosines = [(m.embed_image(x) @ m.embed_text(IDS).T) for m in (ours, half)]
@@ -178,17 +182,17 @@ def test_open_clip_layout(pair):
     mine = {
       n if n.startswith('visual.') or n == 'logit_scale' else lead + n: v for n, v in state.items()
     }
-    _, params = convert.load(weights.arrays(mine, options))
-    jax.tree.map(np.testing.assert_array_equal, params, weights.split(ours)[1])
+    _, params = convert.load(source_files.arrays(mine, options))
+    jax.tree.map(np.testing.assert_array_equal, params, modules.split(ours)[1])
   mine |= {'input_resolution': np.array(20), 'context_length': np.array(7)}
-  assert convert.config_of(weights.arrays(mine)).image.act == 'quick_gelu'
-  assert convert.config_of(weights.arrays(state)).image.act == 'gelu'
+  assert convert.config_of(source_files.arrays(mine)).image.act == 'quick_gelu'
+  assert convert.config_of(source_files.arrays(state)).image.act == 'gelu'
 
 
 def test_a_tower_alone(pair):
   theirs, ours = pair
   source = reference.source(theirs, theirs.config.to_dict())
-  _, whole = weights.split(ours)
+  _, whole = modules.split(ours)
   for tower in ('image', 'text'):
     _, params = convert.load(source, towers=tower)
     assert set(params) == {tower}
@@ -211,8 +215,8 @@ def test_released_sizes_are_theirs(name):
   )  # fmt: skip
   with torch.device('meta'):
     theirs = transformers.CLIPModel(released)
-  _, template = weights.abstract(lambda: modeling.build(c))
-  assert weights.size(template) == sum(p.numel() for p in theirs.parameters())
+  _, template = modules.abstract(lambda: modeling.build(c))
+  assert modules.size(template) == sum(p.numel() for p in theirs.parameters())
   old = {f'{side}_model.embeddings.position_ids': torch.empty(9) for side in ('text', 'vision')}
   layouts = (theirs.state_dict() | old, open_names(theirs.state_dict()))
   for state, options in zip(layouts, ({}, {'quick_gelu': c.image.act == 'quick_gelu'})):
@@ -232,9 +236,9 @@ def header(state, options):
 def check_table(source, template):
   """Every key is used or knowingly left, every parameter is filled: by names, nothing is read."""
   source = convert.fused(convert.stacked(source, 'layers|resblocks'))
-  targets = [weights._match(name, convert.RULES)[0] for name in source.names()]
+  targets = [conversion._match(name, convert.RULES)[0] for name in source.names()]
   assert '' not in targets
-  assert {t for t in targets if t} == set(weights.flatten(template))
+  assert {t for t in targets if t} == set(weight_files.flatten(template))
 
 
 @pytest.mark.parametrize('shape', [(64, 64), (300, 301), (512, 380), (33, 47)])
@@ -261,7 +265,7 @@ def test_aesthetic_head_is_the_published_module(tmp_path):
   made = [torch.nn.Dropout(x) if isinstance(x, float) else torch.nn.Linear(*x) for x in layers]
   theirs = torch.nn.ModuleDict({'layers': torch.nn.Sequential(*made)}).eval()
   state = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
-  weights.save(tmp_path / 'head.safetensors', state)
+  weight_files.save(tmp_path / 'head.safetensors', state)
   ver = components.load('verifiers.aesthetic', random='tiny')
   params = ver.load()
   params['head'] = aesthetic.read_head(

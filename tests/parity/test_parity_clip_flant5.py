@@ -12,7 +12,8 @@ from make_golden_vqa import TEXT, VISION, Published, given, torches
 from PIL import Image
 from reference import nchw, torch, transformers
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.models import modules
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.clip_flant5 import convert, modeling
 
@@ -30,7 +31,7 @@ def theirs():
 
 @pytest.fixture(scope='module')
 def ours(theirs):
-  return weights.merge(*convert.load(reference.source(theirs, OPTIONS)))
+  return modules.merge(*convert.load(reference.source(theirs, OPTIONS)))
 
 
 @pytest.mark.parametrize('words', [20, 14], ids=['all', 'fewer'])
@@ -40,8 +41,8 @@ def test_every_stage(theirs, ours, words):
   with torch.no_grad():
     want = {k: v.numpy() for k, v in theirs.stages(**torches(inputs), words=words).items()}
   config = dataclasses.replace(ours.config, words=words)
-  graphdef, _ = weights.abstract(lambda: modeling.build(config))
-  ours = weights.merge(graphdef, weights.split(ours)[1])
+  graphdef, _ = modules.abstract(lambda: modeling.build(config))
+  ours = modules.merge(graphdef, modules.split(ours)[1])
   embed, shown = ours.encoder.embed, ours.look(inputs['pixels'])
   read = embed(inputs['before']), shown, embed(inputs['after']), inputs['mask']
   states, mask = ours.read(*read)
@@ -67,14 +68,14 @@ def test_other_places_of_the_same_weights(theirs, ours):
     'logit_scale': np.zeros(()),
   }  # fmt: skip
   apart = convert.load(
-    weights.arrays(text, SIZES), weights.arrays(whole_clip, {'vision_config': TOWER})
+    source_files.arrays(text, SIZES), source_files.arrays(whole_clip, {'vision_config': TOWER})
   )
   other = {f't5.{k}' if not k.startswith('mm_') else k: v for k, v in text.items()}
   for name in ('shared', 'encoder.embed_tokens', 'embed_tokens'):  # as safetensors keeps one
     other.pop(f't5.{name}.weight')
   other |= {f'v.{k}': v for k, v in vision.items()}
-  renamed = convert.load(weights.arrays(other, OPTIONS))
-  want = weights.split(ours)[1]
+  renamed = convert.load(source_files.arrays(other, OPTIONS))
+  want = modules.split(ours)[1]
   for _, params in (apart, renamed):
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
@@ -110,8 +111,8 @@ def test_released_sizes(name, count):
   buffer = 'vision_tower.vision_tower.vision_model.embeddings.position_ids'  # in old files
   source = convert.whole(header(theirs, convert.SETTINGS, also=(buffer,)))
   assert convert.config_of(source) == config
-  _, template = weights.abstract(lambda: modeling.build(config))
+  _, template = modules.abstract(lambda: modeling.build(config))
   check_table(convert.prepared(source), convert.RULES, template)
   own = {id(p): p.numel() for p in theirs.parameters()}
   last = sum(p.numel() for p in theirs.vision_tower.vision_tower.encoder.layers[-1].parameters())
-  assert sum(own.values()) == count == weights.size(template) + last + 2 * 1024
+  assert sum(own.values()) == count == modules.size(template) + last + 2 * 1024

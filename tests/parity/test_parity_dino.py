@@ -18,7 +18,8 @@ from dino_layouts import (
 from full_size import check_table, header
 from reference import nchw, torch, transformers
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.models import modules
 from vtts_jax.models.dino import convert, modeling
 from vtts_jax.models.dreamsim import convert as dreamsim_convert
 from vtts_jax.models.dreamsim import modeling as dreamsim
@@ -47,7 +48,7 @@ def data(*shape, seed=0):
 def pair(request):
   theirs = reference.randomise(MODELS[request.param](), 3)
   source = reference.source(theirs, theirs.config.to_dict())
-  return theirs, weights.merge(*convert.load(source))
+  return theirs, modules.merge(*convert.load(source))
 
 
 def encoder(theirs):
@@ -83,16 +84,16 @@ def test_names_of_files(pair):
   files = on_disk(theirs)
   assert {k: v.shape for k, v in files.items()} == {k: v.shape for k, v in saved(theirs).items()}
   config = theirs.config.to_dict()
-  _, params = convert.load(weights.arrays(files, config))
-  jax.tree.map(np.testing.assert_array_equal, params, weights.split(ours)[1])
+  _, params = convert.load(source_files.arrays(files, config))
+  jax.tree.map(np.testing.assert_array_equal, params, modules.split(ours)[1])
 
 
 def test_original_layout():
   """facebookresearch/dino: other names, other epsilon, positions resized by a factor."""
   theirs = transformers.ViTModel(transformers.ViTConfig(**SMALL, layer_norm_eps=1e-6))
   theirs = original_positions(reference.randomise(theirs, 4))
-  source = weights.arrays(original(theirs), {'num_attention_heads': 2})
-  ours = weights.merge(*convert.load(source))
+  source = source_files.arrays(original(theirs), {'num_attention_heads': 2})
+  ours = modules.merge(*convert.load(source))
   assert ours.config.offset == 0.1
   for size in SIZES:
     x = data(2, *size, 3)
@@ -156,10 +157,10 @@ def test_released(name):
       theirs = getattr(transformers, kind + ('ForImageClassification' if c.classes else 'Model'))
       theirs = theirs(config)
   count = sum(p.numel() for n, p in theirs.named_parameters() if not n.endswith('mask_token'))
-  _, template = weights.abstract(lambda: modeling.build(c))
-  assert weights.size(template) == count
+  _, template = modules.abstract(lambda: modeling.build(c))
+  assert modules.size(template) == count
   for tensors in (saved(theirs), None):
-    source = weights.arrays(tensors, config.to_dict()) if tensors else header(theirs)
+    source = source_files.arrays(tensors, config.to_dict()) if tensors else header(theirs)
     if tensors:
       assert convert.config_of(source) == c
     check_table(convert.joined(source), convert.RULES, template)
@@ -172,19 +173,19 @@ def test_dreamsim():
   """Branches, adapters, embedding; the torch classes have the adapters merged by hand."""
   theirs = [reference.randomise(model, i) for i, model in enumerate(branches())]
   low_rank = adapters(np.random.default_rng(0))
-  bases = [weights.arrays(original(model)) for model in theirs]
+  bases = [source_files.arrays(original(model)) for model in theirs]
   images = np.random.default_rng(1).random((3, 16, 16, 3)).astype(np.float32)
   with torch.no_grad():
     for i, model in enumerate(theirs):
       merge(model, low_rank, i, 0.5 / 16)
     parts, whole = embedding(theirs, images)
-  found = dreamsim_convert.merged(bases, weights.arrays(low_rank), 0.5 / 16)
+  found = dreamsim_convert.merged(bases, source_files.arrays(low_rank), 0.5 / 16)
   config = dreamsim_convert.config_of(found, heads=2)
-  ours = weights.merge(*dreamsim_convert.load(found, config))
+  ours = modules.merge(*dreamsim_convert.load(found, config))
   for branch, part in zip(ours.branches, parts, strict=True):
     np.testing.assert_allclose(dreamsim.feature(branch, images), part.numpy(), **CLOSE)
   np.testing.assert_allclose(ours(images), whole.numpy(), **CLOSE)
-  plain = weights.merge(*dreamsim_convert.load(bases, config))
+  plain = modules.merge(*dreamsim_convert.load(bases, config))
   assert np.abs(plain(images) - whole.numpy()).max() > 1e-3
 
 
@@ -205,10 +206,10 @@ def test_dreamsim_branches(name):
       config = transformers.ViTConfig(**sizes)
       theirs = transformers.ViTModel(config, add_pooling_layer=False)
   tensors = saved(theirs) if 'v2' in name else original(theirs)
-  source = weights.arrays(tensors)
+  source = source_files.arrays(tensors)
   found = convert.config_of(source, act=c.act, eps=c.eps, offset=c.offset)
   assert found == c
-  _, template = weights.abstract(lambda: modeling.build(c))
+  _, template = modules.abstract(lambda: modeling.build(c))
   check_table(convert.joined(source), convert.RULES, template)
   left = sum(v.size for k, v in tensors.items() if 'mask_token' in k)
-  assert weights.size(template) == sum(v.size for v in tensors.values()) - left
+  assert modules.size(template) == sum(v.size for v in tensors.values()) - left

@@ -9,7 +9,10 @@ import pytest
 import reference
 from reference import torch
 
-from vtts_jax import checkpoints, weights
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints import source as checkpoints
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.models import modules
 from vtts_jax.models.inception import convert, modeling
 
 CLOSE = {'atol': 1e-4, 'rtol': 1e-4}
@@ -19,14 +22,14 @@ def test_every_stage():
   theirs = golden.Reference(thinner=16, classes=9, seed=1)
   x = np.random.default_rng(0).normal(size=(3, 155, 155, 3)).astype(np.float32)
   want = theirs(torch.from_numpy(reference.nchw(x)))
-  source = weights.arrays({k: v.numpy() for k, v in theirs.state.items()})
+  source = source_files.arrays({k: v.numpy() for k, v in theirs.state.items()})
   graphdef, params = convert.load(source, convert.config_of(source, side=155))
-  have = jax.jit(lambda p, x: weights.merge(graphdef, p).grids(x))(params, x)
+  have = jax.jit(lambda p, x: modules.merge(graphdef, p).grids(x))(params, x)
   assert set(have) | {'features', 'logits'} == set(want)
   for name, grid in have.items():
     print(name, np.abs(reference.nchw(grid) - want[name].numpy()).max(), want[name].std().item())
     np.testing.assert_allclose(reference.nchw(grid), want[name], **CLOSE, err_msg=name)
-  model = weights.merge(graphdef, params)
+  model = modules.merge(graphdef, params)
   features = model(x)
   np.testing.assert_allclose(features, want['features'], **CLOSE)
   np.testing.assert_allclose(model.logits(features), want['logits'], **CLOSE)
@@ -44,7 +47,7 @@ def test_released_names_and_counts():
   counters = {f'{n}.num_batches_tracked': ((), 'int64') for n in norms}
   source = checkpoints.Source('released', header | counters, lambda name: None)
   whole = convert.folded(source)
-  want = weights.flatten(weights.abstract(lambda: modeling.build(modeling.Config()))[1])
+  want = weight_files.flatten(modules.abstract(lambda: modeling.build(modeling.Config()))[1])
   found = {}
   for name in whole.names():
     pattern, target, op = next(r for r in convert.RULES if re.fullmatch(r[0], name))

@@ -8,8 +8,7 @@ import reference
 from PIL import Image
 from reference import torch, transformers
 
-from vtts_jax import weights
-from vtts_jax.models import vit
+from vtts_jax.models import modules, vit
 from vtts_jax.models.owlvit import convert, modeling
 from vtts_jax.models.stacked import fused, stacked
 
@@ -36,7 +35,7 @@ def classes(v2):
 def pair(request):
   config, model = classes(request.param)
   theirs = reference.randomise(model(config(**SIZES)), 1)
-  ours = weights.merge(*convert.load(reference.source(theirs, SIZES)))
+  ours = modules.merge(*convert.load(reference.source(theirs, SIZES)))
   return theirs, ours
 
 
@@ -101,11 +100,11 @@ def test_heads(pair, inputs, outputs):
 
 
 def test_whole(pair, inputs, outputs):
-  graphdef, params = weights.split(pair[1])
+  graphdef, params = modules.split(pair[1])
 
   @jax.jit
   def run(params, images, ids):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     x, queries = model.features(images), model.text(ids).reshape(R, Q, -1)
     return model.logits(x, queries), model.boxes(x)
 
@@ -184,12 +183,12 @@ def test_released_sizes_and_keys(name):
   old = [f'{lead}.{part}_model.embeddings.position_ids' for part in ('text', 'vision')]
   source = full_size.header(theirs, sizes, [*old, 'box_bias'])
   assert convert.config_of(source) == c
-  _, template = weights.abstract(lambda: modeling.build(c))
+  _, template = modules.abstract(lambda: modeling.build(c))
   full_size.check_table(fused(stacked(source, 'layers')), convert.RULES, template)
   left = c.vision.width * c.embed + 1  # visual_projection, logit_scale
   count = sum(p.numel() for p in theirs.parameters())
-  assert weights.size(template) + left == count
-  print(name, weights.size(template), count)
+  assert modules.size(template) + left == count
+  print(name, modules.size(template), count)
 
 
 @pytest.mark.parametrize('v2', [False, True])

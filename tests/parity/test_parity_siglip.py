@@ -10,7 +10,9 @@ from PIL import Image
 from reference import nchw, torch, transformers
 from test_parity_clip import header
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.models import modules
 from vtts_jax.models.siglip import convert, modeling
 
 transformers.SiglipModel, transformers.SiglipImageProcessorPil  # noqa: B018, loaded when named
@@ -38,7 +40,7 @@ def pair(request):
     (24, 3, 2, 40), (20, 2, 4, 36), image_size=request.param, patch=4, vocab=30, length=7
   )
   theirs = reference.randomise(transformers.SiglipModel(small), 1)
-  ours = weights.merge(*convert.load(reference.source(theirs, small.to_dict())))
+  ours = modules.merge(*convert.load(reference.source(theirs, small.to_dict())))
   return theirs, ours
 
 
@@ -87,7 +89,7 @@ def test_scores(pair):
 def test_bfloat16_stays_near(pair):
   theirs, ours = pair
   source = reference.source(theirs, theirs.config.to_dict())
-  half = weights.merge(*convert.load(source, jnp.bfloat16))
+  half = modules.merge(*convert.load(source, jnp.bfloat16))
   assert half.bias.dtype == jnp.float32 and half.image.pool.probe.dtype == jnp.bfloat16
   x = data(pair, seed=2)
   cosines = [(m.embed_image(x) @ m.embed_text(IDS).T) for m in (ours, half)]
@@ -120,13 +122,13 @@ def test_released_sizes_are_theirs(name):
   )  # fmt: skip
   with torch.device('meta'):
     theirs = transformers.SiglipModel(released)
-  _, template = weights.abstract(lambda: modeling.build(c))
-  assert weights.size(template) == sum(p.numel() for p in theirs.parameters())
+  _, template = modules.abstract(lambda: modeling.build(c))
+  assert modules.size(template) == sum(p.numel() for p in theirs.parameters())
   old = {f'{side}_model.embeddings.position_ids': torch.empty(9) for side in ('text', 'vision')}
   source = header(theirs.state_dict() | old, released.to_dict())
   assert convert.config_of(source) == c
   if c.image_size % c.patch == 0:  # else no file tells without its config.json
     assert convert.config_of(dataclasses.replace(source, config={})) == c
   source = convert.fused(convert.stacked(source, 'layers'))
-  targets = [weights._match(key, convert.RULES)[0] for key in source.names()]
-  assert '' not in targets and {t for t in targets if t} == set(weights.flatten(template))
+  targets = [conversion._match(key, convert.RULES)[0] for key in source.names()]
+  assert '' not in targets and {t for t in targets if t} == set(weight_files.flatten(template))

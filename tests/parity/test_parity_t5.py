@@ -8,7 +8,7 @@ import pytest
 import reference
 from reference import torch, transformers
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.t5 import convert, modeling
 
 CLOSE = {'atol': 2e-5, 'rtol': 2e-5}
@@ -23,7 +23,7 @@ def pair(request):
     feed_forward_proj=request.param, dropout_rate=0.0,
   )  # fmt: skip
   theirs = reference.randomise(transformers.T5EncoderModel(config), 1)
-  ours = weights.merge(*convert.load(reference.source(theirs, config.to_dict())))
+  ours = modules.merge(*convert.load(reference.source(theirs, config.to_dict())))
   return theirs, ours
 
 
@@ -82,8 +82,8 @@ def test_encoder(pair, lengths):
   options = {} if mask is None else {'attention_mask': torch.from_numpy(mask)}
   with torch.no_grad():
     want = theirs(torch.from_numpy(ids), **options).last_hidden_state.numpy()
-  graphdef, params = weights.split(ours)
-  have = jax.jit(lambda p, i, m: weights.merge(graphdef, p)(i, m))(params, ids, mask)
+  graphdef, params = modules.split(ours)
+  have = jax.jit(lambda p, i, m: modules.merge(graphdef, p)(i, m))(params, ids, mask)
   np.testing.assert_allclose(have, want, **CLOSE)
 
 
@@ -93,7 +93,7 @@ def test_whole_model_files_load(pair):
   whole.encoder.load_state_dict(theirs.encoder.state_dict())
   whole.shared.load_state_dict(theirs.shared.state_dict())
   _, params = convert.load(reference.source(whole))
-  jax.tree.map(np.testing.assert_array_equal, params, weights.split(ours)[1])
+  jax.tree.map(np.testing.assert_array_equal, params, modules.split(ours)[1])
 
 
 def test_released_configs():
@@ -103,4 +103,4 @@ def test_released_configs():
     with torch.device('meta'):
       theirs = transformers.T5EncoderModel(transformers.T5Config(**sizes))
     count = sum(p.numel() for p in theirs.parameters())
-    assert weights.size(weights.abstract(lambda c=config: modeling.build(c))[1]) == count
+    assert modules.size(modules.abstract(lambda c=config: modeling.build(c))[1]) == count

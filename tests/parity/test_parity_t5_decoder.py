@@ -9,7 +9,8 @@ import reference
 from full_size import check_table, header
 from reference import torch, transformers
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.models import modules
 from vtts_jax.models.t5 import convert, decoder, modeling
 
 transformers.T5ForConditionalGeneration  # noqa: B018, loads as it is named
@@ -27,9 +28,9 @@ def untied(config):
 def load(theirs, encoder):
   source = reference.source(theirs, theirs.config.to_dict())
   config = decoder.config_of(source, encoder)
-  graphdef, template = weights.abstract(lambda: decoder.build(config))
+  graphdef, template = modules.abstract(lambda: decoder.build(config))
   table = [*decoder.RULES, (r'(encoder|shared|decoder\.embed_tokens)\..*', None, '')]
-  return weights.merge(graphdef, weights.convert(decoder.layered(source), table, template))
+  return modules.merge(graphdef, conversion.convert(decoder.layered(source), table, template))
 
 
 @pytest.fixture(scope='module', params=['gated-gelu', 'relu'])
@@ -87,13 +88,13 @@ def test_every_part(pair, lengths):
   x, states = data(R, A, D), data(R, W, D, seed=1)
   mask = None if lengths is None else (np.arange(W) < np.array(lengths)[:, None]).astype(np.int64)
   seen, last, logits = run(theirs, x, states, mask)
-  graphdef, params = weights.split(ours.blocks)
+  graphdef, params = modules.split(ours.blocks)
   bias = theirs.decoder.block[0].layer[0].SelfAttention.compute_bias(A, A).detach().numpy()
   have, lower = np.asarray(ours.bias(A)), np.tri(A, dtype=bool)
   np.testing.assert_allclose(have[:, :, lower], bias[:, :, lower], **CLOSE)
   assert (have[:, :, ~lower] < -1e38).all()
   for i in range(3):
-    block = weights.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], params))
+    block = modules.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], params))
     for name, part in {
       'layer.0.layer_norm': block.attention_norm,
       'layer.0.SelfAttention': lambda y, b=block: b.attention(y, have),
@@ -120,7 +121,7 @@ def test_whole_model(pair):
   with torch.no_grad():
     args = (torch.from_numpy(v) for v in (ids, mask, answer))
     want = theirs(**dict(zip(('input_ids', 'attention_mask', 'labels'), args))).logits.numpy()
-  encoder = weights.merge(*convert.load(reference.source(theirs, theirs.config.to_dict())))
+  encoder = modules.merge(*convert.load(reference.source(theirs, theirs.config.to_dict())))
   embedded = encoder.embed(decoder.shifted(answer))
   np.testing.assert_allclose(ours(embedded, encoder(ids, mask), mask), want, **CLOSE)
 
@@ -135,8 +136,8 @@ def test_released_sizes(name, count):
     theirs = untied(transformers.T5Config(**dataclasses.asdict(config), tie_word_embeddings=False))
   source = header(theirs)
   assert decoder.config_of(source, config) == config
-  _, template = weights.abstract(lambda: decoder.build(config))
+  _, template = modules.abstract(lambda: decoder.build(config))
   own = [n for n in source.names() if n.startswith(('decoder.block', 'decoder.final', 'lm_head'))]
-  assert weights.size(template) == count == sum(int(np.prod(source.shape(n))) for n in own)
+  assert modules.size(template) == count == sum(int(np.prod(source.shape(n))) for n in own)
   table = [*decoder.RULES, (r'(encoder|shared|decoder\.embed_tokens)\..*', None, '')]
   check_table(decoder.layered(source), table, template)

@@ -8,7 +8,7 @@ import reference
 from PIL import Image
 from reference import torch, transformers
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.stacked import fused, stacked
 from vtts_jax.models.yolos import convert, modeling
 
@@ -26,7 +26,7 @@ def pair(request):
   sizes['use_mid_position_embeddings'] = request.param
   theirs = transformers.YolosForObjectDetection(transformers.YolosConfig(**sizes, num_labels=6))
   theirs = reference.randomise(theirs, 1)
-  return theirs, weights.merge(*convert.load(reference.source(theirs, sizes)))
+  return theirs, modules.merge(*convert.load(reference.source(theirs, sizes)))
 
 
 @pytest.mark.parametrize('size', [(24, 40), (40, 40)])  # the grid's own, and one to resize to
@@ -50,8 +50,8 @@ def test_every_stage(pair, size):
   for have, block in zip(blocks, seen):
     np.testing.assert_allclose(have, block, atol=5e-5, rtol=1e-5)
   np.testing.assert_allclose(ours.norm(last), want.last_hidden_state.numpy(), atol=5e-5, rtol=1e-5)
-  graphdef, params = weights.split(ours)
-  logits, boxes = jax.jit(lambda p, x: weights.merge(graphdef, p)(x))(params, images)
+  graphdef, params = modules.split(ours)
+  logits, boxes = jax.jit(lambda p, x: modules.merge(graphdef, p)(x))(params, images)
   np.testing.assert_allclose(logits, want.logits.numpy(), atol=1e-4, rtol=1e-5)
   np.testing.assert_allclose(boxes, want.pred_boxes.numpy(), atol=1e-4)
 
@@ -108,11 +108,11 @@ def test_released_sizes_and_keys(name):
     theirs = transformers.YolosForObjectDetection(transformers.YolosConfig(**sizes, num_labels=91))
   source = full_size.header(theirs, sizes)
   assert convert.config_of(source) == c
-  _, template = weights.abstract(lambda: modeling.build(c))
+  _, template = modules.abstract(lambda: modeling.build(c))
   whole = fused(stacked(source, 'layer'), ('query', 'key', 'value'))
   full_size.check_table(whole, convert.RULES, template)
-  assert weights.size(template) == sum(p.numel() for p in theirs.parameters())
-  print(name, weights.size(template))
+  assert modules.size(template) == sum(p.numel() for p in theirs.parameters())
+  print(name, modules.size(template))
 
 
 def test_flops_are_what_torch_counts():

@@ -9,8 +9,8 @@ import functools
 import re
 from collections.abc import Sequence
 
-from vtts_jax.core import ConfigError
 from vtts_jax.data import prompts
+from vtts_jax.errors import ConfigError
 
 COLOURS = (
   'red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown', 'black', 'white',

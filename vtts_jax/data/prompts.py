@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 
 SHIPPED = {
-  'geneval': pathlib.Path(__file__).parents[1] / 'assets/geneval/evaluation_metadata.jsonl.gz'
+  'geneval': pathlib.Path(__file__).parent / 'assets/geneval/evaluation_metadata.jsonl.gz'
 }
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import convert as vae_convert
 from vtts_jax.models.autoencoder_kl import modeling as vae
 from vtts_jax.models.flexar import convert as flexar_convert
@@ -74,12 +75,12 @@ def configs(random: str, froms: tuple[str, ...], modelled: bool, condition: str)
   if random:
     return _random(random, modelled, condition)
   prior_from, tokenizer_from, vae_from, text_from = froms
-  prior = flexar_convert.config_of(weights.open_source(prior_from)) if modelled else None
-  tokenizer = flextok_convert.config_of(weights.open_source(tokenizer_from))
-  decoder = vae_convert.config_of(weights.open_source(vae_from), encoder=False)
+  prior = flexar_convert.config_of(source_files.open_source(prior_from)) if modelled else None
+  tokenizer = flextok_convert.config_of(source_files.open_source(tokenizer_from))
+  decoder = vae_convert.config_of(source_files.open_source(vae_from), encoder=False)
   text = None
   if modelled and not prior.classes:
-    text = t5_convert.config_of(weights.open_source(text_from))
+    text = t5_convert.config_of(source_files.open_source(text_from))
   return Configs(prior, tokenizer, decoder, text)
 
 
@@ -138,14 +139,14 @@ def _build(config):
 
 def merge(config, params):
   """The module of a config with its parameters."""
-  return weights.model(_build, config, params)
+  return modules.model(_build, config, params)
 
 
 def load(part: str, config, place: str, dtype: str):
   """Parameters of 'prior', 'tokenizer', 'vae' or 'text' at `place`, or random ones for ''."""
   if not place:
-    return weights.drawn(_build, config, dtype)
-  source = weights.open_source(place)
+    return modules.drawn(_build, config, dtype)
+  source = source_files.open_source(place)
   loaders = {
     'prior': lambda: flexar_convert.load(source, config, dtype=dtype),
     'tokenizer': lambda: flextok_convert.load(source, config, dtype=dtype, part='decoder'),

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import inception
+from vtts_jax.metrics import statistics as stats
 from vtts_jax.models.inception import modeling
-from vtts_jax.models.inception import statistics as stats
 
 
 def frechet(a, b) -> float:

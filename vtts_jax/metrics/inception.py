@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.inception import convert, modeling
 
 ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
@@ -74,7 +74,7 @@ def network(model_from: str = '', random: str = '', look: str = 'pytorch_fid'):
 
   @jax.jit
   def run(params, batch):
-    model = weights.merge(convert.graph(config), params)
+    model = modules.merge(convert.graph(config), params)
     seen = modeling.prepare(batch.astype(jnp.float32) / 255, config.side, look)
     features = model(seen)
     return features, model.logits(features)

@@ -12,8 +12,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vtts_jax import components, core, select
-from vtts_jax.search import settings
+from vtts_jax import components, core
+from vtts_jax.errors import ConfigError
+from vtts_jax.search import checks, schedules, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Beam(core.Algorithm):
       beam is best-of-N.
     roots: beams at the start; 0 for the (first) width. The published loop has 1.
     schedule: 'geometric', 'linear', 'fixed' or a tuple of cumulative stage counts; see
-      `settings.cuts`.
+      `schedules.cuts`.
     size: base of 'geometric', stages a step of 'linear'.
     steps: at most so many steps; 0 for as many as the schedule has.
     branch_at: 'last' draws K children at the last stage of a chunk, 'first' draws K whole chunks.
@@ -56,21 +57,21 @@ class Beam(core.Algorithm):
     for name in ('width', 'branch'):
       value = getattr(self, name)
       for v in value if isinstance(value, tuple) else (value,):
-        settings.integer(name, v, 1)
-    settings.integer('roots', self.roots, 0)
-    settings.integer('steps', self.steps, 0)
-    settings.integer('lookahead', self.lookahead, -1)
-    settings.integer('lookahead_steps', self.lookahead_steps, -1)
-    settings.integer('initial', self.initial, 0)
-    settings.one_of('branch_at', self.branch_at, ('last', 'first'))
-    settings.flag('replace', self.replace)
-    settings.flag('complete', self.complete)
+        checks.integer(name, v, 1)
+    checks.integer('roots', self.roots, 0)
+    checks.integer('steps', self.steps, 0)
+    checks.integer('lookahead', self.lookahead, -1)
+    checks.integer('lookahead_steps', self.lookahead_steps, -1)
+    checks.integer('initial', self.initial, 0)
+    checks.one_of('branch_at', self.branch_at, ('last', 'first'))
+    checks.flag('replace', self.replace)
+    checks.flag('complete', self.complete)
     if isinstance(self.schedule, str):
-      settings.one_of(
-        'schedule', self.schedule, (*settings.SCHEDULES, 'a list of cumulative stage counts')
+      checks.one_of(
+        'schedule', self.schedule, (*schedules.SCHEDULES, 'a list of cumulative stage counts')
       )
     if self.branch_at == 'first' and not self.replace:
-      raise core.ConfigError("search.replace=False: needs search.branch_at='last'")
+      raise ConfigError("search.replace=False: needs search.branch_at='last'")
 
   # ------------------------------------------------------------------------------------- static
   # shapes
@@ -78,10 +79,10 @@ class Beam(core.Algorithm):
   def plan(self, gen) -> tuple['Chunk', ...]:
     """What each step does, all of it known before anything runs."""
     end = gen.num_stages
-    settings.integer('initial', self.initial, 0, end - 1)
-    marks = settings.cuts(self.schedule, self.size, self.steps, self.initial, end)
-    widths = settings.per_step('width', self.width, len(marks))
-    branches = settings.per_step('branch', self.branch, len(marks))
+    checks.integer('initial', self.initial, 0, end - 1)
+    marks = schedules.cuts(self.schedule, self.size, self.steps, self.initial, end)
+    widths = schedules.per_step('width', self.width, len(marks))
+    branches = schedules.per_step('branch', self.branch, len(marks))
     chunks, begin, beams = [], self.initial, self.roots or widths[0]
     for i, (mark, width, branch) in enumerate(zip(marks, widths, branches)):
       looks = self.lookahead if self.lookahead_steps < 0 or i < self.lookahead_steps else 0
@@ -96,13 +97,13 @@ class Beam(core.Algorithm):
   def check(self, gen):
     chunks = self.plan(gen)
     if not self.replace and max(c.branch for c in chunks) > gen.vocab:
-      raise core.ConfigError(
+      raise ConfigError(
         f'search.replace=False with search.branch={self.branch}: {type(gen).__name__} has '
         f'{gen.vocab} choices a stage; allowed: True, or a smaller branch'
       )
     reached = chunks[-1].begin + chunks[-1].size + chunks[-1].look
     if not gen.anytime and reached < gen.num_stages:
-      raise core.ConfigError(
+      raise ConfigError(
         f'search.complete=False: the schedule ends at stage {reached} of {gen.num_stages} and an '
         f'unfinished sample of {type(gen).__name__} is no picture; allowed: True'
       )
@@ -127,7 +128,7 @@ class Beam(core.Algorithm):
   def init(self, gen, params, ctx, keys, initial):
     beams = self.plan(gen)[0].beams
     roots = core.candidate_keys(keys, jnp.arange(beams))
-    frontier = settings.start(gen, params, ctx, roots, initial)
+    frontier = schedules.start(gen, params, ctx, roots, initial)
     scores = jnp.full(roots.shape, core.NEG_INF)
     return core.Told(frontier, roots, scores, jnp.zeros(roots.shape, jnp.int32))
 
@@ -180,7 +181,7 @@ class Beam(core.Algorithm):
   def step_cost(self, gen, step):
     chunk = self.plan(gen)[step]
     begin, last = chunk.begin, chunk.begin + chunk.size - 1
-    cost = chunk.beams * settings.start_cost(gen, self.initial) if step == 0 else core.Cost()
+    cost = chunk.beams * schedules.start_cost(gen, self.initial) if step == 0 else core.Cost()
     if chunk.branch == 0 or self.branch_at == 'first':
       cost += chunk.proposed * gen.cost('extend', begin, chunk.size)
     else:
@@ -209,4 +210,4 @@ class Chunk:
 
 def build(**given) -> Beam:
   """From settings; lists may be given as text, '4,8,32'."""
-  return components.build_dataclass(Beam, **{k: settings.numbers(v) for k, v in given.items()})
+  return components.build_dataclass(Beam, **{k: checks.numbers(v) for k, v in given.items()})

@@ -10,7 +10,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from vtts_jax import components, core
-from vtts_jax.search import settings
+from vtts_jax.errors import ConfigError
+from vtts_jax.search import checks, schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +31,18 @@ class BestOfN(core.Algorithm):
   initial: int = 0
 
   def __post_init__(self):
-    settings.integer('n', self.n, 1)
-    settings.integer('round', self.round, 0)
-    settings.integer('initial', self.initial, 0)
+    checks.integer('n', self.n, 1)
+    checks.integer('round', self.round, 0)
+    checks.integer('initial', self.initial, 0)
     if self.round and self.n % self.round:
-      raise core.ConfigError(f'search.round={self.round}: must divide search.n={self.n}')
+      raise ConfigError(f'search.round={self.round}: must divide search.n={self.n}')
 
   @property
   def per_step(self) -> int:
     return self.round or self.n
 
   def check(self, gen):
-    settings.integer('initial', self.initial, 0, gen.num_stages - 1)
+    checks.integer('initial', self.initial, 0, gen.num_stages - 1)
 
   def phases(self, gen):
     return ((0, self.n // self.per_step),)
@@ -56,7 +57,7 @@ class BestOfN(core.Algorithm):
     prompt_keys, initial = state.inner
     ids = step.index * self.per_step + jnp.arange(self.per_step)
     keys = core.candidate_keys(prompt_keys, ids)
-    drawn = settings.start(gen, params, ctx, keys, initial)
+    drawn = schedules.start(gen, params, ctx, keys, initial)
     drawn = gen.extend(params, ctx, drawn, keys, self.initial, gen.num_stages - self.initial)
     return core.Candidates(gen.slim(drawn), jnp.int32(gen.num_stages), jnp.full(keys.shape, -1), ())
 
@@ -66,7 +67,7 @@ class BestOfN(core.Algorithm):
 
   def step_cost(self, gen, step):
     one = gen.cost('extend', self.initial, gen.num_stages - self.initial)
-    return self.per_step * (settings.start_cost(gen, self.initial) + one), self.per_step
+    return self.per_step * (schedules.start_cost(gen, self.initial) + one), self.per_step
 
 
 def build(**given) -> BestOfN:

@@ -17,8 +17,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from vtts_jax import components, core, select
-from vtts_jax.search import settings
+from vtts_jax import components, core
+from vtts_jax.errors import ConfigError
+from vtts_jax.search import checks, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +53,19 @@ class Halving(core.Algorithm):
   least: int = 1
 
   def __post_init__(self):
-    settings.integer('least', self.least, 1)
+    checks.integer('least', self.least, 1)
     if not self.rungs:
-      raise core.ConfigError('search.rungs=(): must hold at least one')
+      raise ConfigError('search.rungs=(): must hold at least one')
     for i, rung in enumerate(self.rungs):
-      settings.number(f'rungs.{i}.keep', rung.keep, 0, 1)
-      settings.integer(f'rungs.{i}.look', rung.look, -1)
+      checks.number(f'rungs.{i}.keep', rung.keep, 0, 1)
+      checks.integer(f'rungs.{i}.look', rung.look, -1)
     looks = [float('inf') if rung.look < 0 else rung.look for rung in self.rungs]
     if looks != sorted(looks):
-      raise core.ConfigError(
+      raise ConfigError(
         f'search.rungs: look={[r.look for r in self.rungs]} must not shrink from rung to rung'
       )
     if self.rungs[-1].draft:
-      raise core.ConfigError('search.rungs: the last one must render in full (draft=())')
+      raise ConfigError('search.rungs: the last one must render in full (draft=())')
 
   @property
   def initial(self):
@@ -77,14 +78,14 @@ class Halving(core.Algorithm):
   def check(self, gen):
     self.inner.check(gen)
     if self.inner.features:
-      raise core.ConfigError(
+      raise ConfigError(
         f'search.inner: {type(self.inner).__name__} needs features of all of its candidates'
       )
     fields = [f.name for f in dataclasses.fields(gen)] if dataclasses.is_dataclass(gen) else []
     for rung in self.rungs:
       for name, _ in rung.draft:
         if name not in fields:
-          raise core.ConfigError(
+          raise ConfigError(
             f'search.rungs.draft: {type(gen).__name__} has no setting {name!r}; '
             f'allowed: {", ".join(fields)}'
           )
@@ -191,7 +192,7 @@ def build(inner: Mapping | core.Algorithm = (), rungs=Halving.rungs, least: int 
   if not isinstance(inner, core.Algorithm):
     settings_of = dict(inner)
     if 'name' not in settings_of:
-      raise core.ConfigError('search.inner.name: missing; e.g. search.beam')
+      raise ConfigError('search.inner.name: missing; e.g. search.beam')
     inner = components.load(settings_of.pop('name'), **settings_of)
   made = []
   for rung in rungs:

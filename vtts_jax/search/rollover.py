@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from vtts_jax import components, core
-from vtts_jax.search import settings
+from vtts_jax.errors import ConfigError
+from vtts_jax.search import checks, schedules
 
 
 class Own(NamedTuple):
@@ -57,20 +58,20 @@ class Rollover(core.Algorithm):
   lookahead: int = -1
 
   def __post_init__(self):
-    settings.integer('quota', self.quota, 1)
-    settings.integer('round', self.round, 1)
-    settings.integer('size', self.size, 1)
-    settings.integer('lookahead', self.lookahead, -1)
-    settings.one_of('schedule', self.schedule, ('linear', 'fixed'))
+    checks.integer('quota', self.quota, 1)
+    checks.integer('round', self.round, 1)
+    checks.integer('size', self.size, 1)
+    checks.integer('lookahead', self.lookahead, -1)
+    checks.one_of('schedule', self.schedule, ('linear', 'fixed'))
     if self.quota % self.round:
-      raise core.ConfigError(
+      raise ConfigError(
         f'search.quota={self.quota}: must be a multiple of search.round={self.round}'
       )
     if not isinstance(self.threshold, float | int) or self.threshold != self.threshold:
-      raise core.ConfigError(f'search.threshold={self.threshold!r}: must be a number')
+      raise ConfigError(f'search.threshold={self.threshold!r}: must be a number')
 
   def _chunks(self, gen) -> int:
-    return len(settings.cuts(self.schedule, self.size, 0, 0, gen.num_stages))
+    return len(schedules.cuts(self.schedule, self.size, 0, 0, gen.num_stages))
 
   def _size(self, gen):
     return min(self.size if self.schedule == 'linear' else 1, gen.num_stages)
@@ -81,7 +82,7 @@ class Rollover(core.Algorithm):
 
   def check(self, gen):
     if not gen.anytime and self.lookahead >= 0 and gen.num_stages % self._size(gen):
-      raise core.ConfigError(
+      raise ConfigError(
         f'search.size={self.size}: must divide the {gen.num_stages} stages where '
         'search.lookahead is not -1'
       )

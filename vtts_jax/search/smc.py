@@ -20,8 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vtts_jax import components, core, select
-from vtts_jax.search import settings
+from vtts_jax import components, core
+from vtts_jax.errors import ConfigError
+from vtts_jax.search import checks, schedules, select
 
 ANNEAL = ('constant', 'increasing', 'infinite')
 POTENTIALS = ('current', 'difference', 'max', 'sum')
@@ -74,7 +75,7 @@ class SMC(core.Algorithm):
     particles: N; an integer, or a tuple with one entry a step (a population that shrinks).
     branch: children of each particle at each step.
     groups: particles are resampled within so many groups of neighbours; 1 for all together.
-    schedule, size, steps: stages at which particles are weighed; see `settings.cuts`.
+    schedule, size, steps: stages at which particles are weighed; see `schedules.cuts`.
     strength: inverse temperature, in units of the verifier's score; 0 is best-of-N.
     anneal: 'constant'; 'increasing', from near 0 to `strength` as 2 ** (s / S) - 1 (the shape of
       DAS); 'infinite', only the best is copied.
@@ -112,22 +113,22 @@ class SMC(core.Algorithm):
   def __post_init__(self):
     values = self.particles if isinstance(self.particles, tuple) else (self.particles,)
     for value in values:
-      settings.integer('particles', value, 1)
+      checks.integer('particles', value, 1)
       if value % self.groups:
-        raise core.ConfigError(f'search.groups={self.groups}: must divide search.particles={value}')
+        raise ConfigError(f'search.groups={self.groups}: must divide search.particles={value}')
     for name, low in (('branch', 1), ('groups', 1), ('steps', 0), ('every', 1), ('initial', 0)):
-      settings.integer(name, getattr(self, name), low)
-    settings.integer('lookahead', self.lookahead, -1)
-    settings.number('strength', self.strength, 0)
-    settings.number('ess', self.ess, 0, 1)
-    settings.one_of('anneal', self.anneal, ANNEAL)
-    settings.one_of('potential', self.potential, POTENTIALS)
-    settings.one_of('resampler', self.resampler, select.RESAMPLERS)
+      checks.integer(name, getattr(self, name), low)
+    checks.integer('lookahead', self.lookahead, -1)
+    checks.number('strength', self.strength, 0)
+    checks.number('ess', self.ess, 0, 1)
+    checks.one_of('anneal', self.anneal, ANNEAL)
+    checks.one_of('potential', self.potential, POTENTIALS)
+    checks.one_of('resampler', self.resampler, select.RESAMPLERS)
     if any(b > a for a, b in zip(values, values[1:])):
-      raise core.ConfigError(f'search.particles={list(values)}: must not grow from step to step')
+      raise ConfigError(f'search.particles={list(values)}: must not grow from step to step')
     if isinstance(self.schedule, str):
-      settings.one_of(
-        'schedule', self.schedule, (*settings.SCHEDULES, 'a list of cumulative stage counts')
+      checks.one_of(
+        'schedule', self.schedule, (*schedules.SCHEDULES, 'a list of cumulative stage counts')
       )
 
   @property
@@ -139,10 +140,10 @@ class SMC(core.Algorithm):
   def plan(self, gen) -> tuple['Move', ...]:
     """What each step does; the last one always reaches the end."""
     end = gen.num_stages
-    settings.integer('initial', self.initial, 0, end - 1)
-    marks = settings.cuts(self.schedule, self.size, self.steps, self.initial, end)
+    checks.integer('initial', self.initial, 0, end - 1)
+    marks = schedules.cuts(self.schedule, self.size, self.steps, self.initial, end)
     marks = (*marks[:-1], end)
-    sizes = settings.per_step('particles', self.particles, len(marks))
+    sizes = schedules.per_step('particles', self.particles, len(marks))
     moves, begin = [], self.initial
     for s, (mark, n) in enumerate(zip(marks, sizes)):
       after = sizes[min(s + 1, len(sizes) - 1)]
@@ -161,11 +162,11 @@ class SMC(core.Algorithm):
     for name in ('resample_at', 'diverse'):
       for s in getattr(self, name):
         if not isinstance(s, int) or not 0 <= s < len(moves):
-          raise core.ConfigError(
+          raise ConfigError(
             f'search.{name}={list(getattr(self, name))}: must be steps in 0 .. {len(moves) - 1}'
           )
     if not gen.stochastic:
-      raise core.ConfigError(
+      raise ConfigError(
         f'search: copies of a particle never part ways with a {type(gen).__name__} that draws '
         'nothing after the start; allowed: a stochastic sampler (generator.eta above 0)'
       )
@@ -189,7 +190,7 @@ class SMC(core.Algorithm):
   def init(self, gen, params, ctx, keys, initial):
     n = self.plan(gen)[0].before
     slots = core.candidate_keys(keys, jnp.arange(n))
-    frontier = settings.start(gen, params, ctx, slots, initial)
+    frontier = schedules.start(gen, params, ctx, slots, initial)
     zero = jnp.zeros(slots.shape)
     weights = Weights(zero, zero, zero, zero + core.NEG_INF, zero)
     return core.Told(frontier, slots, zero, jnp.zeros(slots.shape, jnp.int32), (weights, keys))
@@ -284,7 +285,7 @@ class SMC(core.Algorithm):
       + gen.cost('extend', move.begin + move.size, move.look)
     )
     if step == 0:
-      cost += move.before * settings.start_cost(gen, self.initial)
+      cost += move.before * schedules.start_cost(gen, self.initial)
     return cost, m
 
 
@@ -308,9 +309,9 @@ def build(preset: str = '', **given) -> SMC:
     ConfigError: an unknown preset or setting.
   """
   if preset:
-    settings.one_of('preset', preset, PRESETS)
+    checks.one_of('preset', preset, PRESETS)
     given = PRESETS[preset] | given
-  given = {name: settings.numbers(value) for name, value in given.items()}
+  given = {name: checks.numbers(value) for name, value in given.items()}
   if given.get('groups') == 'particles':
     given['groups'] = given.get('particles', SMC.particles)
   return components.build_dataclass(SMC, **given)

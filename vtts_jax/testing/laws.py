@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import core, run, step
+from vtts_jax import core
 from vtts_jax.core import Cost
+from vtts_jax.engine import search as run
+from vtts_jax.engine import step
+from vtts_jax.errors import ConfigError
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.search.smc import SMC
@@ -121,7 +124,7 @@ def _refused(call, what: str) -> None:
   """Asserts that an optional method which is not offered raises `ConfigError`."""
   try:
     call()
-  except core.ConfigError:
+  except ConfigError:
     return
   raise AssertionError(f'{what} is not offered and yet answers')
 

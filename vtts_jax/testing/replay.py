@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import source as source_files
 
 FLOOR, FACTOR = 1e-4, 20
 FAMILIES = {  # "model" of a fixture -> folder of models/
@@ -77,7 +77,7 @@ def read(path: str):
   params |= {k: v for k, v in data.items() if k.startswith('params_')}  # a second part keeps a name
   if not outputs:
     raise ValueError(f'{path} is no golden file: it has no out/ array')
-  return config, weights.arrays(params, config, path), take('in/'), outputs
+  return config, source_files.arrays(params, config, path), take('in/'), outputs
 
 
 def tolerances(path: str) -> dict[str, float] | None:

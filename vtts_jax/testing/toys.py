@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import components, core, sampling
+from vtts_jax import components, core
+from vtts_jax import token_sampling as sampling
 
 
 def _hashes(texts) -> np.ndarray:

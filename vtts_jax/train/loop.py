@@ -16,9 +16,10 @@ import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.models import modules
 
-ASSETS = epath.resource_path('vtts_jax') / 'assets' / 'scenes'
+ASSETS = epath.resource_path('vtts_jax') / 'scenes' / 'assets'
 
 
 def flags(steps, batch=64, rate=1e-3, **more):
@@ -103,9 +104,9 @@ def export(path, params, *, kind, config, **card):
   """Writes float16 weights whose metadata rebuild the model: kind (module name), config, card.
 
   Args:
-    kind: module below `vtts_jax.models.scenes` that holds `Config` and `build`.
+    kind: module below `vtts_jax.scenes.models` that holds `Config` and `build`.
     config: dictionary of that `Config`.
     card: metrics, command, seed, defaults: anything JSON.
   """
-  weights.save(str(path), params, {'kind': kind, 'config': config, **card}, dtype=jnp.float16)
-  print(f'wrote {path}: {weights.size(params):,} parameters', flush=True)
+  weight_files.save(str(path), params, {'kind': kind, 'config': config, **card}, dtype=jnp.float16)
+  print(f'wrote {path}: {modules.size(params):,} parameters', flush=True)

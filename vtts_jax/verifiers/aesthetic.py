@@ -12,11 +12,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vtts_jax import core, weights
+from vtts_jax import core
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints import source as source_files
 from vtts_jax.components import build_dataclass
+from vtts_jax.errors import ConfigError
 from vtts_jax.models.clip import modeling
-from vtts_jax.verifiers import dual
-from vtts_jax.verifiers.towers import short_name
+from vtts_jax.verifiers.parts import dual_encoder as dual
+from vtts_jax.verifiers.parts.image_encoder import short_name
 
 HEADS = {  # name of a layer in the file, width that it puts out
   'mlp': (('layers.0', 1024), ('layers.2', 128), ('layers.4', 64), ('layers.6', 16),
@@ -47,9 +50,9 @@ class Aesthetic(dual.Dual):
     super().__post_init__()
     if self.head not in HEADS:
       allowed = ', '.join(map(repr, HEADS))
-      raise core.ConfigError(f'verifier.head={self.head!r}: must be one of {allowed}')
+      raise ConfigError(f'verifier.head={self.head!r}: must be one of {allowed}')
     if self.head == 'linear' and not self.head_from and not self.random:
-      raise core.ConfigError(
+      raise ConfigError(
         "verifier.head_from='': must be sa_0_4_vit_l_14_linear.pth or another head of LAION's "
         'aesthetic-predictor as safetensors; models/clip/README.md says how to convert it'
       )
@@ -118,9 +121,9 @@ def read_head(place, head, shapes, whole=''):
   if not place:
     rules.append((r'(vision_model|visual|text_model|text|logit_scale).*', None, ''))
   try:
-    return weights.convert(weights.open_source(place or whole), rules, shapes)
+    return conversion.convert(source_files.open_source(place or whole), rules, shapes)
   except (FileNotFoundError, ValueError) as error:
-    raise core.ConfigError(f'verifier.head_from={place!r}: {error}') from error
+    raise ConfigError(f'verifier.head_from={place!r}: {error}') from error
 
 
 def _random(shapes):

@@ -10,9 +10,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vtts_jax import core
 from vtts_jax.components import build_dataclass
-from vtts_jax.verifiers.dual import Dual
+from vtts_jax.errors import ConfigError
+from vtts_jax.verifiers.parts.dual_encoder import Dual
 
 SCALES = ('clipscore', 'cosine', 'percent', 'logit')
 
@@ -34,7 +34,7 @@ class Clip(Dual):
     super().__post_init__()
     if self.scale not in SCALES:
       allowed = ', '.join(map(repr, SCALES))
-      raise core.ConfigError(f'verifier.scale={self.scale!r}: must be one of {allowed}')
+      raise ConfigError(f'verifier.scale={self.scale!r}: must be one of {allowed}')
 
   @property
   def names(self):

@@ -17,8 +17,9 @@ import numpy as np
 
 from vtts_jax import core
 from vtts_jax.components import build_dataclass
+from vtts_jax.errors import ConfigError
 from vtts_jax.models.clip.modeling import unit
-from vtts_jax.verifiers.dual import Dual
+from vtts_jax.verifiers.parts.dual_encoder import Dual
 
 SCORES = ('logit', 'log_prob')
 TEMPLATES = (  # the seven that OpenAI's notebook of ImageNet ends with
@@ -48,14 +49,14 @@ class ClipClassifier(Dual):
     super().__post_init__()
     if self.value not in SCORES:
       allowed = ', '.join(map(repr, SCORES))
-      raise core.ConfigError(f'verifier.value={self.value!r}: must be one of {allowed}')
+      raise ConfigError(f'verifier.value={self.value!r}: must be one of {allowed}')
     odd = [t for t in self.templates if t.count('{}') != 1]
     if odd or not self.templates:
-      raise core.ConfigError(
+      raise ConfigError(
         f"verifier.templates={odd or self.templates!r}: must be texts with '{{}}' for the class"
       )
     if not self.classes and not self.random:
-      raise core.ConfigError(
+      raise ConfigError(
         "verifier.classes='': must be a text file with the name of a class on each line"
       )
     _ = self.known
@@ -92,7 +93,7 @@ class ClipClassifier(Dual):
     if text not in known and text.isdecimal() and int(text) < len(known):
       return int(text)
     where = f' that stands once in {self.classes}' if self.classes else ''
-    raise core.ConfigError(
+    raise ConfigError(
       f'prompts: {text!r} is no class; must be a number in 0 .. {len(known) - 1} or a name{where}'
     )
 
@@ -127,10 +128,10 @@ def _read(path):
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8')
   except OSError as error:
-    raise core.ConfigError(f'verifier.classes={path!r}: cannot be read ({error})') from error
+    raise ConfigError(f'verifier.classes={path!r}: cannot be read ({error})') from error
   names = tuple(line.strip() for line in text.splitlines() if line.strip())
   if len(names) < 2:
-    raise core.ConfigError(f'verifier.classes={path!r}: must name two classes or more')
+    raise ConfigError(f'verifier.classes={path!r}: must name two classes or more')
   return names
 
 

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from vtts_jax import components, core
-from vtts_jax.verifiers import towers
+from vtts_jax.errors import ConfigError
+from vtts_jax.verifiers.parts import image_encoder as towers
 
 SCORES = ('logit', 'log_prob')
 
@@ -39,7 +40,7 @@ class DinoLogit(core.Verifier):
   def __post_init__(self):
     if self.score_as not in SCORES:
       allowed = ', '.join(map(repr, SCORES))
-      raise core.ConfigError(f'verifier.score_as={self.score_as!r}: must be one of {allowed}')
+      raise ConfigError(f'verifier.score_as={self.score_as!r}: must be one of {allowed}')
     _ = self.tower  # refuses what is unknown, and a size without a head
 
   @property
@@ -52,7 +53,7 @@ class DinoLogit(core.Verifier):
 
   def check(self):
     if self.class_names and not pathlib.Path(self.class_names).is_file():
-      raise core.ConfigError(f'verifier.class_names={self.class_names!r}: no such file')
+      raise ConfigError(f'verifier.class_names={self.class_names!r}: no such file')
 
   def load(self):
     return self.tower.load()
@@ -71,7 +72,7 @@ class DinoLogit(core.Verifier):
       label = number.get(text, int(text) if text.isdecimal() else -1)
       if not 0 <= label < classes:
         allowed = f'a number in 0 .. {classes - 1}' + (f' or a line of {where}' if where else '')
-        raise core.ConfigError(f'prompts: {text!r} is no class; must be {allowed}')
+        raise ConfigError(f'prompts: {text!r} is no class; must be {allowed}')
       found.append(label)
     return {'label': np.array(found, np.int32)}
 

@@ -10,9 +10,12 @@ import functools
 
 import jax.numpy as jnp
 
-from vtts_jax import components, core, weights
+from vtts_jax import components, core
+from vtts_jax.data import references
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.dreamsim import convert, modeling
-from vtts_jax.verifiers import references, towers
+from vtts_jax.verifiers.parts import image_encoder as towers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ class DreamSim(core.Verifier):
     towers.check_dtype(self.dtype)
     if self.model not in modeling.MEMBERS:
       allowed = ', '.join(modeling.MEMBERS)
-      raise core.ConfigError(f'verifier.model={self.model!r}: must be one of {allowed}')
+      raise ConfigError(f'verifier.model={self.model!r}: must be one of {allowed}')
     if self.random:
       modeling.released(self.random, 'verifier.random')
 
@@ -54,7 +57,7 @@ class DreamSim(core.Verifier):
 
   def check(self):
     if not self.random and not self.model_from:
-      raise core.ConfigError(
+      raise ConfigError(
         "verifier.model_from='': must be a folder or file of DreamSim's weights; "
         'models/dreamsim/README.md says how to make one'
       )
@@ -62,7 +65,7 @@ class DreamSim(core.Verifier):
 
   def load(self):
     if self.random:
-      return weights.drawn(modeling.build, self.config, self.dtype)
+      return modules.drawn(modeling.build, self.config, self.dtype)
     branches = convert.open_branches(self.model_from, self.model)
     return convert.load(branches, self.config, dtype=self.dtype)[1]
 
@@ -71,13 +74,13 @@ class DreamSim(core.Verifier):
 
   def encode(self, params, prompt):
     """Pictures `[B, K, S, S, 3]` -> the mean of their embeddings `[B, E]`."""
-    model = weights.model(modeling.build, self.config, params)
+    model = modules.model(modeling.build, self.config, params)
     found = towers.flat(model, prompt['pictures'].astype(jnp.float32) / 255)
     return references.mean(found, prompt['mask'])
 
   def features(self, params, images):
     """Images `[B, M, H, W, 3]` -> unit embeddings `[B, M, E]`."""
-    model = weights.model(modeling.build, self.config, params)
+    model = modules.model(modeling.build, self.config, params)
     return towers.flat(lambda x: model(modeling.prepare(x)), images)
 
   def score(self, params, vctx, images, **signals):

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from vtts_jax import components, core, select
+from vtts_jax import components, core
+from vtts_jax.errors import ConfigError
+from vtts_jax.search import select
 
 MODES = ('rank', 'minmax')
 
@@ -36,18 +38,18 @@ class Ensemble(core.Verifier):
   def __post_init__(self):
     names = [name for name, _ in self.members]
     if self.mode not in MODES:
-      raise core.ConfigError(
+      raise ConfigError(
         f'verifier.mode={self.mode!r}: must be one of {", ".join(map(repr, MODES))}'
       )
     if not names or len(set(names)) != len(names):
-      raise core.ConfigError(f'verifier.members: names must be given and differ, got {names}')
+      raise ConfigError(f'verifier.members: names must be given and differ, got {names}')
     weights = dict(self.weights) or dict.fromkeys(names, 1.0)
     if set(weights) != set(names):
-      raise core.ConfigError(
+      raise ConfigError(
         f'verifier.weights names {sorted(weights)}: must name each member once: {sorted(names)}'
       )
     if any(not np.isfinite(w) or w < 0 for w in weights.values()) or not any(weights.values()):
-      raise core.ConfigError(f'verifier.weights={weights}: must be >= 0 and not all 0')
+      raise ConfigError(f'verifier.weights={weights}: must be >= 0 and not all 0')
     object.__setattr__(self, 'weights', tuple((name, float(weights[name])) for name in names))
 
   @property
@@ -116,14 +118,14 @@ def _score(member, params, vctx, images, signals):
 def build(
   members: Mapping | tuple = (), weights: Mapping | tuple = (), mode: str = 'rank'
 ) -> Ensemble:
-  """From settings: `members={'a': {'name': 'verifiers.scenes_clip', ...}, ...}`, `weights={'a':
+  """From settings: `members={'a': {'name': 'scenes.clip', ...}, ...}`, `weights={'a':
   1.0, ...}`."""
   made = []
   for name, settings in dict(members).items():
     if isinstance(settings, core.Verifier):
       made.append((name, settings))
     elif 'name' not in settings:
-      raise core.ConfigError(f'verifier.members.{name}: needs a name, e.g. verifiers.likelihood')
+      raise ConfigError(f'verifier.members.{name}: needs a name, e.g. verifiers.likelihood')
     else:
       settings = dict(settings)
       made.append((name, components.load(settings.pop('name'), **settings)))

@@ -26,10 +26,12 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import core, weights
+from vtts_jax import core
 from vtts_jax.components import build_dataclass
+from vtts_jax.errors import ConfigError
+from vtts_jax.metrics import statistics as stats
+from vtts_jax.models import modules
 from vtts_jax.models.inception import convert, modeling
-from vtts_jax.models.inception import statistics as stats
 
 DTYPES = ('float32', 'bfloat16')
 REACH = 42.0  # natural logarithms by which the nodes go below and above the largest eigenvalue
@@ -61,7 +63,7 @@ class Fid(core.Verifier):
   def __post_init__(self):
     check_settings(self)
     if not self.random and not (self.reference_from and self.running_from):
-      raise core.ConfigError(
+      raise ConfigError(
         f'verifier.reference_from={self.reference_from!r}, running_from={self.running_from!r}: '
         f'both must name a file of statistics'
       )
@@ -104,19 +106,19 @@ class Fid(core.Verifier):
 def check_settings(ver) -> None:
   """Raises `ConfigError` on a random, dtype or look that there is none of."""
   if ver.random and ver.random not in modeling.SIZES:
-    raise core.ConfigError(
+    raise ConfigError(
       f"verifier.random={ver.random!r}: must be '' or one of {', '.join(modeling.SIZES)}"
     )
   for name, allowed in (('dtype', DTYPES), ('look', modeling.LOOKS)):
     if getattr(ver, name) not in allowed:
-      raise core.ConfigError(
+      raise ConfigError(
         f'verifier.{name}={getattr(ver, name)!r}: must be one of {", ".join(allowed)}'
       )
 
 
 def see(ver, params, images):
   """The network and the features `[B M, D]` of images `[B, M, H, W, 3]`."""
-  model = weights.merge(convert.graph(ver.config), params)
+  model = modules.merge(convert.graph(ver.config), params)
   rows = images.reshape(-1, *images.shape[2:])
   return model, model(modeling.prepare(rows, ver.config.side, ver.look))
 
@@ -136,9 +138,9 @@ def oracle(kept: stats.Statistics, mu, sigma) -> dict:
     ConfigError: fewer than 2 pictures kept, other numbers of features.
   """
   if kept.count < 2:
-    raise core.ConfigError(f'running_from: {kept.count} pictures kept; at least 2 are needed')
+    raise ConfigError(f'running_from: {kept.count} pictures kept; at least 2 are needed')
   if kept.mu.shape != mu.shape:
-    raise core.ConfigError(
+    raise ConfigError(
       f'running_from has {len(kept.mu)} features, reference_from has {len(mu)}: must be the same'
     )
   n, spread, half = kept.count, kept.sigma, stats.root(sigma)
@@ -172,7 +174,7 @@ def fall(oracle, features):
 @functools.cache
 def _flops(config):
   """Of the two products of `fall` for one picture."""
-  width = weights.abstract(lambda: modeling.build(config))[1]['fc']['kernel'].shape[0]
+  width = modules.abstract(lambda: modeling.build(config))[1]['fc']['kernel'].shape[0]
   return 2 * width * (width + int(2 * REACH) + 1)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from vtts_jax import components, core
+from vtts_jax.errors import ConfigError
 
 _ONE = threading.Lock()  # batches are scored side by side; a Python function need not bear that
 
@@ -51,14 +52,14 @@ class Host(core.Verifier):
 
   def __post_init__(self):
     if (self.score_fn is None) == (not self.url):
-      raise core.ConfigError(
+      raise ConfigError(
         'verifiers.host: give exactly one of score_fn (Python) and url (an http endpoint)'
       )
     if self.url and not self.url.startswith(('http://', 'https://')):
-      raise core.ConfigError(f'verifier.url={self.url!r}: must start with http:// or https://')
+      raise ConfigError(f'verifier.url={self.url!r}: must start with http:// or https://')
     for field, low in (('batch', 1), ('retries', 0), ('timeout', 0), ('backoff', 0)):
       if not getattr(self, field) >= low:
-        raise core.ConfigError(f'verifier.{field}={getattr(self, field)}: must be at least {low}')
+        raise ConfigError(f'verifier.{field}={getattr(self, field)}: must be at least {low}')
 
   @property
   def names(self):

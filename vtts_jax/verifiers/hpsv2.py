@@ -10,11 +10,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vtts_jax import core
-from vtts_jax import images as pictures
 from vtts_jax.components import build_dataclass
+from vtts_jax.errors import ConfigError
+from vtts_jax.media import preprocess as pictures
 from vtts_jax.models.clip import modeling
-from vtts_jax.verifiers.dual import H14, Dual
+from vtts_jax.verifiers.parts.dual_encoder import H14, Dual
 
 PUBLISHED = {'2.0': 'HPS_v2_compressed.pt', '2.1': 'HPS_v2.1_compressed.pt'}  # in xswu/HPSv2
 
@@ -38,9 +38,9 @@ class HPSv2(Dual):
     super().__post_init__()
     if self.version not in PUBLISHED:
       allowed = ', '.join(map(repr, PUBLISHED))
-      raise core.ConfigError(f'verifier.version={self.version!r}: must be one of {allowed}')
+      raise ConfigError(f'verifier.version={self.version!r}: must be one of {allowed}')
     if not self.model_from and not self.random:
-      raise core.ConfigError(
+      raise ConfigError(
         f"verifier.model_from='': must be {PUBLISHED[self.version]} of xswu/HPSv2 as safetensors; "
         'that is a pickle, which is never loaded: models/clip/README.md says how to convert it'
       )

@@ -9,11 +9,16 @@ import functools
 
 import jax.numpy as jnp
 
-from vtts_jax import core, images, weights
+from vtts_jax import core
+from vtts_jax.checkpoints import source as source_files
 from vtts_jax.components import build_dataclass
+from vtts_jax.data import tokenizers as texts
+from vtts_jax.errors import ConfigError
+from vtts_jax.media import preprocess as images
+from vtts_jax.models import modules
 from vtts_jax.models.blip import convert, modeling
 from vtts_jax.models.clip import modeling as clip
-from vtts_jax.verifiers import texts, towers
+from vtts_jax.verifiers.parts import image_encoder as towers
 
 SIZES = {'tiny': modeling.TINY, **modeling.RELEASED}
 
@@ -37,7 +42,7 @@ class ImageReward(core.Verifier):
 
   def __post_init__(self):
     if self.random and self.random not in SIZES:
-      raise core.ConfigError(
+      raise ConfigError(
         f"verifier.random={self.random!r}: must be '' or one of {', '.join(SIZES)}"
       )
     towers.check_dtype(self.dtype)
@@ -53,9 +58,9 @@ class ImageReward(core.Verifier):
 
   def load(self):
     if not self.random:
-      source = weights.open_source(self.model_from)
+      source = source_files.open_source(self.model_from)
       return convert.load(source, self.config, self.dtype)[1]
-    return weights.drawn(modeling.build, self.config, self.dtype)
+    return modules.drawn(modeling.build, self.config, self.dtype)
 
   def tokenize(self, prompts):
     place = '' if self.random else self.tokenizer_from
@@ -64,12 +69,12 @@ class ImageReward(core.Verifier):
 
   def encode(self, params, prompt):
     """All that does not depend on a picture: the text after its first self-attention."""
-    text = weights.model(modeling.build, self.config, params).text(prompt['ids'], prompt['mask'])
+    text = modules.model(modeling.build, self.config, params).text(prompt['ids'], prompt['mask'])
     return {'text': text, 'mask': prompt['mask']}
 
   def score(self, params, vctx, images, **signals):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    model = weights.model(modeling.build, self.config, params)
+    model = modules.model(modeling.build, self.config, params)
     b, m = images.shape[:2]
     shown = model.vision(prepare(images.reshape(b * m, *images.shape[2:]), self.config.size))
     text, mask = (jnp.repeat(vctx[name], m, axis=0) for name in ('text', 'mask'))
@@ -92,7 +97,7 @@ def prepare(pictures, size: int):
 
 @functools.cache
 def _config(place):
-  return convert.config_of(weights.open_source(place))
+  return convert.config_of(source_files.open_source(place))
 
 
 def build(**given):

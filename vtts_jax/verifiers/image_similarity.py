@@ -10,7 +10,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from vtts_jax import components, core
-from vtts_jax.verifiers import references, towers
+from vtts_jax.data import references
+from vtts_jax.verifiers.parts import image_encoder as towers
 
 DEFAULTS = {'dino': 'facebook/dino-vits16', 'clip': 'openai/clip-vit-base-patch32'}
 LABELS = {'dino': 'dino_i', 'clip': 'clip_i'}

@@ -21,8 +21,9 @@ import numpy as np
 
 from vtts_jax import core
 from vtts_jax.components import build_dataclass
+from vtts_jax.errors import ConfigError
+from vtts_jax.metrics import statistics as stats
 from vtts_jax.models.inception import convert, modeling
-from vtts_jax.models.inception import statistics as stats
 from vtts_jax.verifiers.fid import check_settings, see
 
 
@@ -76,7 +77,7 @@ class InceptionScore(core.Verifier):
     strange = [text for text in texts if text.strip() not in known]
     if strange:
       allowed = '0 .. 999 or a WordNet id' if outputs else f'0 .. {self.config.classes - 1}'
-      raise core.ConfigError(
+      raise ConfigError(
         f'prompts: {strange[0]!r} is no class; must be {allowed} '
         f'(verifier.label_map={self.label_map!r}; with running_from any prompt will do)'
       )
@@ -103,7 +104,7 @@ class InceptionScore(core.Verifier):
 def oracle(kept: stats.Statistics) -> dict:
   """What `rise` needs of the pictures kept, at least one."""
   if kept.count < 1:
-    raise core.ConfigError('running_from: no pictures kept; at least 1 is needed')
+    raise ConfigError('running_from: no pictures kept; at least 1 is needed')
   found = {'p': kept.probs / kept.count, 'plogp': kept.plogp / kept.count, 'n': kept.count}
   return {k: jnp.asarray(v, jnp.float32) for k, v in found.items()}
 
@@ -127,7 +128,7 @@ def _outputs(path) -> dict[str, int]:
   with open(path, encoding='utf-8') as handle:
     entries = re.findall(r'target_class:\s*(\d+)\s*target_class_string:\s*"(n\d+)"', handle.read())
   if len(entries) != 1000:
-    raise core.ConfigError(
+    raise ConfigError(
       f'verifier.label_map={path!r}: has {len(entries)} entries, must have the 1000 of ImageNet'
     )
   ids = {name: int(output) for output, name in entries}

@@ -7,7 +7,7 @@ arXiv 2305.01569; github.com/yuvalkirstain/PickScore; models/clip.
 import dataclasses
 
 from vtts_jax.components import build_dataclass
-from vtts_jax.verifiers.dual import H14, Dual
+from vtts_jax.verifiers.parts.dual_encoder import H14, Dual
 
 
 @dataclasses.dataclass(frozen=True)

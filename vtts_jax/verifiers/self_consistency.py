@@ -9,7 +9,7 @@ D width of an embedding.
 import dataclasses
 
 from vtts_jax import components, core
-from vtts_jax.verifiers import towers
+from vtts_jax.verifiers.parts import image_encoder as towers
 
 DEFAULTS = {'dino': 'facebook/dinov2-base', 'clip': 'openai/clip-vit-base-patch32'}
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from vtts_jax import components, core
+from vtts_jax.errors import ConfigError
 from vtts_jax.verifiers import host
 from vtts_jax.verifiers.vqa_score import QUESTION, check_question
 
@@ -54,20 +55,20 @@ class VqaEndpoint(core.Verifier):
   def __post_init__(self):
     place = urllib.parse.urlsplit(self.url)
     if place.username or place.password or place.query:
-      raise core.ConfigError(
+      raise ConfigError(
         'verifier.url: must have no user, password or query; the key is read from the environment '
         'variable that verifier.key_env names'
       )
     if place.scheme not in ('http', 'https') or not place.hostname:
-      raise core.ConfigError(f'verifier.url={self.url!r}: must start with http:// or https://')
+      raise ConfigError(f'verifier.url={self.url!r}: must start with http:// or https://')
     if not self.model:
-      raise core.ConfigError("verifier.model='': must be a model of the endpoint's")
+      raise ConfigError("verifier.model='': must be a model of the endpoint's")
     check_question(self.question)
     for field, low in (('concurrency', 1), ('retries', 0), ('timeout', 0), ('backoff', 0)):
       if not getattr(self, field) >= low:
-        raise core.ConfigError(f'verifier.{field}={getattr(self, field)}: must be at least {low}')
+        raise ConfigError(f'verifier.{field}={getattr(self, field)}: must be at least {low}')
     if not re.fullmatch(r'([A-Za-z_]\w*)?', self.key_env, re.ASCII):  # perhaps it is the key
-      raise core.ConfigError(
+      raise ConfigError(
         'verifier.key_env: must be the name of an environment variable (letters, digits, _), and '
         'never a key'
       )
@@ -80,7 +81,7 @@ class VqaEndpoint(core.Verifier):
   def tokenize(self, texts):
     empty = [i for i, text in enumerate(texts) if not text.strip()]
     if empty:
-      raise core.ConfigError(f'prompts: prompt {empty[0]} is empty; must have words')
+      raise ConfigError(f'prompts: prompt {empty[0]} is empty; must have words')
     return host.utf8(texts)
 
   def score(self, params, vctx, images, **signals):
@@ -102,7 +103,7 @@ class VqaEndpoint(core.Verifier):
     if not re.fullmatch(r'[!-~]*', key):  # http.client would quote such a header in its error
       problem = 'has characters that no key has'
     if problem:
-      raise core.ConfigError(
+      raise ConfigError(
         f'verifier.key_env={self.key_env!r}: that environment variable {problem}; it must hold the '
         "endpoint's key (key_env='' where none is wanted)"
       )

@@ -11,11 +11,14 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import core, weights
+from vtts_jax import core
+from vtts_jax.checkpoints import source as source_files
 from vtts_jax.components import build_dataclass
+from vtts_jax.data import tokenizers as texts
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.clip_flant5 import convert, modeling
-from vtts_jax.verifiers import texts
-from vtts_jax.verifiers.towers import check_dtype, short_name
+from vtts_jax.verifiers.parts.image_encoder import check_dtype, short_name
 
 SIZES = {'tiny': modeling.TINY, **modeling.RELEASED}
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
@@ -56,15 +59,15 @@ class VqaScore(core.Verifier):
 
   def __post_init__(self):
     if self.random and self.random not in SIZES:
-      raise core.ConfigError(
+      raise ConfigError(
         f"verifier.random={self.random!r}: must be '' or one of {', '.join(SIZES)}"
       )
     check_dtype(self.dtype)
     check_question(self.question)
     if not self.answer.strip():
-      raise core.ConfigError(f'verifier.answer={self.answer!r}: must have words')
+      raise ConfigError(f'verifier.answer={self.answer!r}: must have words')
     if not 1 <= self.length <= 2048:
-      raise core.ConfigError(f'verifier.length={self.length}: must be in 1 .. 2048')
+      raise ConfigError(f'verifier.length={self.length}: must be in 1 .. 2048')
 
   @property
   def names(self):
@@ -80,7 +83,7 @@ class VqaScore(core.Verifier):
   def load(self):
     if not self.random:
       return convert.load(*_sources(self.model_from, self.vision_from), self.dtype)[1]
-    return weights.drawn(modeling.build, self.config, self.dtype)
+    return modules.drawn(modeling.build, self.config, self.dtype)
 
   def tokenize(self, prompts):
     """Ids of what stands before the picture `[B, .]`, after it `[B, length]`, of the answer `[B,
@@ -102,13 +105,13 @@ class VqaScore(core.Verifier):
 
   def encode(self, params, prompt):
     """The words' embeddings; all else depends on the picture."""
-    embed = weights.model(modeling.build, self.config, params).encoder.embed
+    embed = modules.model(modeling.build, self.config, params).encoder.embed
     words = {k: embed(prompt[k]) for k in ('before', 'after')}
     return {**words, 'mask': prompt['mask'], 'answer': prompt['answer']}
 
   def score(self, params, vctx, images, **signals):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    model = weights.model(modeling.build, self.config, params)
+    model = modules.model(modeling.build, self.config, params)
     b, m = images.shape[:2]
     pixels = modeling.preprocess(self.config, images.reshape(b * m, *images.shape[2:]))
     rows = {name: jnp.repeat(value, m, axis=0) for name, value in vctx.items()}
@@ -128,11 +131,11 @@ class VqaScore(core.Verifier):
 def check_question(question: str) -> None:
   """Raises `ConfigError` unless it has one place for the prompt."""
   if question.count('{}') != 1:
-    raise core.ConfigError(f"verifier.question={question!r}: must have '{{}}' once, for the prompt")
+    raise ConfigError(f"verifier.question={question!r}: must have '{{}}' once, for the prompt")
 
 
 def _sources(place, vision):
-  return weights.open_source(place), weights.open_source(vision) if vision else None
+  return source_files.open_source(place), source_files.open_source(vision) if vision else None
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Mapping
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import modeling
 
 
@@ -34,7 +35,7 @@ RULES = [
 ]  # fmt: skip
 
 
-def rules(prefix: str = '', target: str = '', encoder: bool = True) -> list[weights.Rule]:
+def rules(prefix: str = '', target: str = '', encoder: bool = True) -> list[conversion.Rule]:
   """`RULES` for names under `prefix`, into the parameters under `target` (both end in a dot);
   `encoder` False knowingly leaves the encoder."""
   lead = re.escape(prefix)
@@ -101,7 +102,7 @@ def _count(names, pattern):
 
 def load(source, dtype=None, sharding=None, encoder: bool = True):
   """(graphdef, params) of the autoencoder in a `Source` of its own (`source.part(prefix)` cuts one
-  out); errors as in `weights.convert`."""
+  out); errors as in `conversion.convert`."""
   config = config_of(source, encoder=encoder)
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
-  return graphdef, weights.convert(source, rules(encoder=encoder), template, dtype, sharding)
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
+  return graphdef, conversion.convert(source, rules(encoder=encoder), template, dtype, sharding)

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import convert, modeling
 
 
@@ -12,15 +13,15 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
   `images`, its scaled mode and its divergence."""
   options = {'_class_name': 'AutoencoderKL', **config['params']}  # constructor arguments
   settings = convert.config_of(source, options=options)
-  graphdef, template = weights.abstract(lambda: modeling.build(settings))
-  params = weights.convert(source, convert.rules(), template)
-  encode = jax.jit(lambda p, x: weights.merge(graphdef, p).encode(x))
-  decode = jax.jit(lambda p, x: weights.merge(graphdef, p).decode(x))
+  graphdef, template = modules.abstract(lambda: modeling.build(settings))
+  params = conversion.convert(source, convert.rules(), template)
+  encode = jax.jit(lambda p, x: modules.merge(graphdef, p).encode(x))
+  decode = jax.jit(lambda p, x: modules.merge(graphdef, p).decode(x))
   inside = lambda x: x.transpose(0, 2, 3, 1)
   outside = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
   latents = inside(inputs['latents'])
   mean, log_variance = encode(params, inside(inputs['images']))
-  model = weights.merge(graphdef, params)
+  model = modules.merge(graphdef, params)
   return {
     'decoded': outside(decode(params, latents)),
     'decoded_scaled': outside(decode(params, model.unscale(latents))),

@@ -5,8 +5,8 @@ them (`vision_model`, `text_encoder`); see README.md for how ImageReward.pt beco
 import dataclasses
 import re
 
-from vtts_jax import weights
-from vtts_jax.models import vit
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.models import modules, vit
 from vtts_jax.models.blip import modeling
 from vtts_jax.models.stacked import fused, stacked, transposed
 
@@ -160,7 +160,7 @@ def _count(source, lead):
 
 
 def load(source, config=None, dtype=None, sharding=None):
-  """(graphdef, params) of a whole checkpoint; errors as in `weights.convert`."""
+  """(graphdef, params) of a whole checkpoint; errors as in `conversion.convert`."""
   config = config or config_of(source)
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
-  return graphdef, weights.convert(paired(source), RULES, template, dtype, sharding)
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
+  return graphdef, conversion.convert(paired(source), RULES, template, dtype, sharding)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.blip import convert
 
 
@@ -12,7 +12,7 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
   graphdef, params = convert.load(source, convert.config_of(source, **config['options']))
 
   def run(params, inputs):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     image = model.vision(inputs['images'])
     text = model.text(inputs['ids'], inputs['mask'])
     first, states = model.fuse(text, inputs['mask'], image)

@@ -3,9 +3,9 @@ that of open_clip, which is OpenAI's own and that of HPSv2."""
 
 import re
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
-from vtts_jax.models import vit
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules, vit
 from vtts_jax.models.clip import modeling
 from vtts_jax.models.stacked import fused, stacked, transposed
 
@@ -22,7 +22,7 @@ OPEN_BLOCK = {
 }  # fmt: skip
 
 
-def image_rules(lead: str = r'vision_model\.', target: str = 'image.') -> list[weights.Rule]:
+def image_rules(lead: str = r'vision_model\.', target: str = 'image.') -> list[conversion.Rule]:
   """transformers' image tower under `lead` (a regular expression), without its projection."""
   return [
     (lead + r'embeddings\.patch_embedding\.weight', target + 'patch.kernel', vit.patch_kernel),
@@ -35,7 +35,7 @@ def image_rules(lead: str = r'vision_model\.', target: str = 'image.') -> list[w
   ]
 
 
-def text_rules(lead: str = r'text_model\.', target: str = 'text.') -> list[weights.Rule]:
+def text_rules(lead: str = r'text_model\.', target: str = 'text.') -> list[conversion.Rule]:
   """transformers' text tower under `lead` (a regular expression), without its projection."""
   return [
     (lead + r'embeddings\.token_embedding\.weight', target + 'token.embedding', ''),
@@ -180,16 +180,16 @@ def _text(source):
 
 
 def load(source, dtype=None, sharding=None, towers='both'):
-  """(graphdef, params) of a `Source`; errors as in `config_of` and `weights.convert`.
+  """(graphdef, params) of a `Source`; errors as in `config_of` and `conversion.convert`.
 
   Args:
     dtype: of all but the temperature, which keeps its 24 bits.
   """
   config = config_of(source, towers)
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
   source = fused(stacked(source, 'layers|resblocks'))
   table = [(p, t if t and t.split('.')[0] in template else None, op) for p, t, op in RULES]
-  params = weights.convert(source, table, template, dtype, sharding)
+  params = conversion.convert(source, table, template, dtype, sharding)
   return graphdef, exact(source, params, template, sharding, ('scale',))
 
 
@@ -199,5 +199,5 @@ def exact(source, params, template, sharding, names):
     if name in template:
       rules = [(f'logit_{name}', name, ''), ('.*', None, '')]
       place = {name: sharding[name]} if isinstance(sharding, dict) else sharding
-      params |= weights.convert(source, rules, {name: template[name]}, None, place)
+      params |= conversion.convert(source, rules, {name: template[name]}, None, place)
   return params

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.clip import convert
 
 
@@ -13,7 +13,7 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
   graphdef, params = convert.load(source)
 
   def stages(params, pixels, ids):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     seen, read = model.image.tokens(pixels), model.text.tokens(ids)
     image, text = model.embed_image(pixels), model.embed_text(ids)
     return {

@@ -4,8 +4,9 @@
 import dataclasses
 import re
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.clip import convert as clip_convert
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.clip_flant5 import modeling
@@ -130,7 +131,7 @@ def config_of(source) -> modeling.Config:
 
 def load(source, vision=None, dtype=None, sharding=None):
   """(graphdef, params) of a checkpoint, with the tower of `vision` if that is given; errors as in
-  `whole`, `config_of` and `weights.convert`."""
+  `whole`, `config_of` and `conversion.convert`."""
   source = whole(source, vision)
-  graphdef, template = weights.abstract(lambda: modeling.build(config_of(source)))
-  return graphdef, weights.convert(prepared(source), RULES, template, dtype, sharding)
+  graphdef, template = modules.abstract(lambda: modeling.build(config_of(source)))
+  return graphdef, conversion.convert(prepared(source), RULES, template, dtype, sharding)

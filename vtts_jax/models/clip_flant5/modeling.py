@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vtts_jax import images as pictures
+from vtts_jax.media import preprocess as pictures
 from vtts_jax.models import vit
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.t5 import decoder as t5_decoder

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.clip_flant5 import convert
 from vtts_jax.models.t5 import decoder
 
@@ -15,7 +15,7 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
   graphdef, params = convert.load(source)
 
   def stages(params, pixels, before, after, mask, answer):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     embed, shown = model.encoder.embed, model.look(pixels)
     words = embed(before), shown, embed(after), mask
     states, real = model.read(*words)

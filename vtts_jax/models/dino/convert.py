@@ -8,8 +8,8 @@ of the latter two (as files hold them, and as transformers 5 names them in memor
 import math
 import re
 
-from vtts_jax import weights
-from vtts_jax.models import vit
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.models import modules, vit
 from vtts_jax.models.dino import modeling
 from vtts_jax.models.stacked import fused, stacked
 
@@ -108,12 +108,12 @@ def _shapes(source) -> dict:
 
 
 def load(source, dtype=None, sharding=None, config=None):
-  """(graphdef, params) of the encoder in a `Source`; errors as in `weights.convert`.
+  """(graphdef, params) of the encoder in a `Source`; errors as in `conversion.convert`.
 
   Args:
     config: `config_of(source)` by default; with `classes=0` a linear head is knowingly left.
   """
   config = config or config_of(source)
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
   rules = RULES if config.classes else [(r'classifier\..*', None, ''), *RULES]
-  return graphdef, weights.convert(joined(source), rules, template, dtype, sharding)
+  return graphdef, conversion.convert(joined(source), rules, template, dtype, sharding)

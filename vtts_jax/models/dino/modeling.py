@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax import images as pictures
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
+from vtts_jax.media import preprocess as pictures
 from vtts_jax.models import vit
 
 SIDE, RESIZED = 224, 256  # of the published evaluation: the shorter side to 256, the middle 224

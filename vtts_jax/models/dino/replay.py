@@ -4,7 +4,7 @@ out."""
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.dino import convert
 
 
@@ -16,7 +16,7 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
 
   @jax.jit
   def run(params, images):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     first = model.embed(images)
     out = {'embed': first, 'tokens': model(images), 'features': model.features(images)}
     out |= {f'block{i}': x for i, x in enumerate(model.trunk.states(first))}

@@ -13,8 +13,10 @@ import re
 
 import numpy as np
 
-from vtts_jax import checkpoints, weights
-from vtts_jax.core import ConfigError
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints import source as checkpoints
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.dino import convert as dino
 from vtts_jax.models.dreamsim import modeling
 
@@ -126,13 +128,13 @@ def config_of(branches, name: str = 'ensemble', **options) -> modeling.Config:
 
 
 def load(branches, config: modeling.Config, dtype=None, sharding=None):
-  """(graphdef, params) of the model; errors as in `weights.convert`."""
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
+  """(graphdef, params) of the model; errors as in `conversion.convert`."""
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
   places = sharding['branches'] if isinstance(sharding, dict) else dict.fromkeys(
     template['branches'], sharding
   )  # fmt: skip
   params = {
-    i: weights.convert(dino.joined(branch), dino.RULES, template['branches'][i], dtype, places[i])
+    i: conversion.convert(dino.joined(branch), dino.RULES, template['branches'][i], dtype, places[i])
     for i, branch in zip(template['branches'], branches)
   }
   return graphdef, {'branches': params}

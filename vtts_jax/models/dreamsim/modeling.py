@@ -15,8 +15,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from vtts_jax import images as pictures
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
+from vtts_jax.media import preprocess as pictures
 from vtts_jax.models.dino import modeling as dino
 
 SIDE = 224

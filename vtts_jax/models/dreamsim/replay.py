@@ -4,7 +4,7 @@ embeddings out."""
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.dreamsim import convert, modeling
 
 
@@ -18,7 +18,7 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
 
   @jax.jit
   def run(params, images):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     parts = [modeling.feature(branch, images) for branch in model.branches]
     return {'embedding': model(images)} | {f'branch{i}': x for i, x in enumerate(parts)}
 

@@ -6,7 +6,8 @@ converters of their own; where a file holds them too they are passed over here.
 
 from flax import nnx
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.models import modules
 from vtts_jax.models.flexar.modeling import Config, FlexAR
 from vtts_jax.models.stacked import stacked, transposed
 
@@ -98,7 +99,7 @@ def config_of(source, **options) -> Config:
 
 
 def load(source, config=None, dtype=None, sharding=None):
-  """(graphdef, params) of the checkpoint `source`; errors as in `weights.convert`."""
+  """(graphdef, params) of the checkpoint `source`; errors as in `conversion.convert`."""
   config = config_of(source) if config is None else config
-  graphdef, template = weights.abstract(lambda: FlexAR(config, rngs=nnx.Rngs(0)))
-  return graphdef, weights.convert(stacked(source), rules(config), template, dtype, sharding)
+  graphdef, template = modules.abstract(lambda: FlexAR(config, rngs=nnx.Rngs(0)))
+  return graphdef, conversion.convert(stacked(source), rules(config), template, dtype, sharding)

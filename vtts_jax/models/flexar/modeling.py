@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
 from vtts_jax.models.stacked import scan, stack
 
 

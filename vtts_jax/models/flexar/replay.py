@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import sampling, weights
+from vtts_jax import token_sampling as sampling
+from vtts_jax.models import modules
 from vtts_jax.models.flexar import convert
 from vtts_jax.models.flexar.modeling import FlexAR, guide
 from vtts_jax.models.t5 import convert as t5_convert
@@ -64,7 +65,7 @@ class Runner:
 
   def __init__(self, graphdef, params):
     def compiled(call):
-      run = jax.jit(lambda params, *args: call(weights.merge(graphdef, params), *args))
+      run = jax.jit(lambda params, *args: call(modules.merge(graphdef, params), *args))
       return lambda *args: run(params, *args)
 
     def forced(model, ctx, tokens):
@@ -88,7 +89,7 @@ def _text(config, run, t5, inputs):
   """Context of the prompts and the empty text, and the outputs of the text side."""
   batch = len(inputs['text_ids'])
   graphdef, params = t5_convert.load(t5)
-  encoder = jax.jit(lambda params, *args: weights.merge(graphdef, params)(*args))
+  encoder = jax.jit(lambda params, *args: modules.merge(graphdef, params)(*args))
   ids, mask = (
     jnp.concatenate([inputs[f'text_{x}'], inputs[f'uncond_text_{x}']]) for x in ('ids', 'mask')
   )

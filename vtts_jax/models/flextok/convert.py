@@ -6,7 +6,8 @@ only training uses (alignment heads) are passed over.
 
 from flax import nnx
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.models import modules
 from vtts_jax.models.flextok import modeling
 from vtts_jax.models.flextok.modeling import Config
 from vtts_jax.models.stacked import stacked, transposed
@@ -108,7 +109,7 @@ def config_of(source, **options) -> Config:
 
 
 def load(source, config=None, dtype=None, sharding=None, part='all'):
-  """(graphdef, params) of the checkpoint `source`; errors as in `weights.convert`.
+  """(graphdef, params) of the checkpoint `source`; errors as in `conversion.convert`.
 
   `part` is 'all' for `FlexTok`, or 'encoder' or 'decoder' for that alone: a search loads no
   encoder.
@@ -122,5 +123,5 @@ def load(source, config=None, dtype=None, sharding=None, part='all'):
     lead = f'{part}.'
     mine = [(p, t[len(lead) :], op) for p, t, op in RULES if t and t.startswith(lead)]
     rules = [*mine, (rf'(?!{part}\.).*', None, ''), *(r for r in RULES if r[1] is None)]
-  graphdef, template = weights.abstract(lambda: classes[part](config, rngs=nnx.Rngs(0)))
-  return graphdef, weights.convert(stacked(source), rules, template, dtype, sharding)
+  graphdef, template = modules.abstract(lambda: classes[part](config, rngs=nnx.Rngs(0)))
+  return graphdef, conversion.convert(stacked(source), rules, template, dtype, sharding)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
 from vtts_jax.models.flextok import fsq
 from vtts_jax.models.stacked import scan, stack
 from vtts_jax.models.vit import attend

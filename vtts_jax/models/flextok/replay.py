@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.flextok import convert, flow, fsq
 from vtts_jax.models.flextok.modeling import time_features
 
@@ -33,7 +33,7 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
     k: jnp.asarray(v) if v.dtype.kind == 'f' else jnp.asarray(v, jnp.int32)
     for k, v in inputs.items()
   }
-  run = lambda params, inputs: _run(config, weights.merge(graphdef, params), inputs)
+  run = lambda params, inputs: _run(config, modules.merge(graphdef, params), inputs)
   return {name: np.asarray(value) for name, value in jax.jit(run)(params, inputs).items()}
 
 

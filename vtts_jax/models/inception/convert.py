@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import weights
-from vtts_jax.core import ConfigError
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.errors import ConfigError
+from vtts_jax.models import modules
 from vtts_jax.models.inception import modeling
 
 EPS = 1e-3  # of the batch norms
@@ -33,7 +35,7 @@ def folded(source):
     if name.endswith('.conv.weight'):
       lead = name.removesuffix('.conv.weight')
       missing += [n for n in (f'{lead}.bn.{p}' for p in parts) if n not in source]
-      header[f'{lead}.conv.kernel'] = tuple(shape[a] for a in weights.OPS['conv']), kind
+      header[f'{lead}.conv.kernel'] = tuple(shape[a] for a in conversion.OPS['conv']), kind
       header[f'{lead}.conv.bias'] = shape[:1], kind
     elif '.bn.' not in name:
       header[name] = shape, kind
@@ -50,7 +52,7 @@ def folded(source):
     if kind == 'bias':
       return (shift - mean * scale).astype(np.float32)
     kernel = source.get(f'{lead}.conv.weight').astype(np.float64) * scale[:, None, None, None]
-    return kernel.transpose(weights.OPS['conv']).astype(np.float32)
+    return kernel.transpose(conversion.OPS['conv']).astype(np.float32)
 
   return dataclasses.replace(source, header=header, read=read)
 
@@ -75,10 +77,10 @@ def config_of(source, **options) -> modeling.Config:
 
 
 def load(source, config=None, dtype=None, sharding=None):
-  """(graphdef, params); errors as in `weights.convert`."""
+  """(graphdef, params); errors as in `conversion.convert`."""
   config = config or config_of(source)
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
-  return graphdef, weights.convert(folded(source), RULES, template, dtype, sharding)
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
+  return graphdef, conversion.convert(folded(source), RULES, template, dtype, sharding)
 
 
 # ------------------------------------------------------------------------------------------ by name
@@ -100,19 +102,19 @@ def config_at(place: str, random: str = '') -> modeling.Config:
       'model_from: must name the weights of 2015-12-05 as safetensors; they are published as a '
       'pickle only, vtts_jax/models/inception/README.md converts them in two lines'
     )
-  return config_of(weights.open_source(place))
+  return config_of(source_files.open_source(place))
 
 
 @functools.cache
 def graph(config: modeling.Config):
-  return weights.abstract(lambda: modeling.build(config))[0]
+  return modules.abstract(lambda: modeling.build(config))[0]
 
 
 def params_at(place: str, random: str = '', dtype: str = 'float32'):
   """Parameters of `config_at(place, random)`; random ones are the same at every call."""
   config = config_at(place, random)
   if not random:
-    return load(weights.open_source(place), config, dtype)[1]
+    return load(source_files.open_source(place), config, dtype)[1]
   draw = np.random.default_rng(0)
 
   def leaf(shape):  # on the host: 94 initialisers take half a minute to compile
@@ -120,5 +122,5 @@ def params_at(place: str, random: str = '', dtype: str = 'float32'):
     # more than the usual 2, as means over 3 x 3 lose spread
     return jnp.asarray(kernel * np.sqrt(2.4 / np.prod(shape[:-1])), dtype)
 
-  _, template = weights.abstract(lambda: modeling.build(config))
+  _, template = modules.abstract(lambda: modeling.build(config))
   return jax.tree.map(lambda x: leaf(x.shape), template)

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax import images, weights
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
+from vtts_jax.media import preprocess as images
+from vtts_jax.models import modules
 
 # (branches); a branch is a chain of pools and convolutions (name, channels, kernel, stride = 1); a
 # fork in it is convolutions whose results are put side by side. With stride 2 there is no padding.
@@ -281,11 +282,11 @@ def build(config: Config) -> Inception:
 @functools.cache
 def flops(c: Config) -> int:
   """FLOPs of the convolutions and the classifier for one picture, read off the traced program."""
-  graphdef, params = weights.abstract(lambda: build(c))
+  graphdef, params = modules.abstract(lambda: build(c))
   picture = jax.ShapeDtypeStruct((1, c.side, c.side, 3), jnp.float32)
 
   def run(params, x):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     return model.logits(model(x))
 
   total = 0

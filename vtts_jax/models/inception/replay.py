@@ -6,19 +6,20 @@ Their 500 small tensors are one array, `names` in the config tells them apart.
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.models import modules
 from vtts_jax.models.inception import convert, modeling
 
 
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The picture under both looks, the means of every grid, features, logits."""
-  source = weights.arrays(unpack(source.get('flat'), config['names']))
+  source = source_files.arrays(unpack(source.get('flat'), config['names']))
   settings = convert.config_of(source, **config['options'])
   graphdef, params = convert.load(source, settings)
   pictures = inputs['pictures'].astype(np.float32) / 255
 
   def run(params, pictures):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     seen = {look: modeling.prepare(pictures, settings.side, look) for look in modeling.LOOKS}
     x = seen['pytorch_fid']
     grids = {f'mean_{k}': v.mean((1, 2)) for k, v in model.grids(x).items()}

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.owlvit import convert
 
 
@@ -14,7 +14,7 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
 
   @jax.jit
   def run(params, images, ids):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     features = model.features(images)
     queries = model.text(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape[:2], -1)
     out = {

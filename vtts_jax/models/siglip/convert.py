@@ -3,8 +3,8 @@ resolutions on the hub."""
 
 import numpy as np
 
-from vtts_jax import weights
-from vtts_jax.models import vit
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.models import modules, vit
 from vtts_jax.models.clip.convert import BLOCK, exact, trunk_of
 from vtts_jax.models.siglip import modeling
 from vtts_jax.models.stacked import fused, stacked, transposed
@@ -84,13 +84,13 @@ def config_of(source) -> modeling.Config:
 
 
 def load(source, dtype=None, sharding=None):
-  """(graphdef, params) of a `Source`; errors as in `config_of` and `weights.convert`.
+  """(graphdef, params) of a `Source`; errors as in `config_of` and `conversion.convert`.
 
   Args:
     dtype: of all but the temperature and the bias, which keep their 24 bits.
   """
   config = config_of(source)
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
   source = fused(stacked(source, 'layers'))
-  params = weights.convert(source, RULES, template, dtype, sharding)
+  params = conversion.convert(source, RULES, template, dtype, sharding)
   return graphdef, exact(source, params, template, sharding, ('scale', 'bias'))

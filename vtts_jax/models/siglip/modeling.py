@@ -15,8 +15,8 @@ import math
 import jax.numpy as jnp
 from flax import nnx
 
-from vtts_jax import images as pictures
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
+from vtts_jax.media import preprocess as pictures
 from vtts_jax.models import vit
 from vtts_jax.models.clip.modeling import random_table, unit
 

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from vtts_jax import weights
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.models import modules
 from vtts_jax.models.t5 import modeling
 
 ATTENTION = r'encoder\.block\.(\d+)\.layer\.0\.SelfAttention'
@@ -23,7 +24,7 @@ RULES = [
 ]  # fmt: skip
 
 
-def rules(prefix: str = '', target: str = '') -> list[weights.Rule]:
+def rules(prefix: str = '', target: str = '') -> list[conversion.Rule]:
   """`RULES` for names under `prefix`, into the parameters under `target` (both end in a dot)."""
   lead = re.escape(prefix)
   return [(lead + p, t if t is None else target + t, op) for p, t, op in RULES]
@@ -68,7 +69,7 @@ def config_of(source, prefix: str = '', options: Mapping | None = None) -> model
 
 def load(source, dtype=None, sharding=None):
   """(graphdef, params) of the encoder in a `Source` of its own (`source.part(prefix)` cuts one
-  out); errors as in `weights.convert`."""
+  out); errors as in `conversion.convert`."""
   config = config_of(source)
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
-  return graphdef, weights.convert(source, RULES, template, dtype, sharding)
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
+  return graphdef, conversion.convert(source, RULES, template, dtype, sharding)

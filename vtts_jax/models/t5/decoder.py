@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
 from vtts_jax.models.stacked import scan, stack, stacked, transposed
 from vtts_jax.models.t5.modeling import Attention, Config, FeedForward, RMSNorm, buckets, linear
 

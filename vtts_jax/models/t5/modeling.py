@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
 
 FEED_FORWARD = ('gated-gelu', 'relu')
 

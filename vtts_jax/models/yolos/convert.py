@@ -1,7 +1,7 @@
 """YOLOS: from the transformers layout (`YolosForObjectDetection`)."""
 
-from vtts_jax import weights
-from vtts_jax.models import vit
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.models import modules, vit
 from vtts_jax.models.stacked import fused, stacked, transposed
 from vtts_jax.models.yolos import modeling
 
@@ -69,8 +69,8 @@ def config_of(source, **options) -> modeling.Config:
 
 
 def load(source, dtype=None, sharding=None, config: modeling.Config | None = None):
-  """(graphdef, params); errors as in `weights.convert`."""
+  """(graphdef, params); errors as in `conversion.convert`."""
   config = config or config_of(source)
-  graphdef, template = weights.abstract(lambda: modeling.build(config))
+  graphdef, template = modules.abstract(lambda: modeling.build(config))
   whole = fused(stacked(source, 'layer'), ('query', 'key', 'value'))
-  return graphdef, weights.convert(whole, RULES, template, dtype, sharding)
+  return graphdef, conversion.convert(whole, RULES, template, dtype, sharding)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax import images as pictures
-from vtts_jax.core import ConfigError
+from vtts_jax.errors import ConfigError
+from vtts_jax.media import preprocess as pictures
 from vtts_jax.models import vit
 from vtts_jax.models.stacked import scan
 

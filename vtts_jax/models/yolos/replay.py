@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vtts_jax import weights
+from vtts_jax.models import modules
 from vtts_jax.models.yolos import convert
 
 
@@ -14,7 +14,7 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
 
   @jax.jit
   def run(params, images):
-    model = weights.merge(graphdef, params)
+    model = modules.merge(graphdef, params)
     last, states = model.states(images, every=True)
     logits, boxes = model(images)
     return {'first': states[0], 'last': last, 'logits': logits, 'boxes': boxes}

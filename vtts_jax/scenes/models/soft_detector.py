@@ -1,0 +1,205 @@
+"""The detector that serves as a verifier: a residual MLP slid over the lattice of possible centres.
+
+No object is larger than 10 pixels, so the 12 x 12 window around a lattice point holds all there is
+to know about it; the window is read as one matrix product (not the convolution pyramid of the
+perceptual detector, which this model shares neither weights, data nor code with). `satisfaction`
+turns its soft detections into the probability that GenEval's rules hold.
+
+Letters: R rows (images) · P = 36 places, row by row · K = 6 classes (5 shapes, then nothing).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vtts_jax.scenes import world as world
+from vtts_jax.scenes.models.layers import MLP, RMSNorm
+
+PLACES = len(world.LATTICE) ** 2
+NOTHING = len(world.SHAPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes: channels of a 4 x 4 cell, width and number of the residual blocks."""
+
+  cell: int = 48
+  width: int = 96
+  blocks: int = 2
+
+
+class Windows(nnx.Module):
+  """`[R, 32, 32, 3]` -> `[P, R, width]`: 4 x 4 cells, then the 3 x 3 cells around each centre."""
+
+  def __init__(self, cell, width, *, rngs):
+    self.cells = nnx.Linear(48, cell, rngs=rngs)
+    self.window = nnx.Linear(9 * cell, width, rngs=rngs)
+
+  def __call__(self, images):
+    r, n = images.shape[0], world.SIZE // 4
+    x = (2 * images - 1).reshape(r, n, 4, n, 4, 3).transpose(1, 3, 0, 2, 4, 5)
+    x = jax.nn.relu(self.cells(x.reshape(n, n, r, 48)))
+    x = jnp.concatenate([x[i:i + 6, j:j + 6] for i in range(3) for j in range(3)], -1)
+    return self.window(x.reshape(PLACES, r, -1))
+
+
+def flops_windows(cell, width):
+  """FLOPs of `Windows` for one image."""
+  return 2 * 64 * 48 * cell + 2 * PLACES * 9 * cell * width
+
+
+class Judge(nnx.Module):
+  """`judge(images [R, 32, 32, 3]) -> (class log-probabilities [R, P, K], colour's [R, P, 8])`."""
+
+  def __init__(self, config, *, rngs):
+    w = config.width
+    self.windows = Windows(config.cell, w, rngs=rngs)
+    self.norms = nnx.List([RMSNorm(w) for _ in range(config.blocks)])
+    self.blocks = nnx.List([MLP(w, w, w, rngs=rngs) for _ in range(config.blocks)])
+    self.head = nnx.Linear(w, NOTHING + 1 + len(world.COLOURS), rngs=rngs)
+
+  def __call__(self, images):
+    x = self.windows(images)
+    for norm, block in zip(self.norms, self.blocks):
+      x = x + block(norm(x))
+    x = self.head(jax.nn.relu(x)).transpose(1, 0, 2)
+    split = NOTHING + 1
+    return jax.nn.log_softmax(x[..., :split]), jax.nn.log_softmax(x[..., split:])
+
+
+def build(config, seed=0):
+  return Judge(config, rngs=nnx.Rngs(seed))
+
+
+def flops(config):
+  """FLOPs for one image, a multiply-add counted as 2, matrix products only."""
+  w = config.width
+  heads = NOTHING + 1 + len(world.COLOURS)
+  return flops_windows(config.cell, w) + 2 * PLACES * (config.blocks * 2 * w * w + w * heads)
+
+
+def targets(scenes):
+  """Truth per place, numpy int32: class `[R, P]` (5 = nothing), colour `[R, P]` (0 there)."""
+  row, slot = np.nonzero(np.arange(world.SLOTS) < scenes.count[:, None])
+  kind = np.full((len(scenes.count), PLACES), NOTHING, np.int32)
+  colour = np.zeros_like(kind)
+  kind[row, scenes.place[row, slot]] = scenes.shape[row, slot]
+  colour[row, scenes.place[row, slot]] = scenes.colour[row, slot]
+  return kind, colour
+
+
+def loss(kind, colour, truth):
+  """Mean cross-entropies: class over objects plus class over empty places, colour over objects.
+
+  Args: log-probabilities `[R, P, K]`, `[R, P, 8]` and `targets`. Returns (sum, {name: scalar}).
+  """
+  there = (truth[0] != NOTHING).astype(jnp.float32)
+  pick = lambda log, index: (log * jax.nn.one_hot(index, log.shape[-1])).sum(-1)
+  objects = jnp.maximum(there.sum(), 1)
+  terms = {
+    'object': -(pick(kind, truth[0]) * there).sum() / objects,
+    'empty': -(pick(kind, truth[0]) * (1 - there)).sum() / objects,
+    'colour': -(pick(colour, truth[1]) * there).sum() / objects,
+  }
+  return sum(terms.values()), terms
+
+
+# ---- does a picture do what the caption says?
+
+FIELDS = ('tag', 'a', 'b', 'colour_a', 'colour_b', 'count', 'relation')
+
+
+def parse(texts):
+  """Captions of the grammar to targets: numpy int32 `[R, 7]`, the columns of `FIELDS`.
+
+  Raises:
+    ValueError: a text that is no sentence of the grammar of data/scenes.py.
+  """
+  rows = []
+  for text in texts:
+    words = text.lower().replace('.', '').replace(',', '').split()
+    row = _parse(words[3:]) if ' '.join(words[:3]) in world.PREFIXES else None
+    if row is None:
+      raise ValueError(
+        f'prompt {text!r} is not a sentence of the scene world; it must read like '
+        "'a photo of a red circle and a blue ring', 'a photo of three squares' or "
+        "'a photo of a cross left of a ring'")
+    rows.append(row)
+  return np.array(rows, np.int32).reshape(-1, len(FIELDS))
+
+
+def _parse(words):
+  if len(words) == 2 and words[0] in world.NUMBERS and words[1] in world.PLURALS:
+    return 2, world.PLURALS.index(words[1]), 0, 0, 0, world.NUMBERS.index(words[0]) + 1, 0
+  one, rest = _thing(words)
+  if one is None:
+    return None
+  colour, a = one
+  if not rest:
+    return (0, a, 0, 0, 0, 1, 0) if colour is None else (3, a, 0, colour, 0, 1, 0)
+  for join in ('and', *world.RELATIONS):
+    n = len(join.split())
+    if ' '.join(rest[:n]) == join:
+      other, end = _thing(rest[n:])
+      if other is None or end or (colour is None) != (other[0] is None):
+        return None
+      if join != 'and':
+        r = world.RELATIONS.index(join)
+        return None if colour is not None else (4, a, other[1], 0, 0, 1, r)
+      return (1, a, other[1], 0, 0, 1, 0) if colour is None else (5, a, other[1], colour,
+                                                                   other[0], 1, 0)
+  return None
+
+
+def _thing(words):
+  """`a red circle ...` -> ((colour or None, shape), the rest); (None, words) if it is none."""
+  if len(words) >= 2 and words[0] in ('a', 'an'):
+    if words[1] in world.SHAPES:
+      return (None, world.SHAPES.index(words[1])), words[2:]
+    if len(words) >= 3 and words[1] in world.COLOURS and words[2] in world.SHAPES:
+      return (world.COLOURS.index(words[1]), world.SHAPES.index(words[2])), words[3:]
+  return None, words
+
+
+def _relations():
+  """`[4, P, P]` float32: does an object at p stand in the relation to one at q? GenEval's rule."""
+  y, x = (np.array(world.LATTICE)[i] for i in np.divmod(np.arange(PLACES), len(world.LATTICE)))
+  offset = np.stack([x[:, None] - x, y[:, None] - y], -1).astype(float)  # [P, P, 2]
+  margin = 0.1 * 4 * np.mean(world.RADII)
+  kept = np.maximum(abs(offset) - margin, 0) * np.sign(offset)
+  unit = kept / np.maximum(np.linalg.norm(offset, axis=-1, keepdims=True), 1e-6)
+  x, y = unit[..., 0], unit[..., 1]
+  return np.stack([x < -0.5, x > 0.5, y < -0.5, y > 0.5]).astype(np.float32)
+
+
+def satisfaction(kind, colour, targets):
+  """Log-probability `[B, M]`, in [-30, 0], that the rules of GenEval hold.
+
+  Args:
+    kind, colour: log-probabilities of `Judge`, `[B, M, P, K]` and `[B, M, P, 8]`.
+    targets: `[B, 7]` of `parse`.
+
+  An object is as likely as its most likely place, a relation as the likeliest pair of places in
+  that relation, a number n as the n likeliest places holding an object and no other.
+  """
+  tag, a, b, colour_a, colour_b, count, relation = (targets[:, i] for i in range(7))
+  hot = lambda index, n: jax.nn.one_hot(index, n)[:, None, None]
+  of = lambda log, index: jnp.sum(log * hot(index, log.shape[-1]), -1)  # [B, M, P]
+  at_a, at_b = of(kind, a), of(kind, b)
+  ink_a, ink_b = of(colour, colour_a), of(colour, colour_b)
+  coloured = jnp.isin(tag, jnp.array([3, 5]))[:, None, None]
+  first = jnp.max(at_a + coloured * ink_a, -1)
+  second = jnp.max(at_b + coloured * ink_b, -1)
+  rule = jnp.tensordot(jax.nn.one_hot(relation, 4), _relations(), 1)[:, None]  # [B, 1, P, P]
+  pair = jnp.where(rule > 0.5, at_a[..., :, None] + at_b[..., None, :], -60.0).max((-2, -1))
+  ranked = -jnp.sort(-at_a, -1)  # [B, M, P], likeliest first
+  absent = jnp.log1p(-jnp.exp(jnp.minimum(ranked, -1e-6)))
+  inside = jnp.arange(PLACES) < count[:, None, None]
+  number = jnp.where(inside, ranked, absent).sum(-1)
+  tag = tag[:, None]
+  out = jnp.where(tag == 2, number, jnp.where(tag == 4, pair, first))
+  out = out + jnp.where((tag == 1) | (tag == 5), second, 0.0)
+  return jnp.clip(out, -30.0, 0.0)

@@ -1,0 +1,140 @@
+"""What a search sees, as training data: completions drawn by a prior at its shipped guidance, their
+scores by `clip_a`, and the guided distribution that each token was drawn from.
+
+Of each training prompt FIRST samples are drawn; the best two of these are then cut at a random
+stage and completed twice more each, so that good prefixes, which is what a search keeps, are met
+more often than the prior meets them. Such a completion says nothing of prefixes shorter than its
+cut (they were chosen by how they went on), which is what `begin` records.
+
+Letters: P prompts · N = FIRST + MORE completions of a prompt · T tokens · V codes · D embedding.
+"""
+
+import functools
+import hashlib
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vtts_jax.models import modules
+from vtts_jax.scenes import world as world
+from vtts_jax.scenes.models import ASSETS, card, load
+
+FIRST, MORE = 8, 4
+JUDGE = 'clip_a'
+TOGETHER = 12  # prompts of a call: 96 pictures, the fastest number on a CPU
+PART = 240  # prompts of a file
+
+
+class Completions(NamedTuple):
+  """Data of P prompts.
+
+  Attributes:
+    text: word ids `[P, Tt]` uint8. tokens: `[P, N, T]` uint8.
+    begin: `[P, N]` uint8; prefixes of fewer tokens must not learn from this completion.
+    score: `[P, N]` float32, the total that a search by `clip_a` maximises.
+    embedding: unit image embeddings `[P, N, D]` float16; the score is linear in them.
+    root: guided distributions `[P, N, T, V]` as uint8, 255 times the square root of a probability.
+  """
+
+  text: np.ndarray
+  tokens: np.ndarray
+  begin: np.ndarray
+  score: np.ndarray
+  embedding: np.ndarray
+  root: np.ndarray
+
+
+def sample(model, scale, text_ids, given, begin, key, greedy=False):
+  """Guided sampling: tokens `[P, N, T]` and logits `[P, N, T, V]`.
+
+  The first `begin [P, N]` tokens are those of `given [P, N, T]`, the others are drawn; text ids
+  are `[P, Tt]`. At `scale` 1 a single stream runs.
+  """
+  p = len(text_ids)
+  one = scale == 1
+  text = model.text(text_ids if one else jnp.concatenate([text_ids, jnp.zeros_like(text_ids)]))
+
+  def body(carry, t):
+    cache, last = carry
+    logits, cache = model.step(text, cache, last if one else jnp.concatenate([last, last]), t)
+    logits = logits if one else logits[p:] + scale * (logits[:p] - logits[p:])
+    noise = 0 if greedy else jax.random.gumbel(jax.random.fold_in(key, t), logits.shape)
+    drawn = jnp.argmax(logits + noise, -1).astype(jnp.int32)
+    token = jnp.where(t < begin, given[:, :, t], drawn)
+    return (cache, token), (token, logits)
+
+  start = jnp.full(begin.shape, model.config.codes, jnp.int32)
+  start = (model.init_cache(p if one else 2 * p, begin.shape[1]), start)
+  _, (tokens, logits) = jax.lax.scan(body, start, jnp.arange(model.config.tokens))
+  return jnp.moveaxis(tokens, 0, 2), jnp.moveaxis(logits, 0, 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draw(order, params, text_ids, key):
+  """Everything of a few prompts, text ids `[P, Tt]`: a `Completions` of arrays."""
+  prior, decoder, judge = (modules.merge(load(name)[0], params[name]) for name in parts(order))
+  scale = card(f'prior_{order}')['guidance']
+  keys = jax.random.split(key, 3)
+  p, length = len(text_ids), prior.config.tokens
+
+  def scored(given, begin, key):
+    tokens, logits = sample(prior, scale, text_ids, given, begin, key)
+    seen = judge.image(decoder.decode(tokens.reshape(-1, length)))
+    seen = seen.reshape(*begin.shape, -1)
+    score = judge.logits(seen, judge.text(text_ids)[:, None])
+    root = jnp.round(255 * jnp.sqrt(jax.nn.softmax(logits)))
+    return Completions(text_ids, tokens, begin, score, seen, root.astype(jnp.uint8))
+
+  none = jnp.zeros((p, FIRST), jnp.int32)
+  a = scored(jnp.zeros((p, FIRST, length), jnp.int32), none, keys[0])
+  good = jax.lax.top_k(a.score, 2)[1].repeat(MORE // 2, 1)  # [P, MORE]
+  given = jnp.take_along_axis(a.tokens, good[..., None], 1)
+  cut = jax.random.randint(keys[1], (p, 2), 2, length - 1).repeat(MORE // 2, 1)
+  b = scored(given, cut, keys[2])
+  both = (jnp.concatenate([x, y], 1) for x, y in zip(a[1:], b[1:]))
+  return Completions(text_ids, *both)
+
+
+def parts(order):
+  """Names of the weights that the data of `order` come from."""
+  return f'prior_{order}', f'tokenizer_{order}', JUDGE
+
+
+def completions(order, seed, prompts, folder, split='train'):
+  """`Completions` of prompts 0 .. `prompts` - 1 of the endless list (seed, split).
+
+  Drawn once and kept in files below `folder`, by the content of the weights; files that are
+  already there are read, so a killed run goes on where it was.
+
+  Raises:
+    ValueError: `prompts` is no multiple of 240.
+  """
+  if prompts < 1 or prompts % PART:
+    raise ValueError(f'prompts={prompts}: must be a positive multiple of {PART}')
+  content = b''.join((ASSETS / f'{name}.safetensors').read_bytes() for name in parts(order))
+  tag = hashlib.sha256(content).hexdigest()[:12]
+  folder = os.path.join(folder, f'completions_{order}_{split}_{seed}_{tag}')
+  os.makedirs(folder, exist_ok=True)
+  params = {name: load(name)[1] for name in parts(order)}
+  found = []
+  for number in range(prompts // PART):
+    path = os.path.join(folder, f'{number:03d}.npz')
+    if not os.path.exists(path):
+      rows = np.arange(number * PART, (number + 1) * PART)
+      text = world.tokenize(world.texts(world.captions(seed, rows, split)))
+      drawn = []
+      for i in range(0, PART, TOGETHER):
+        key = jax.random.fold_in(jax.random.key(seed), rows[i])
+        drawn.append(jax.tree.map(np.asarray, draw(order, params, text[i : i + TOGETHER], key)))
+      whole = Completions(*map(np.concatenate, zip(*drawn)))
+      kinds = Completions(np.uint8, np.uint8, np.uint8, np.float32, np.float16, np.uint8)
+      arrays = {k: x.astype(t) for k, x, t in zip(whole._fields, whole, kinds)}
+      np.savez(path + '.tmp.npz', **arrays)
+      os.replace(path + '.tmp.npz', path)
+      print(f'drew {path}', flush=True)
+    with np.load(path) as file:
+      found.append(Completions(**{k: file[k] for k in Completions._fields}))
+  return Completions(*map(np.concatenate, zip(*found)))
