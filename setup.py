@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
   name='vtts_jax',
-  version='0.1.0',
+  version='0.2.0',
   description='Visual test-time scaling via search, in JAX/Flax, for TPUs',
   long_description=Path('README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',

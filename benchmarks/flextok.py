@@ -147,8 +147,8 @@ def tpu_step(rows, pool):
   topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4')
   mesh = Mesh(np.array(topology.devices), ('data',))
   whole, split = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), ('data',)))
-  c, B = flexar.RELEASED['flexar_3b'], len(topology.devices)
-  graphdef, params = modules.abstract(lambda: flexar.FlexAR(c, rngs=nnx.Rngs(0)))
+  c, B = flexar.SIZES['flexar_3b'], len(topology.devices)
+  graphdef, params = modules.abstract_module(lambda: flexar.FlexAR(c, rngs=nnx.Rngs(0)))
   half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   params = jax.tree.map(lambda x: half(*x.shape), params)
   words = half(B, STREAMS, c.layers, WORDS, c.width)
@@ -161,7 +161,7 @@ def tpu_step(rows, pool):
   seen = jax.ShapeDtypeStruct((B, 1, rows, slots), jnp.bool) if pool else None
 
   def one(params, ctx, cache, tokens, t, slot, seen):
-    model = modules.merge(graphdef, params)
+    model = modules.bind(graphdef, params)
     hidden, cache = model.step(ctx, cache, tokens, t, slot if pool else None, seen)
     logits = flexar.guide(model.logits(hidden), 3.0)
     return jnp.argmax(logits, -1).astype(jnp.int32), cache

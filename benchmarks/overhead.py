@@ -3,7 +3,7 @@
     python benchmarks/overhead.py [--repeats=5]
 
 1. A fused beam search with the scenes prior, against its bare model calls: the same prompt
-   encoding, prior steps, renders and verifier calls, of the same shapes and as many, in one
+   encoding, prior steps, decodes and verifier calls, of the same shapes and as many, in one
    compiled program without any search between them. Medians of interleaved repeats.
 2. Cached decoding of 256 tokens against a straightforward decoder that runs the whole prefix again
    for each token, as the public system does: the same prior with random weights, the same rows. The
@@ -25,12 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vtts_jax import components, core
-from vtts_jax.engine import drivers, step
-from vtts_jax.engine import search as run
+from vtts_jax.engine import fused, step
+from vtts_jax.engine.search import bill, prepare_search
 from vtts_jax.models import modules
 from vtts_jax.scenes import world as scenes
 from vtts_jax.scenes.models import prior
-from vtts_jax.study import execute as study
 
 SEGMENT = 16
 
@@ -56,71 +55,63 @@ def matmul_rate(repeats, size=1536):
   return 2 * size**3 / seconds
 
 
-def search_against_model(repeats, prompts):
+def search_against_model(repeats, count):
   """Seconds of the fused search and of its model calls alone, and its analytic FLOPs."""
   algo = components.load('search.beam', width=4, branch=8)
   gen = components.load('scenes.ar')
   ver = components.load('scenes.clip', which='a')
-  params = {'generator': study.parameters(gen), 'verifier': study.parameters(ver)}
-  job = step.Job(algo, gen, ver, render_chunk=4)  # as configs/scenes.py does
-  texts = [m['prompt'] for m in scenes.prompts('held', prompts)]
-  arrays = {'generator': gen.tokenize(texts), 'verifier': ver.tokenize(texts)}
-  arrays = jax.tree.map(jnp.asarray, arrays)
-  ids, key, none = jnp.arange(prompts), jax.random.key(0), jnp.zeros((prompts, 0), jnp.int32)
+  prompts = scenes.prompts('held', count)
+  prepared = prepare_search(algo, gen, ver, prompts, render_chunk=4)  # as configs/scenes.py does
+  program, params, arrays = prepared.program, prepared.params, prepared.arrays
+  ids, key = jnp.arange(count), jax.random.key(0)
 
   @jax.jit
   def bare(params, arrays):
     """As many calls of the same shapes; each feeds on the one before, so none can be dropped."""
-    ctx, vctx = step.encode(job, params, arrays)
-    model = gen._model(params['generator'], 'prior')
-    total = 0.0
-    tokens = jnp.zeros((prompts, algo.width), jnp.int32)
-    cache = {s: model.init_cache(prompts, algo.width) for s in gen.streams}
+    contexts = step.encode_prompts(program, params, arrays)
+    ctx = contexts.generator
+    keys = core.candidate_keys(core.prompt_keys(key, ids), jnp.arange(algo.width))
+    state, total = gen.init(params['generator'], ctx, keys), 0.0
 
-    def token(carry, position):
-      tokens, cache = carry
-      out = {s: model.step(ctx[s], cache[s], tokens, position) for s in gen.streams}
-      logits = sum(o[0] for o in out.values())
-      return (jnp.argmax(logits, -1).astype(jnp.int32), {s: o[1] for s, o in out.items()}), None
+    def draw(state, position):
+      logits, cache = gen.next_logits(params['generator'], ctx, state, position)
+      token = jnp.argmax(logits, -1).astype(jnp.int32)
+      here = jnp.arange(gen.num_stages) == position
+      tokens = jnp.where(here, token[..., None], state.tokens)
+      return state._replace(tokens=tokens, cache=cache), None
 
-    for chunk in algo.plan(gen):
-      positions = chunk.begin + jnp.arange(chunk.size)
-      (tokens, cache), _ = jax.lax.scan(token, (tokens, cache), positions)
-      shown = jnp.broadcast_to(
-        tokens.sum(1)[:, None, None] % gen.vocab, (prompts, chunk.proposed, gen.num_stages)
-      )
-      state = gen.init(
-        params['generator'],
-        ctx,
-        core.candidate_keys(core.prompt_keys(key, ids), jnp.arange(chunk.proposed)),
-      )._replace(tokens=shown, cache=())
-      done = chunk.begin + chunk.size
+    for chunk, begin in algo.chunks(gen):
+      state, _ = jax.lax.scan(draw, state, begin + jnp.arange(chunk.size))
+      seen = core.repeat(gen.drop_cache(state), chunk.proposed // chunk.beams)
+      stages = jnp.full((count, chunk.proposed), begin + chunk.size)
 
-      def score(shown, done=done):
-        images = gen.render(params['generator'], ctx, shown, done)
-        return ver.score(params['verifier'], vctx, images)
+      def score(states, stages):
+        seen = gen.observe(params['generator'], ctx, states, stages, ('image',))
+        return ver.score(params['verifier'], contexts.verifier, seen)
 
-      scores = step.in_chunks(job, score, state)
+      scores = step.map_chunks(program.render_chunk, score, seen, stages)
       total = total + sum(s.sum() for s in scores.values())
-      tokens = tokens + (total > 1e30).astype(jnp.int32)
-    state = jax.tree.map(lambda x: x[:, :1], state)
-    return total, gen.render(params['generator'], ctx, state, gen.num_stages)
+      state = state._replace(tokens=state.tokens + (total > 1e30).astype(jnp.int32))
+    best = jax.tree.map(lambda x: x[:, :1], gen.drop_cache(state))
+    return total, gen.observe(params['generator'], ctx, best, gen.num_stages, ('image',))
 
-  whole = jax.jit(lambda p, a: drivers.fused(job, p, a, ids, key, none))
-  found, alone = interleaved([lambda: whole(params, arrays), lambda: bare(params, arrays)], repeats)
-  flops = prompts * sum(run.bill(algo, gen, ver), core.Cost()).flops
+  def whole():
+    return fused.run_fused(program, None, params, arrays, ids, key, prepared.initial)
+
+  found, alone = interleaved([whole, lambda: bare(params, arrays)], repeats)
+  flops = count * sum(bill(algo, gen, ver), core.Cost()).flops
   return found, alone, flops
 
 
 def cached_against_prefix(repeats, tokens=256, prompts=1, rows=16):
   """Seconds to draw `tokens` tokens greedily: with the cache, and running the prefix each time."""
   config = prior.Config(tokens=tokens)
-  graphdef, params = modules.split(prior.build(config))
+  graphdef, params = modules.split_module(prior.build(config))
   text = jnp.asarray(scenes.tokenize(['a photo of a red circle'] * prompts))
 
   @jax.jit
   def cached(params):
-    model = modules.merge(graphdef, params)
+    model = modules.bind(graphdef, params)
     text_kv = model.text(text)
 
     def token(carry, t):
@@ -140,10 +131,10 @@ def cached_against_prefix(repeats, tokens=256, prompts=1, rows=16):
     for length in range(
       SEGMENT, tokens + 1, SEGMENT
     ):  # shapes are static: SEGMENT tokens share one
-      short, _ = modules.abstract(
+      short, _ = modules.abstract_module(
         lambda n=length: prior.build(dataclasses.replace(config, tokens=n))
       )
-      model = modules.merge(short, params | {'place': params['place'][:length]})
+      model = modules.bind(short, params | {'place': params['place'][:length]})
 
       def token(drawn, t, model=model):
         logits = jax.lax.dynamic_index_in_dim(model(texts, drawn), t, 1, keepdims=False)

@@ -51,7 +51,7 @@ def searches(name, simulations, params, start, leaves):
 
   def ours(count):
     call = jax.jit(
-      lambda params, root, key: simulate.run(
+      lambda params, root, key: simulate.run_search(
         root, recurrent, rule, simulations, key, params=params, leaves=count
       )
     )
@@ -68,7 +68,7 @@ def bytes_per_node():
   def ours():
     prefix = (jnp.zeros((ROWS, TOKENS), jnp.int32), jax.random.key_data(jax.random.key(0)))
     prefix = (prefix[0], jnp.broadcast_to(prefix[1], (ROWS, *prefix[1].shape)))
-    return tree.init(prefix, jnp.zeros((ROWS, SLOTS)), jnp.zeros(ROWS), nodes)
+    return tree.init_tree(prefix, jnp.zeros((ROWS, SLOTS)), jnp.zeros(ROWS), nodes)
 
   def theirs():
     root = mctx.RootFnOutput(

@@ -1,6 +1,6 @@
 """Pictures per second of the verifiers at their released sizes, against the torch classes.
 
-    python benchmarks/verifiers.py [--only=clip,spatial] [--batch=32] [--repeats=2]
+    python benchmarks/verifiers.py [--only=clip_b32,yolos_tiny] [--batch=32] [--repeats=2]
 
 Needs the parity extra (torch, transformers). Random weights: speed does not depend on them. Ours is
 the whole `score` of one prompt's candidates, 8 bit rounding and normalisation included, at the side
@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from vtts_jax import components
-from vtts_jax.study import execute as study
 
 warnings.simplefilter('ignore')  # torch's, about itself
 import torch  # noqa: E402
@@ -36,7 +35,7 @@ class Row(NamedTuple):
   """A verifier, its size, the side of its pictures, and what makes the torch module to call."""
 
   verifier: str
-  settings: dict
+  size: str
   side: int
   theirs: object
 
@@ -108,19 +107,17 @@ def _yolos():
 
 
 ROWS = {
-  'clip_b32': Row('clip', {'random': 'b32'}, 224, _clip(768, 12, 12, 32, 'quick_gelu', 512)),
-  'clip_b16': Row('clip', {'random': 'b16'}, 224, _clip(768, 12, 12, 16, 'quick_gelu', 512)),
-  'siglip_b16': Row('clip', {'random': 'siglip_b16_224'}, 224, _siglip),
-  'dino_b16': Row('self_consistency', {'random': 'dino_vitb16'}, 224, _dino),
-  'dinov2_b': Row('dino_logit', {'random': 'dinov2_base_imagenet1k_1_layer'}, 224, _dinov2),
-  'aesthetic_l14': Row(
-    'aesthetic', {'random': 'l14'}, 224, _clip(1024, 24, 16, 14, 'quick_gelu', 768)
-  ),
-  'image_reward': Row('image_reward', {'random': 'image_reward'}, 224, _blip),
-  'owlvit_b32': Row('spatial', {'random': 'owlvit_b32'}, 768, _owl),
-  'yolos_tiny': Row('spatial', {'random': 'yolos_tiny'}, 512, _yolos),
-  'pickscore_h14': Row('pickscore', {'random': 'h14'}, 224, _clip(1280, 32, 16, 14, 'gelu', 1024)),
-}  # fmt: skip
+  'clip_b32': Row('clip', 'b32', 224, _clip(768, 12, 12, 32, 'quick_gelu', 512)),
+  'clip_b16': Row('clip', 'b16', 224, _clip(768, 12, 12, 16, 'quick_gelu', 512)),
+  'siglip_b16': Row('clip', 'siglip_b16_224', 224, _siglip),
+  'dino_b16': Row('self_consistency', 'dino_vitb16', 224, _dino),
+  'dinov2_b': Row('dino_logit', 'dinov2_base_imagenet1k_1_layer', 224, _dinov2),
+  'aesthetic_l14': Row('aesthetic', 'l14', 224, _clip(1024, 24, 16, 14, 'quick_gelu', 768)),
+  'image_reward': Row('image_reward', 'image_reward', 224, _blip),
+  'owlvit_b32': Row('geneval', 'owlvit_b32', 768, _owl),
+  'yolos_tiny': Row('geneval', 'yolos_tiny', 512, _yolos),
+  'pickscore_h14': Row('pickscore', 'h14', 224, _clip(1280, 32, 16, 14, 'gelu', 1024)),
+}
 
 
 def once(call) -> float:
@@ -132,17 +129,18 @@ def once(call) -> float:
 
 def measure(row: Row, batch: int, repeats: int):
   """(seconds of ours, of theirs, FLOP/s of ours, matmul rate)."""
-  verifier = components.load(f'verifiers.{row.verifier}', **row.settings)
-  params = study.parameters(verifier)
-  prompt = '7' if row.verifier == 'dino_logit' else 'a photo of a dog and a bench'
+  verifier = components.load(f'verifiers.{row.verifier}', weights=f'random:{row.size}')
+  params = verifier.load()
+  prompt = {'text': 'a photo of a dog and a bench', 'label': 7}
   vctx = jax.jit(verifier.encode)(params, jax.tree.map(jnp.asarray, verifier.tokenize([prompt])))
   pixels = np.random.default_rng(0).random((batch, row.side, row.side, 3), np.float32)
   images = jnp.asarray(pixels)[None]
-  told = {}
-  if 'early' in verifier.uses:  # a score is two embeddings: half the pictures at two stages each
-    images, told = images[:, : batch // 2], {'early': images[:, batch // 2 :]}
-  score = jax.jit(lambda p, c, x, told: verifier.score(p, c, x, **told))
-  ours = lambda: jax.block_until_ready(score(params, vctx, images, told))
+  observed = {'image': images}
+  if 'early_image' in verifier.needs:  # a score is two embeddings: half the pictures, two each
+    images = images[:, : batch // 2]
+    observed = {'image': images, 'early_image': observed['image'][:, batch // 2 :]}
+  score = jax.jit(verifier.score)
+  ours = lambda: jax.block_until_ready(score(params, vctx, observed))
   module = row.theirs().eval()
   ready = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
   a, product = jnp.ones((2048, 2048)), jax.jit(lambda a: a @ a)
@@ -175,7 +173,6 @@ def main():
     table.add_row(name, row.verifier, str(row.side), *(f'{n:.2f}' for n in numbers))
     print(f'{name}: {theirs / ours:.2f}', file=sys.stderr, flush=True)
     jax.clear_caches()
-    study.parameters.cache_clear()
   Console(width=110).print(table)
   print(json.dumps(found))
 

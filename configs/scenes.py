@@ -15,7 +15,7 @@ What comes out: runs/scenes-<what>-<hash>/ with report.html, curve.png, grid.png
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vtts_jax.components import defaults
+from vtts_jax.components import default_settings
 
 MEASURED = {
   'clip_a': {'name': 'scenes.clip', 'which': 'a'},
@@ -45,7 +45,7 @@ SINGLE = {
     'search': {
       'name': 'search.halving',
       'inner': {'name': 'search.beam', 'width': 1, 'branch': 4},
-      'rungs': ({'keep': 0.5}, {'look': -1}),
+      'rungs': ({'keep': 0.5}, {'lookahead': -1}),
       'least': 1,
     }
   },
@@ -66,18 +66,18 @@ def get_config(arg: str = 'demo') -> ConfigDict:
     'name': f'scenes-{what}' + (f'-{order}' if what in SINGLE else ''),
     'workdir': 'runs',
     'prompts': {'name': 'scenes.world', 'split': 'held', 'count': 240, 'seed': 0},
-    'generator': defaults('scenes.ar', order=order),
+    'generator': default_settings('scenes.ar', order=order),
     'verifier': {'name': 'scenes.clip', 'which': 'a'},
     'measure': MEASURED,
     'metric': 'scenes.oracle',
-    'search': defaults(SINGLE.get(what, BON)['search']['name']),
+    'search': default_settings(SINGLE.get(what, BON)['search']['name']),
     'arms': {},
     'seeds': (0, 1, 2),
     'batch': 24,
     'render_chunk': 4,  # x 24 prompts: 96 pictures fit a core's cache, 1,536 do not (12 x slower)
     'mode': 'fused',
     'stop': placeholder(float),  # a score at which a prompt's search ends
-    'budget': {'generator': 0.0, 'render': 0.0, 'verify': 0.0, 'flops': 0.0},
+    'budget': {'generator': 0.0, 'observe': 0.0, 'verify': 0.0, 'flops': 0.0},
     'traces': 6,
   }
   if what in SINGLE:

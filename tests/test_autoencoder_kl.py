@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax.checkpoints import files as weight_files
 from vtts_jax.checkpoints import source as source_files
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
@@ -27,20 +26,21 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden/autoencoderkl_c16.npz'
   ],
 )
 def test_released_sizes(names, channels, size):
-  configs = [modeling.RELEASED[name] for name in names]
+  configs = [modeling.SIZES[name] for name in names]
   no_factor = {
     dataclasses.replace(config, scaling_factor=None, shift_factor=0.0) for config in configs
   }
   assert len(no_factor) == 1  # of one size, they differ in their factors only
   config = configs[0]
   assert (config.latent_channels, config.downscale) == (channels, 8)
-  assert modules.size(modules.abstract(lambda: modeling.build(config))[1]) == size
+  _, params = modules.abstract_module(lambda: modeling.build(config))
+  assert modules.count_parameters(params) == size
 
 
 def test_released_shapes():
-  config = dataclasses.replace(modeling.RELEASED['flextok_vae_c16'], encoder=False)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
-  run = lambda p, x: modules.merge(graphdef, p).decode(x)
+  config = modeling.part_of(modeling.SIZES['flextok_vae_c16'], 'decoder')
+  graphdef, template = modules.abstract_module(lambda: modeling.build(config))
+  run = lambda p, x: modules.bind(graphdef, p).decode(x)
   out = jax.eval_shape(run, template, jax.ShapeDtypeStruct((2, 32, 32, 16), jnp.float32))
   assert out.shape == (2, 256, 256, 3)
 
@@ -49,6 +49,12 @@ def test_released_shapes():
 def tensors():
   with np.load(GOLDEN) as file:
     return {k[7:]: file[k] for k in file.files if k.startswith('params/')}
+
+
+def load(tensors, options, part=''):
+  source = source_files.arrays(tensors, options)
+  config = convert.config_of(source, part)
+  return config, convert.load(source, config)
 
 
 OPTIONS = {'_class_name': 'AutoencoderKL', 'norm_num_groups': 4}
@@ -63,28 +69,26 @@ def test_config_decides_then_keys(tensors):
   said = {'norm_num_groups': 4, 'shift_factor': 0.5}
   bare = convert.config_of(source_files.arrays(tensors, said))
   assert bare == dataclasses.replace(config, scaling_factor=None, shift_factor=0.5)
-  model = modules.merge(*convert.load(source_files.arrays(tensors, said)))
+  model = modules.bind_module(modeling.build, *load(tensors, said))
   with pytest.raises(ConfigError, match='scaling_factor=None'):
     model.unscale(jnp.zeros((1, 2, 2, 16)))
 
 
 def test_scale_and_back():
-  config = modeling.Config(scaling_factor=2.0, shift_factor=0.5)
-  model = modules.merge(*modules.abstract(lambda: modeling.build(config)))
+  tiny = modeling.SIZES['tiny']
+  config = dataclasses.replace(tiny, scaling_factor=2.0, shift_factor=0.5, encoder=False)
+  model = modules.bind(*modules.abstract_module(lambda: modeling.build(config)))
   assert model.scale(1.0) == 1.0 and model.unscale(1.0) == 1.0
   assert model.scale(3.0) == 5.0 and model.unscale(5.0) == 3.0
 
 
 def test_decoder_alone(tensors):
-  source = source_files.arrays(tensors, OPTIONS)
-  whole = modules.merge(*convert.load(source))
-  graphdef, params = convert.load(source, encoder=False)
-  half = modules.merge(graphdef, params)
-  assert not any(k.startswith('encoder') for k in weight_files.flatten(params))
-  rest = {k: v for k, v in weight_files.flatten(modules.split(whole)[1]).items() if k[:7] == 'decoder'}
-  assert rest.keys() == weight_files.flatten(params).keys()
-  for key, value in weight_files.flatten(params).items():
-    np.testing.assert_array_equal(value, rest[key])
+  sizes, params = load(tensors, OPTIONS)
+  config, own = load(tensors, OPTIONS, 'decoder')
+  whole = modules.bind_module(modeling.build, sizes, params)
+  half = modules.bind_module(modeling.build, config, own)
+  assert config == dataclasses.replace(sizes, encoder=False) and own.keys() == {'decoder'}
+  jax.tree.map(np.testing.assert_array_equal, own['decoder'], params['decoder'])
   with pytest.raises(ConfigError, match='encoder=False'):
     half.encode(jnp.zeros((1, 4, 4, 3)))
   with pytest.raises(ConfigError, match=r'image size=\(5, 4\): multiples of 2'):
@@ -102,7 +106,7 @@ def test_old_attention_names(tensors, convolutions):
         value = value[:, :, None, None] if convolutions and value.ndim == 2 else value
     old[key] = value
   assert any('proj_attn' in key for key in old)
-  new, old = (convert.load(source_files.arrays(t, OPTIONS))[1] for t in (tensors, old))
+  new, old = (load(t, OPTIONS)[1] for t in (tensors, old))
   jax.tree.map(np.testing.assert_array_equal, new, old)
 
 
@@ -117,7 +121,7 @@ def test_posterior():
 
 def test_what_is_wrong_is_said(tensors):
   with pytest.raises(ValueError, match='has no AutoencoderKL'):
-    convert.load(source_files.arrays({'x': np.zeros(1)}))
+    load({'x': np.zeros(1)}, None)
   for options, say in (
     ({'_class_name': 'AutoencoderTiny'}, "_class_name='AutoencoderTiny'"),
     ({'act_fn': 'relu'}, "act_fn='relu': allowed is 'silu'"),
@@ -128,4 +132,4 @@ def test_what_is_wrong_is_said(tensors):
     with pytest.raises(ConfigError, match=say):
       convert.config_of(source_files.arrays(tensors), options=options)
   with pytest.raises(ValueError, match=r'wanted by the model: quant_conv\.kernel'):
-    convert.load(source_files.arrays(tensors, OPTIONS | {'use_quant_conv': True}))
+    load(tensors, OPTIONS | {'use_quant_conv': True})

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import components
+from vtts_jax import components, core
 from vtts_jax.checkpoints import source as source_files
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules, vit
@@ -16,7 +16,7 @@ from vtts_jax.models.blip import convert, modeling
 from vtts_jax.testing import laws
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/blip_a.npz'
-PROMPTS = ['a red square', 'two blue dogs sit']
+PROMPTS = core.as_prompts(['a red square', 'two blue dogs sit'])
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +26,7 @@ def pictures():
 
 @pytest.fixture(scope='module')
 def ver():
-  return components.load('verifiers.image_reward', random='tiny')
+  return components.load('verifiers.image_reward', weights='random:tiny')
 
 
 @pytest.fixture(scope='module')
@@ -35,9 +35,10 @@ def params(ver):
 
 
 def test_released_size():
-  _, params = modules.abstract(lambda: modeling.build(modeling.RELEASED['image_reward']))
-  assert modules.size(params) == 446_206_689
-  assert modules.size(params['vision']) == 303_301_632  # ViT-L/16 at 224 without its classifier
+  _, params = modules.abstract_module(lambda: modeling.build(modeling.SIZES['image_reward']))
+  assert modules.count_parameters(params) == 446_206_689
+  # ViT-L/16 at 224 without its classifier
+  assert modules.count_parameters(params['vision']) == 303_301_632
 
 
 def test_flops_are_what_xla_counts():
@@ -46,11 +47,11 @@ def test_flops_are_what_xla_counts():
     vision=vit.Config(256, 1, 4, 1024), size=32, patch=8, vocab=64, positions=12, width=192,
     layers=2, heads=3, hidden=768, length=12,
   )  # fmt: skip
-  graphdef, params = modules.abstract(lambda: modeling.build(c))
+  graphdef, params = modules.abstract_module(lambda: modeling.build(c))
   shape = jax.ShapeDtypeStruct
 
   def counted(f, *args):
-    run = jax.jit(lambda params, *args: f(modules.merge(graphdef, params), *args))
+    run = jax.jit(lambda params, *args: f(modules.bind(graphdef, params), *args))
     return run.lower(params, *args).compile().cost_analysis()['flops']
 
   ids, text = shape((1, 12), jnp.int32), shape((1, 12, 192), jnp.float32)
@@ -62,11 +63,17 @@ def test_flops_are_what_xla_counts():
 
 def test_conformance(ver, pictures):
   laws.check_verifier(ver, PROMPTS, pictures)
+  assert ver.names == ('image_reward_blip_l_tiny_random',)
+  assert components.load('verifiers.image_reward').names == ('image_reward_blip_l',)
 
 
 def test_a_bad_pixel_spoils_one_score_and_bfloat16_is_near(ver, params, pictures):
   prompt = ver.tokenize(PROMPTS)
-  score = jax.jit(lambda p, images: ver.score(p, ver.encode(p, prompt), images)[ver.names[0]])
+
+  @jax.jit
+  def score(p, images):
+    return ver.score(p, ver.encode(p, prompt), {'image': images})[ver.names[0]]
+
   spoiled = pictures.copy()
   spoiled[0, 1, 5, 5] = np.nan
   good, bad = (np.asarray(score(params, p)) for p in (pictures, spoiled))
@@ -77,11 +84,9 @@ def test_a_bad_pixel_spoils_one_score_and_bfloat16_is_near(ver, params, pictures
 
 
 def test_the_words_count_and_padding_does_not(params):
-  graphdef = modules.abstract(lambda: modeling.build(modeling.TINY))[0]
-
   @jax.jit
   def reward(ids, mask):
-    model = modules.merge(graphdef, params)
+    model = modules.bind_module(modeling.build, modeling.SIZES['tiny'], params)
     image = model.vision(jnp.zeros((1, 32, 32, 3)))
     return model.reward(model.fuse(model.text(ids, mask), mask, image)[0])
 
@@ -112,17 +117,22 @@ def test_sizes_from_shapes_then_config(tensors):
 
 def test_what_is_wrong_is_said(tensors):
   values, _ = tensors
+  config = convert.config_of(source_files.arrays(values))
   with pytest.raises(ValueError, match='has no BLIP with a reward head'):
-    convert.load(source_files.arrays({'x': np.zeros(1)}))
+    convert.config_of(source_files.arrays({'x': np.zeros(1)}))
   headless = {k: v for k, v in values.items() if not k.startswith('mlp.')}
   with pytest.raises(ValueError, match=r'wanted by the model: head\.4\.kernel'):
-    convert.load(source_files.arrays(headless), convert.config_of(source_files.arrays(values)))
+    convert.load(source_files.arrays(headless), config)
   with pytest.raises(ValueError, match=r'unused by the model: text_encoder\.pooler'):
-    convert.load(source_files.arrays(values | {'blip.text_encoder.pooler': np.zeros(3)}))
+    convert.load(source_files.arrays(values | {'blip.text_encoder.pooler': np.zeros(3)}), config)
   with pytest.raises(ConfigError, match='layers=1: at least 2'):
     modeling.Config(layers=1)
-  for given, said in (({'random': 'huge'}, 'random'), ({'dtype': 'int8'}, 'dtype')):
-    with pytest.raises(ConfigError, match=f'verifier.{said}='):
+  for given in ({'weights': 'random:huge'}, {'dtype': 'int8'}, {'weights': ''}):
+    (setting,) = given
+    with pytest.raises(ConfigError, match=f'verifier.{setting}='):
       components.load('verifiers.image_reward', **given)
+
+
+def test_an_empty_prompt(ver):
   with pytest.raises(ConfigError, match='prompt 1 is empty'):
-    components.load('verifiers.image_reward', random='tiny').tokenize(['a', ' '])
+    ver.tokenize([{'text': 'a'}, {'text': ' '}])

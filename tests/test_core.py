@@ -44,7 +44,7 @@ def test_cost_adds_up():
 @settings(max_examples=40, deadline=None)
 def test_ranks_are_scipys(values, data):
   valid = np.array(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
-  ranks = np.asarray(select.ranks(jnp.array([values], jnp.float32), jnp.array([valid])))[0]
+  ranks = np.asarray(select.mean_ranks(jnp.array([values], jnp.float32), jnp.array([valid])))[0]
   if valid.any():
     want = scipy_stats.rankdata(np.array(values, np.float32)[valid]) - 1
     np.testing.assert_allclose(ranks[valid], want)
@@ -52,7 +52,7 @@ def test_ranks_are_scipys(values, data):
 
 def test_top_never_keeps_a_bad_score_while_a_good_one_exists():
   totals = jnp.array([[1.0, -jnp.inf, 3.0, -jnp.inf], [-jnp.inf] * 4])
-  index, values = select.top(totals, 3)
+  index, values = select.top_candidates(totals, 3)
   assert index[0].tolist() == [2, 0, 2]
   assert values[0].tolist() == [3, 1, 3]
   assert values[1].tolist() == [-np.inf] * 3
@@ -60,7 +60,7 @@ def test_top_never_keeps_a_bad_score_while_a_good_one_exists():
 
 def test_min_max_ignores_bad_scores():
   values = jnp.array([[2.0, 1e9, 4.0, 3.0]])
-  got = select.min_max(values, jnp.array([[True, False, True, True]]))[0]
+  got = select.scale_min_max(values, jnp.array([[True, False, True, True]]))[0]
   assert got[jnp.array([0, 2, 3])].tolist() == [0, 1, 0.5]
 
 
@@ -97,18 +97,18 @@ def test_truncation():
 )
 @settings(max_examples=60, deadline=None)
 def test_schedules_rise_to_the_end(kind, size, steps, start, more):
-  marks = schedules.cuts(kind, size, steps, start, start + more)
+  marks = schedules.schedule_cuts(kind, size, steps, start, start + more)
   assert all(a < b for a, b in zip((start, *marks), marks)) and marks[-1] <= start + more
   assert len(marks) <= steps if steps else marks[-1] == start + more
 
 
 def test_published_schedules():
-  assert schedules.cuts('geometric', 2, 9, 0, 256) == tuple(2**i for i in range(9))
-  assert schedules.cuts('linear', 32, 0, 0, 100) == (32, 64, 96, 100)
-  assert schedules.cuts('fixed', 2, 3, 10, 100) == (11, 12, 13)
-  assert schedules.cuts((4, 9), 2, 0, 0, 12) == (4, 9)
+  assert schedules.schedule_cuts('geometric', 2, 9, 0, 256) == tuple(2**i for i in range(9))
+  assert schedules.schedule_cuts('linear', 32, 0, 0, 100) == (32, 64, 96, 100)
+  assert schedules.schedule_cuts('fixed', 2, 3, 10, 100) == (11, 12, 13)
+  assert schedules.schedule_cuts((4, 9), 2, 0, 0, 12) == (4, 9)
   with pytest.raises(ConfigError, match=r'search.schedule=\[4, 4\]: must be increasing'):
-    schedules.cuts((4, 4), 2, 0, 0, 12)
+    schedules.schedule_cuts((4, 4), 2, 0, 0, 12)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,6 @@ def test_impossible_settings_are_named(name, given, message):
 
 
 def test_components_are_listed_without_importing_them():
-  found = components.components()
+  found = components.list_components()
   assert {'search.beam', 'scenes.ar', 'verifiers.ensemble'} <= set(found)
   assert all(found.values()), 'a component without a docstring'

@@ -1,4 +1,5 @@
-"""DINO, DINOv2 and DreamSim: golden files, sizes, layouts, adapters, and what loaders say."""
+"""DINO, DINOv2 and DreamSim: sizes, layouts, adapters, and what loaders say; golden files are in
+test_replay.py."""
 
 import dataclasses
 import json
@@ -14,10 +15,9 @@ from vtts_jax.checkpoints import source as source_files
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.dino import convert, modeling
-from vtts_jax.models.dinov2 import modeling as dinov2
 from vtts_jax.models.dreamsim import convert as dreamsim_convert
 from vtts_jax.models.dreamsim import modeling as dreamsim
-from vtts_jax.testing import replay
+from vtts_jax.models.pretrained import Pretrained
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 COUNTS = {  # of the torch classes, without the mask token that only training uses
@@ -29,35 +29,30 @@ COUNTS = {  # of the torch classes, without the mask token that only training us
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  'name', ['dino_vit', 'dino_original', 'dinov2', 'dinov2_registers', 'dreamsim']
-)
-def test_golden(name):
-  lines = replay.replay(str(GOLDEN / f'{name}.npz'))
-  assert all(line.ok for line in lines), '\n'.join(map(str, lines))
-
-
 def count(build):
-  return modules.size(modules.abstract(build)[1])
+  return modules.count_parameters(modules.abstract_module(build)[1])
 
 
 def test_released_sizes():
-  assert dinov2.RELEASED.keys() > COUNTS.keys()
-  for name, config in modeling.RELEASED.items():
-    plain = name.removesuffix('_imagenet1k_1_layer')
-    head = (2 * config.width + 1) * config.classes
-    assert config.classes == 1000 * (plain != name)
-    assert count(lambda c=config: modeling.build(c)) == COUNTS[plain] + head
-  assert count(lambda: dreamsim.build(dreamsim.RELEASED['ensemble'])) == 258_185_472
-  assert dreamsim.RELEASED['ensemble'].width == 768 + 512 + 512
+  assert modeling.SIZES.keys() > COUNTS.keys()
+  for name, total in COUNTS.items():
+    config = modeling.SIZES[name]
+    assert config.classes == 0 and count(lambda c=config: modeling.build(c)) == total
+    if 'dinov2' in name:
+      with_head = modeling.SIZES[f'{name}_imagenet1k_1_layer']
+      assert with_head == dataclasses.replace(config, classes=1000)
+  head = modeling.SIZES['dinov2_small_imagenet1k_1_layer']
+  assert count(lambda: modeling.build(head)) == COUNTS['dinov2_small'] + (2 * 384 + 1) * 1000
+  assert count(lambda: dreamsim.build(dreamsim.SIZES['ensemble'])) == 258_185_472
+  assert dreamsim.SIZES['ensemble'].width == 768 + 512 + 512
 
 
 def test_flops_by_hand():
   """B/16 at 224: 17.58 G multiply-adds, as published (DeiT-B), a little of it no matmul."""
-  assert modeling.flops(modeling.RELEASED['dino_vitb16']) == pytest.approx(2 * 17.56e9, rel=2e-3)
+  assert modeling.flops(modeling.SIZES['dino_vitb16']) == pytest.approx(2 * 17.56e9, rel=2e-3)
   per_class = 2 * 2 * 384 * 1000
-  head = modeling.RELEASED['dinov2_small_imagenet1k_1_layer']
-  plain = modeling.RELEASED['dinov2_small']
+  head = modeling.SIZES['dinov2_small_imagenet1k_1_layer']
+  plain = modeling.SIZES['dinov2_small']
   assert modeling.flops(head) - modeling.flops(plain) == per_class
 
 
@@ -71,10 +66,11 @@ def test_positions_of_the_original_code_are_shifted():
 
 
 def test_bfloat16_stays_near():
-  graphdef, params = jax.jit(lambda: modules.split(modeling.build(modeling.TINY)))()
+  model = Pretrained('dino', 'random:tiny', part='encoder')
+  params = model.load()
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   images = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
-  a, b = (modules.merge(graphdef, p).features(images) for p in (params, half))
+  a, b = (model.bind(p).features(images) for p in (params, half))
   assert b.dtype == jnp.float32
   assert 0 < np.abs(a - b).max() < 0.1
 
@@ -91,9 +87,14 @@ def test_config_is_read_off(tensors):
   found = convert.config_of(source_files.arrays(arrays, config))
   assert found == modeling.Config(12, 2, 2, 24, 4, 4, layer_scale=True, classes=5)
   assert convert.config_of(source_files.arrays(arrays)).heads == 1  # 64 wide, if nothing says
-  bare = dataclasses.replace(found, classes=0)
-  _, params = convert.load(source_files.arrays(arrays, config), config=bare)
-  assert 'head' not in params
+  bare = convert.config_of(source_files.arrays(arrays, config), 'encoder')
+  assert bare == dataclasses.replace(found, classes=0)
+  assert 'head' not in convert.load(source_files.arrays(arrays, config), bare)
+
+
+def load(arrays, config):
+  source = source_files.arrays(arrays, config)
+  return convert.load(source, convert.config_of(source))
 
 
 def test_what_is_wrong_is_said(tensors):
@@ -104,10 +105,10 @@ def test_what_is_wrong_is_said(tensors):
     convert.config_of(source_files.arrays(arrays, config | {'hidden_act': 'silu'}))
   gone = {k: v for k, v in arrays.items() if 'layer_scale2' not in k}
   with pytest.raises(ValueError, match=r'wanted by the model: trunk\.blocks\.scale_ffn'):
-    convert.load(source_files.arrays(gone, config))
+    load(gone, config)
   odd = {**arrays, 'dinov2.decoder.weight': np.zeros((2, 2), np.float32)}
   with pytest.raises(ValueError, match=r'unused by the model: dinov2\.decoder'):
-    convert.load(source_files.arrays(odd, config))
+    load(odd, config)
 
 
 # ----------------------------------------------------------------------------------------- DreamSim
@@ -129,9 +130,10 @@ def folder(tmp_path):
 
 
 def embedding(place, images):
-  branches = dreamsim_convert.open_branches(str(place))
-  config = dreamsim_convert.config_of(branches, heads=2)
-  return modules.merge(*dreamsim_convert.load(branches, config))(images)
+  source = dreamsim_convert.open_weights(str(place))
+  config = dreamsim_convert.config_of(source, heads=2)
+  params = dreamsim_convert.load(source, config)
+  return modules.bind_module(dreamsim.build, config, params).embed_images(images)
 
 
 def test_dreamsim_from_its_files(folder):
@@ -140,14 +142,13 @@ def test_dreamsim_from_its_files(folder):
   images = golden['in/images']
   np.testing.assert_allclose(embedding(place, images), golden['out/embedding'], atol=1e-5)
   whole = {'extractor_list.0.proj.mlp.0.weight': np.zeros((3, 3), np.float32)}  # DINO's own head
-  for i, branch in enumerate(dreamsim_convert.open_branches(str(place))):
-    for name in branch.names():
-      lead = f'extractor_list.{i}.' + ('' if name == 'proj' else 'model.')
-      if '*' not in name:
-        whole[lead + name] = np.ascontiguousarray(branch.get(name))
-        continue
-      for layer, value in enumerate(branch.get(name)):
-        whole[lead + name.replace('*', str(layer))] = np.ascontiguousarray(value)
+  source = dreamsim_convert.open_weights(str(place))
+  for full_name in source.names():
+    (i, _, name), value = full_name.partition('.'), source.get(full_name)
+    lead = f'extractor_list.{i}.' + ('' if name == 'proj' else 'model.')
+    layers = enumerate(value) if '*' in name else [('', value)]
+    for layer, part in layers:
+      whole[lead + name.replace('*', str(layer))] = np.ascontiguousarray(part)
   save_file(whole, place / 'merged.safetensors')
   have = embedding(place / 'merged.safetensors', images)
   np.testing.assert_allclose(have, golden['out/embedding'], atol=1e-5)
@@ -165,11 +166,11 @@ def test_dreamsim_adapters_that_do_not_fit(folder):
   ):
     save_file({k: np.ascontiguousarray(v) for k, v in change.items()}, file)
     with pytest.raises(ValueError, match=said):
-      dreamsim_convert.open_branches(str(place))
+      dreamsim_convert.open_weights(str(place))
   adapter = place / 'ensemble_lora/adapter_config.json'
   adapter.write_text('{"r": 2, "lora_alpha": 1, "use_dora": 1}')
   with pytest.raises(ConfigError, match='use_dora=1: only plain LoRA is known'):
-    dreamsim_convert.open_branches(str(place))
+    dreamsim_convert.open_weights(str(place))
   (place / 'clip_vitb16_pretrain.safetensors').unlink()
   with pytest.raises(FileNotFoundError, match='clip_vitb16_pretrain'):
-    dreamsim_convert.open_branches(str(place))
+    dreamsim_convert.open_weights(str(place))

@@ -34,7 +34,7 @@ def test_frechet_of_few_and_many(n, m, kind):
   (a, s), (b, t) = gauss(x), gauss(y)
   nuclear = linalg.svdvals((x - a) @ (y - b).T).sum() / np.sqrt((n - 1) * (m - 1))
   rest = np.sum((a - b) ** 2) + np.trace(s) + np.trace(t)
-  have = fid.frechet((a.astype(kind), s.astype(kind)), (b.astype(kind), t.astype(kind)))
+  have = fid.frechet_distance((a.astype(kind), s.astype(kind)), (b.astype(kind), t.astype(kind)))
   np.testing.assert_allclose(have, rest - 2 * nuclear, rtol=1e-6 if kind is np.float64 else 1e-3)
   if min(n, m) > D + 1 and kind is np.float64:
     np.testing.assert_allclose(have, rest - 2 * np.trace(linalg.sqrtm(s @ t)).real, rtol=1e-6)
@@ -42,10 +42,10 @@ def test_frechet_of_few_and_many(n, m, kind):
 
 def test_frechet_by_hand():
   a, b = (np.zeros(2), np.diag([4.0, 9.0])), (np.array([3.0, 4.0]), np.diag([1.0, 16.0]))
-  assert fid.frechet(a, b) == pytest.approx(25 + (2 - 1) ** 2 + (3 - 4) ** 2)
-  assert fid.frechet(a, a) == pytest.approx(0, abs=1e-12)
+  assert fid.frechet_distance(a, b) == pytest.approx(25 + (2 - 1) ** 2 + (3 - 4) ** 2)
+  assert fid.frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
   with pytest.raises(ValueError, match=r'\(2,\) features against \(3,\)'):
-    fid.frechet(a, (np.zeros(3), np.eye(3)))
+    fid.frechet_distance(a, (np.zeros(3), np.eye(3)))
 
 
 def test_statistics_of_shards_add_up(tmp_path):
@@ -124,16 +124,18 @@ def run(capsys, *args):
 
 
 def test_command(sets, capsys):
-  flags = ('--random=tiny', '--batch=4', '--splits=1')
+  flags = ('--weights=random:tiny', '--batch=4', '--splits=1')
   both, table = run(capsys, sets / 'made', sets / 'real.npz', *flags, f'--save={sets}/made.npz')
   for name in ('FID', 'Inception Score', 'precision', 'recall', '7 against 6 pictures'):
     assert name in table
-  see = inception.network(random='tiny')
+  network = inception.compiled_network('random:tiny')
   made, real = (
-    inception.extract(inception.pictures(sets / n), see, 3) for n in ('made', 'real.npz')
+    inception.extract_features(inception.read_pictures(sets / name), network, 4)
+    for name in ('made', 'real.npz')
   )
   assert made[0].shape[0] == 7 and both['count'] == 7
-  assert both['fid'] == pytest.approx(fid.frechet(gauss(made[0]), gauss(real[0])), rel=1e-4)
+  want = fid.frechet_distance(gauss(made[0]), gauss(real[0]))
+  assert both['fid'] == pytest.approx(want, rel=1e-4)
   assert both['inception_score'] == pytest.approx(fid.inception_score(made[1], 1)[0], rel=1e-5)
   pair = fid.precision_recall(real[0], made[0])
   assert (both['precision'], both['recall']) == pytest.approx(pair)
@@ -151,15 +153,15 @@ def test_command_says_what_is_wrong(sets, capsys):
   (sets / 'none').mkdir()
   np.savez(sets / 'other.npz', x=np.zeros(3))
   np.savez(sets / 'odd.npz', mu=np.zeros(3), sigma=np.eye(4))
-  real, tiny = sets / 'real.npz', '--random=tiny'
+  real, tiny = sets / 'real.npz', '--weights=random:tiny'
   for args, said in (
-    ((sets / 'made', real), 'model_from: must name the weights'),
+    ((sets / 'made', real), "--weights='': must name the weights of 2015-12-05"),
     ((sets / 'bad', real, tiny), 'cannot be read as a picture'),
     ((sets / 'none', real, tiny), 'has no pictures (.png'),
     ((sets / 'gone', real, tiny), 'no pictures at'),
     ((sets / 'other.npz', real, tiny), 'is no .npz with arr_0'),
     ((sets / 'odd.npz', real, tiny), 'mu (3,) and sigma (4, 4) do not fit'),
     ((sets / 'bad/x.png', real, tiny), 'is no .npz of arrays'),
-    ((real, real, tiny, '--look=pil'), "look='pil': must be one of"),
+    ((real, real, tiny, '--preprocessing=pil'), "--preprocessing='pil': must be one of"),
   ):
     assert said in run(capsys, *args)

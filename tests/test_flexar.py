@@ -1,4 +1,4 @@
-"""FlexTok AR: golden files, cached steps against teacher forcing, pools, sizes, errors."""
+"""FlexTok AR: cached steps against teacher forcing, pools, sizes, errors."""
 
 import dataclasses
 import functools
@@ -25,10 +25,10 @@ MASK = np.arange(W) < np.array([[4, 1], [2, 1]])[..., None]  # [B, C, W]
 @functools.cache
 def small(**options):
   build = lambda: modeling.FlexAR(dataclasses.replace(SMALL, **options), rngs=nnx.Rngs(1))
-  graphdef, template = modules.abstract(build)
+  graphdef, template = modules.abstract_module(build)
   rng = np.random.default_rng(0)  # and no initialisation: every part matters
   draw = lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32)
-  return modules.merge(graphdef, jax.tree.map(draw, template))
+  return modules.bind(graphdef, jax.tree.map(draw, template))
 
 
 @functools.cache
@@ -115,8 +115,8 @@ def test_masked_words_do_not_matter():
 
 
 def test_bfloat16_weights_give_bfloat16_caches_and_float32_logits():
-  graphdef, params = modules.split(small())
-  low = modules.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  graphdef, params = modules.split_module(small())
+  low = modules.bind(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
   states, mask = jnp.ones((B, C, W, SMALL.text_width)), jnp.ones((B, C, W))
 
   def run(model):
@@ -158,11 +158,11 @@ def test_guidance():
   ],
 )
 def test_released_sizes(name, trunk, all_of_it):
-  config = modeling.RELEASED[name]
-  _, params = modules.abstract(lambda: modeling.FlexAR(config, rngs=nnx.Rngs(0)))
+  config = modeling.SIZES[name]
+  _, params = modules.abstract_module(lambda: modeling.build(config))
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
-  assert round(modules.size(params['blocks']) / 1e6) == trunk
-  assert round(modules.size(params) / 1e6) == all_of_it
+  assert round(modules.count_parameters(params['blocks']) / 1e6) == trunk
+  assert round(modules.count_parameters(params) / 1e6) == all_of_it
   assert config.width // config.heads == 64
 
 
@@ -178,7 +178,7 @@ def test_flops_are_those_of_the_compiled_program():
 
 def header(name):
   """What the header of a released text checkpoint says: {torch name: shape}; no array behind it."""
-  c = modeling.RELEASED[name]
+  c = modeling.SIZES[name]
   D, F, ar = c.width, c.hidden, 'models.ar_image_model.'
   block = {f'norm_{i}': (D,) for i in (1, 2, 3)}
   block |= {'self_attn.qkv': (3 * D, D), 'mlp.fc1': (F, D), 'mlp.fc2': (D, F), 'mlp.fc3': (F, D)}
@@ -204,12 +204,12 @@ def test_headers_of_released_checkpoints_give_the_released_configs():
   for name in ('flexar_113m', 'flexar_3b'):
     shapes = {k: (v, 'bfloat16') for k, v in header(name).items()}
     source = checkpoints.Source('here', shapes, read)
-    assert convert.config_of(source) == modeling.RELEASED[name]
+    assert convert.config_of(source) == modeling.SIZES[name]
   with pytest.raises(AssertionError, match='was read'):  # names and shapes fit: it starts to read
-    convert.load(source)
+    convert.load(source, modeling.SIZES[name])
   lost = {k: v for k, v in shapes.items() if '.7.cross_attn.Wk' not in k}
   with pytest.raises(ValueError, match=r'here has no .*cross_attn.Wk.weight for layers \[7\]'):
-    convert.load(checkpoints.Source('here', lost, read), modeling.RELEASED[name])
+    convert.load(checkpoints.Source('here', lost, read), modeling.SIZES[name])
 
 
 def test_errors_name_setting_value_and_what_is_allowed():

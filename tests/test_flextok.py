@@ -1,4 +1,4 @@
-"""FlexTok: golden file, quantiser, prefixes, guidance, sampling, grid variant, loading, sizes."""
+"""FlexTok: quantiser, prefixes, guidance, sampling, grid variant, loading, sizes."""
 
 import dataclasses
 import functools
@@ -26,10 +26,10 @@ GRID = dataclasses.replace(SMALL, registers=0, streams=1)
 @functools.cache
 def tok(config=SMALL):
   build = lambda: modeling.FlexTok(config, rngs=nnx.Rngs(2))
-  graphdef, template = modules.abstract(build)
+  graphdef, template = modules.abstract_module(build)
   rng = np.random.default_rng(0)  # and no initialisation: every part matters
   draw = lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32)
-  return modules.merge(graphdef, jax.tree.map(draw, template))
+  return modules.bind(graphdef, jax.tree.map(draw, template))
 
 
 @functools.cache
@@ -75,8 +75,8 @@ def test_first_level_is_the_least_significant_digit():
 
 
 def test_a_register_does_not_see_those_after_it():
-  graphdef, params = modules.split(tok().encoder)
-  run = jax.jit(lambda p: modules.merge(graphdef, p).unquantized(pictures(0)))
+  graphdef, params = modules.split_module(tok().encoder)
+  run = jax.jit(lambda p: modules.bind(graphdef, p).unquantized(pictures(0)))
   changed = params | {'registers': params['registers'].at[3:].mul(-1.0)}
   before, after = run(params), run(changed)
   close(before[:, :3], after[:, :3])
@@ -152,8 +152,8 @@ def test_euler_steps_by_hand():
 
 
 def test_bfloat16_weights_are_run_in_bfloat16_and_latents_stay_float32():
-  graphdef, params = modules.split(tok())
-  low = modules.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  graphdef, params = modules.split_module(tok())
+  low = modules.bind(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
   def run(noise):
     registers = low.decoder.condition(low.encoder(noise))
@@ -192,13 +192,12 @@ def test_loading_infers_the_config_and_takes_parts():
     channels=4, size=8, grid=4, registers=8, encoder_width=48, encoder_layers=2, decoder_width=64,
     decoder_layers=2, head=16, max_timestep=7.0,
   )  # fmt: skip
-  both = convert.load(source())[1]
-  for part in ('encoder', 'decoder'):
-    jax.tree.map(np.testing.assert_array_equal, convert.load(source(), part=part)[1], both[part])
+  both = convert.load(source(), config)
+  for part in modeling.PARTS:
+    own = convert.load(source(), convert.config_of(source(), part))
+    jax.tree.map(np.testing.assert_array_equal, own, both[part])
   extra = lambda arrays: arrays.update({'vae.decoder.x': np.zeros(3), 'decoder.repa.y': np.ones(2)})
-  jax.tree.map(np.testing.assert_array_equal, convert.load(source(extra))[1], both)
-  with pytest.raises(ValueError, match="part='vae': must be one of"):
-    convert.load(source(), part='vae')
+  jax.tree.map(np.testing.assert_array_equal, convert.load(source(extra), config), both)
 
 
 @pytest.mark.parametrize(
@@ -238,10 +237,10 @@ def test_stacked_layers_keep_their_order():
   ],
 )
 def test_released_sizes(name, billions, millions):
-  config = modeling.RELEASED[name]
-  _, params = modules.abstract(lambda: modeling.FlexTok(config, rngs=nnx.Rngs(0)))
+  config = modeling.SIZES[name]
+  _, params = modules.abstract_module(lambda: modeling.build(config))
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
-  assert round(modules.size(params) / 1e6) == millions
+  assert round(modules.count_parameters(params) / 1e6) == millions
   assert abs(millions + 84 - 1e3 * billions) < 0.02 * 1e3 * billions
   assert config.codes == 64000 and config.tokens == 256
 

@@ -1,22 +1,27 @@
 """GenEval's rules one by one, on detections made by hand, and on all rows of the benchmark."""
 
+import collections
 import json
 
+import geneval_oracle as oracle
+import numpy as np
 import pytest
 
 from vtts_jax.data import geneval as grammar
 from vtts_jax.data import prompts
 from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import geneval
-from vtts_jax.scenes import world as world
+from vtts_jax.metrics import geneval_arrays as rules
+from vtts_jax.metrics.geneval_arrays import Limits
+from vtts_jax.scenes import world
 
 ROWS = [
   json.loads(row)
   for row in (
     '{"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "tie", "count": 1, '
-    '"position": ["right of", 0]}], "prompt": "a photo of a tie right of a dog"}',
+    '"position": ["right of", 0]}], "text": "a photo of a tie right of a dog"}',
     '{"tag": "counting", "include": [{"class": "cup", "count": 3}], "exclude": [{"class": "cup", '
-    '"count": 4}], "prompt": "a photo of three cups"}',
+    '"count": 4}], "text": "a photo of three cups"}',
   )
 ]
 OFFICIAL = prompts.prompts('geneval')
@@ -27,14 +32,14 @@ def _at(name, x=0.0, y=0.0, color='red', side=10.0):
 
 
 def _ok(metadata, *found):
-  return geneval.evaluate(metadata, list(found))[0]
+  return geneval.evaluate_detections(metadata, list(found))[0]
 
 
 def test_count_needs_n_and_excludes_n_plus_one():
   cups = [_at('cup', 20 * i) for i in range(5)]
   assert [_ok(ROWS[1], *cups[:n]) for n in range(6)] == [False] * 3 + [True] + [False] * 2
-  assert geneval.evaluate(ROWS[1], cups[:2]) == (False, 'expected 3 cup, found 2')
-  assert 'fewer than 4 cup' in geneval.evaluate(ROWS[1], cups)[1]
+  assert geneval.evaluate_detections(ROWS[1], cups[:2]) == (False, 'expected 3 cup, found 2')
+  assert 'fewer than 4 cup' in geneval.evaluate_detections(ROWS[1], cups)[1]
   assert _ok(ROWS[1], *cups[:3], _at('dog'))  # others are nobody's business
 
 
@@ -67,13 +72,14 @@ def test_colour_is_that_of_the_best_detections():
   (-20, 8, {'left of'}),
 ])  # fmt: skip
 def test_relations(dx, dy, want):
-  assert geneval.relations(_at('a', dx, dy)['box'], _at('b')['box']) == want
+  pair = _at('a', dx, dy)['box'], _at('b')['box']
+  assert geneval.relations_between(*pair) == oracle.relations(*pair) == want
 
 
 def test_position_looks_from_the_second_to_the_first():
   assert _ok(ROWS[0], _at('tie', 20), _at('dog'))
   assert not _ok(ROWS[0], _at('tie'), _at('dog', 20))
-  assert 'not right of' in geneval.evaluate(ROWS[0], [_at('tie'), _at('dog', 20)])[1]
+  assert 'not right of' in geneval.evaluate_detections(ROWS[0], [_at('tie'), _at('dog', 20)])[1]
   assert not _ok(ROWS[0], _at('tie', 20))
   with pytest.raises(ValueError, match='beside'):
     _ok(
@@ -84,7 +90,8 @@ def test_position_looks_from_the_second_to_the_first():
 
 
 def test_overall_is_the_mean_of_the_categories():
-  assert geneval.overall([True, False, True], ['a', 'a', 'b']) == (0.75, {'a': 0.5, 'b': 1.0})
+  got = geneval.summarize_by_tag(['a', 'a', 'b'], [True, False, True])
+  assert got == {'overall': 0.75, 'images': 2 / 3, 'by_tag': {'a': 0.5, 'b': 1.0}}
 
 
 def test_the_world_speaks_the_official_format():
@@ -93,7 +100,7 @@ def test_the_world_speaks_the_official_format():
     for entry in row.get(part, ()) for k, v in entry.items()}  # fmt: skip
   official = set().union(*map(keys, OFFICIAL))
   for row in OFFICIAL:  # nothing seen: never correct, never an error
-    assert geneval.evaluate(row, [])[0] is False
+    assert geneval.evaluate_detections(row, [])[0] is False
   for row in world.prompts('held', 60):
     assert keys(row) <= official
 
@@ -104,7 +111,7 @@ def test_the_world_speaks_the_official_format():
 def test_prompts_say_what_their_metadata_says():
   assert len(OFFICIAL) == 553
   for row in OFFICIAL:
-    assert grammar.parse(row['prompt']) == row
+    assert grammar.parse_prompt(row['text']) == row
 
 
 @pytest.mark.parametrize('text', [
@@ -114,7 +121,7 @@ def test_prompts_say_what_their_metadata_says():
 ])  # fmt: skip
 def test_other_prompts_are_refused_by_name(text):
   with pytest.raises(ConfigError, match='is no prompt of GenEval; it must read like') as error:
-    grammar.parse(text)
+    grammar.parse_prompt(text)
   assert repr(text) in str(error.value)
 
 
@@ -154,19 +161,18 @@ def broken(row):
 
 
 def test_perfect_detections_score_one_on_every_row():
-  got = geneval.report(OFFICIAL, [perfect(row) for row in OFFICIAL], geneval.OFFICIAL)
+  got = geneval.report_benchmark(OFFICIAL, [perfect(row) for row in OFFICIAL], geneval.OFFICIAL)
   assert got['name'] == 'geneval' and all(got['correct']) and not any(got['reasons'])
   assert got['overall'] == got['images'] == got['prompts'] == 1
   assert got['by_tag'] == dict.fromkeys(grammar.TAGS, 1.0)
 
 
 def test_every_broken_detection_scores_zero_on_every_row():
-  kinds = {}
-  for row in OFFICIAL:
-    for kind, found in broken(row):
-      got = geneval.report([row], [found], geneval.OFFICIAL)
-      assert not got['correct'][0] and got['reasons'][0], (row, kind)
-      kinds[kind] = kinds.get(kind, 0) + 1
+  rows, kinds, found = zip(*((row, *wrong) for row in OFFICIAL for wrong in broken(row)))
+  got = geneval.report_benchmark(rows, found, geneval.OFFICIAL)
+  assert not any(got['correct']) and all(got['reasons'])
+  assert not any(map(oracle.correct, rows, found))
+  kinds = collections.Counter(kinds)
   assert set(kinds) == {'missing', 'unsure', 'colour', 'position', 'on top', 'surplus'}
   assert kinds['position'] == 100 and kinds['surplus'] == 80 and kinds['colour'] == 94 + 2 * 100
 
@@ -174,26 +180,27 @@ def test_every_broken_detection_scores_zero_on_every_row():
 def test_confidence_is_higher_when_counting_and_must_be_exceeded():
   scores = [0.95, 0.9, 0.5, 0.30001, 0.3, 0.1]
   found = [{**_at('cup', 20 * i), 'score': s} for i, s in enumerate(scores)][::-1]
-  left = lambda tag, **limits: [d['score'] for d in geneval.select(found, tag, **limits)]
+  left = lambda tag, **limits: [d['score'] for d in geneval.select_detections(found, tag, **limits)]
   assert left('colors') == scores[:4] and left('counting') == scores[:1]
-  assert left('counting', limits=(0.1, 0.4, 1.0)) == scores[:3]
+  assert left('counting', limits=Limits(0.1, 0.4)) == scores[:3]
 
 
 def test_sixteen_of_a_class_and_overlaps_are_kept_by_default():
   found = [{**_at('cup'), 'score': 0.95 - 0.001 * i} for i in range(20)]
   found += [{**_at('dog'), 'score': 0.5}]
-  kept = geneval.select(found, 'counting')
+  kept = geneval.select_detections(found, 'counting')
   assert [d['score'] for d in kept] == [d['score'] for d in found[:16]]
-  assert len(geneval.select(found, 'colors')) == 17
-  assert len(geneval.select(found, 'colors', limits=(0.3, 0.9, 0.99))) == 2  # one cup, one dog
+  count = lambda found, **limits: len(geneval.select_detections(found, 'colors', Limits(**limits)))
+  assert count(found) == 17
+  assert count(found, overlap=0.99) == 2  # one cup, one dog
   near = [{**_at('cup', x), 'score': 0.9 - x / 100} for x in (0, 5, 20)]
-  assert geneval.overlap(near[0]['box'], near[1]['box']) == pytest.approx(6 / 16)  # 11 pixels wide
-  assert len(geneval.select(near, 'colors', limits=(0.3, 0.9, 6 / 16))) == 2
-  assert len(geneval.select(near, 'colors', limits=(0.3, 0.9, 0.4))) == 3
+  a, b = (np.array(d['box']) for d in near[:2])
+  assert rules.box_overlap(a, b) == oracle.overlap(a, b) == pytest.approx(6 / 16)  # 11 pixels wide
+  assert count(near, overlap=6 / 16) == 2 and count(near, overlap=0.4) == 3
 
 
 def test_colours_are_asked_for_the_best_objects_alone():
-  row = grammar.parse('a photo of a red cup and a blue dog')
+  row = grammar.parse_prompt('a photo of a red cup and a blue dog')
   asked = []
 
   def colours(image, name, group):
@@ -202,11 +209,11 @@ def test_colours_are_asked_for_the_best_objects_alone():
 
   found = [{'class': c, 'box': _at(c, x)['box'], 'score': s} for c, x, s in (
     ('cup', 0, 0.4), ('cup', 20, 0.8), ('dog', 40, 0.9), ('cow', 60, 0.9))]  # fmt: skip
-  plain = grammar.parse('a photo of a cup and a dog')
-  got = geneval.report([plain, row], [found, found], ('owlvit_b32', 'clip_l14'), colours)
+  plain = grammar.parse_prompt('a photo of a cup and a dog')
+  got = geneval.report_benchmark([plain, row], [found, found], ('owlvit_b32', 'clip_l14'), colours)
   assert got['correct'] == [True, True]
   assert asked == [(1, 'cup', [0.8]), (1, 'dog', [0.9])]
-  got = geneval.report([row], [found], ('owlvit_b32',), lambda *_: ['green'])
+  got = geneval.report_benchmark([row], [found], ('owlvit_b32',), lambda *_: ['green'])
   assert got['reasons'] == ['expected red cup, found green; expected blue dog, found green']
 
 
@@ -214,7 +221,7 @@ def test_a_position_needs_a_target_that_is_right():
   row = {'include': [{'class': 'dog', 'count': 1, 'color': 'red'},
                      {'class': 'cup', 'count': 1, 'position': ['left of', 0]}]}  # fmt: skip
   assert _ok(row, _at('cup'), _at('dog', 40))
-  ok, why = geneval.evaluate(row, [_at('cup'), _at('dog', 40, color='blue')])
+  ok, why = geneval.evaluate_detections(row, [_at('cup'), _at('dog', 40, color='blue')])
   assert not ok and why == 'expected red dog, found blue; nothing for cup to be left of'
   both = {'include': [{'class': 'dog', 'count': 2},
                       {'class': 'cup', 'count': 1, 'position': ['left of', 0]}]}  # fmt: skip
@@ -223,13 +230,14 @@ def test_a_position_needs_a_target_that_is_right():
 
 
 def test_prompts_count_once_and_scores_of_others_are_labelled():
-  row, other = grammar.parse('a photo of a dog'), grammar.parse('a photo of two cups')
+  row, other = grammar.parse_prompt('a photo of a dog'), grammar.parse_prompt('a photo of two cups')
   dog = [{**_at('dog'), 'score': 0.5}]
-  got = geneval.report([row, row, other, other], [dog, [], [], dog], ('yolos_base', 'clip_l14'))
+  rows, found = [row, row, other, other], [dog, [], [], dog]
+  got = geneval.report_benchmark(rows, found, ('yolos_base', 'clip_l14'))
   assert (got['overall'], got['images'], got['prompts']) == (0.25, 0.25, 0.5)
   assert got['name'] == 'geneval_yolos_base_clip_l14 (not official)'
-  assert geneval.column(geneval.OFFICIAL, ['clip_l14']) == 'geneval (oracle)'
-  name = geneval.column(['owlvit_b32'], ['owlvit_b32', 'clip_l14'])
+  assert geneval.benchmark_label(geneval.OFFICIAL, ['clip_l14']) == 'geneval (oracle)'
+  name = geneval.benchmark_label(['owlvit_b32'], ['owlvit_b32', 'clip_l14'])
   assert name == 'geneval_owlvit_b32 (not official, oracle)'
   with pytest.raises(ValueError, match='2 metadata entries but 1 images'):
-    geneval.report([row, row], [dog], geneval.OFFICIAL)
+    geneval.report_benchmark([row, row], [dog], geneval.OFFICIAL)

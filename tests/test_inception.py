@@ -1,5 +1,6 @@
-"""InceptionV3 of FID: sizes, the two looks, pools, the loader, and the two oracles."""
+"""InceptionV3 of FID: sizes, the two preprocessings, pools, the loader, and the two oracles."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -12,6 +13,7 @@ from vtts_jax import components
 from vtts_jax.checkpoints import source as source_files
 from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import fid as metric
+from vtts_jax.metrics import inception
 from vtts_jax.metrics import statistics as stats
 from vtts_jax.models import modules
 from vtts_jax.models.inception import convert, modeling
@@ -33,9 +35,9 @@ PICTURES = squares(0, 2, 3)
 
 
 def test_released_size():
-  c = modeling.RELEASED['inception_2015_12_05']
-  _, params = modules.abstract(lambda: modeling.build(c))
-  assert modules.size(params) == 23_833_744
+  c = modeling.SIZES['inception_2015_12_05']
+  _, params = modules.abstract_module(lambda: modeling.build(c))
+  assert modules.count_parameters(params) == 23_833_744
   assert params['fc']['kernel'].shape == (2048, 1008)
   assert modeling.flops(c) == 11_426_464_960  # 5.7 G multiply-adds, as published
 
@@ -51,15 +53,15 @@ def test_pools_do_not_see_their_padding():
   assert flat(modeling.halve(y)).tolist() == [[12, 14], [22, 24]]
 
 
-def test_looks_by_hand():
+def test_preprocessings_by_hand():
   """Two pixels to four: torch's are at -1/4, 1/4, 3/4, 5/4, those of TensorFlow 1 at 0 .. 3/2."""
-  line = np.array([0, 1], np.float32)[None, :, None].repeat(3, -1)[..., None, :]
-  torch = modeling._line(2, 4, 'pytorch_fid').T @ line[0, :, 0, 0]
-  tensorflow = modeling._line(2, 4, 'tensorflow').T @ line[0, :, 0, 0]
-  assert torch.tolist() == [0, 0.25, 0.75, 1] and tensorflow.tolist() == [0, 0.5, 1, 1]
-  white = np.ones((1, 7, 5, 3), np.float32)
-  assert np.ptp(modeling.prepare(white, 75)) == 0 and modeling.prepare(white, 75)[0, 0, 0, 0] == 1
-  assert modeling.prepare(white, 75, 'tensorflow')[0, 3, 3, 1] == 127 / 128
+  line = np.array([0, 1], np.float32)
+  assert (modeling._line(2, 4, 'pytorch_fid').T @ line).tolist() == [0, 0.25, 0.75, 1]
+  assert (modeling._line(2, 4, 'tensorflow').T @ line).tolist() == [0, 0.5, 1, 1]
+  tiny, white = modeling.SIZES['tiny'], np.ones((1, 7, 5, 3), np.float32)
+  torch = modeling.preprocess(tiny, white)
+  assert np.ptp(torch) == 0 and torch[0, 0, 0, 0] == 1
+  assert modeling.preprocess(tiny, white, 'tensorflow')[0, 3, 3, 1] == 127 / 128
 
 
 @pytest.fixture
@@ -103,93 +105,95 @@ def sets(n, seed=0):
 def test_oracles_are_the_metrics_recomputed(n):
   """Against FID and IS of the set with one picture more, each from scratch in float64."""
   kept, real, made, logits = sets(n)
-  now = metric.frechet((kept.mu, kept.sigma), real)
+  now = metric.frechet_distance((kept.mu, kept.sigma), real)
   fids, scores = [], []
   for x, z in zip(made, logits):
     more = kept + stats.Statistics.of(x[None], z[None])
-    fids.append(now - metric.frechet((more.mu, more.sigma), real))
+    fids.append(now - metric.frechet_distance((more.mu, more.sigma), real))
     scores.append(more.log_is - kept.log_is)
-  have = fid.fall(fid.oracle(kept, *real), made.astype(np.float32))
+  have = fid.fid_reduction(fid.tabulate_fid(kept, *real), made.astype(np.float32))
   np.testing.assert_allclose(have, fids, rtol=1e-4, atol=1e-5 * np.abs(fids).max())
   logs = jax.nn.log_softmax(logits.astype(np.float32))
-  have = inception_score.rise(inception_score.oracle(kept), logs)
+  have = inception_score.log_is_gain(inception_score.tabulate_is(kept), logs)
   np.testing.assert_allclose(have, scores, rtol=1e-4, atol=1e-5 * np.abs(scores).max())
 
 
 def test_oracles_on_statistics_files(tmp_path):
   """A reference of pytorch-fid, a running file of ours, the network's own features."""
-  model = modules.merge(convert.graph(modeling.TINY), convert.params_at('', 'tiny'))
-  see = jax.jit(lambda x: (f := model(modeling.prepare(x, 75)), model.logits(f)))
-  real, old = (see(squares(seed, 9)) for seed in (1, 2))
+  see = inception.compiled_network('random:tiny')  # of 8 bits, as its preprocessing rounds to
+  bits = lambda x: np.rint(x * 255).astype(np.uint8)
+  real, old = (see(bits(squares(seed, 9))) for seed in (1, 2))
   gauss = stats.Statistics.of(*real)
   np.savez(tmp_path / 'real.npz', mu=gauss.mu, sigma=gauss.sigma)
   kept = stats.Statistics.of(*old)
   kept.save(tmp_path / 'kept.npz', 'pytorch_fid')
-  files = {'running_from': str(tmp_path / 'kept.npz'), 'random': 'tiny'}
+  files = {'running_from': str(tmp_path / 'kept.npz'), 'weights': 'random:tiny'}
   made = components.load('verifiers.fid', reference_from=str(tmp_path / 'real.npz'), **files)
-  have = jax.jit(made.score)(made.load(), {}, PICTURES)['fid_inception_v3']
-  new = stats.Statistics.of(*(x[:1] for x in see(PICTURES.reshape(6, 20, 16, 3))))
-  score = lambda s: metric.frechet((s.mu, s.sigma), (gauss.mu, gauss.sigma))
+  have = jax.jit(made.score)(made.load(), {}, {'image': PICTURES})['fid_inception_v3']
+  new = stats.Statistics.of(*(x[:1] for x in see(bits(np.tile(PICTURES[0, :1], (9, 1, 1, 1))))))
+  score = lambda s: metric.frechet_distance((s.mu, s.sigma), (gauss.mu, gauss.sigma))
   np.testing.assert_allclose(have[0, 0], score(kept) - score(kept + new), rtol=1e-3)
   made = components.load('verifiers.inception_score', **files)
-  assert made.tokenize(['any words']) == {}
-  have = jax.jit(made.score)(made.load(), {}, PICTURES)['log_is_inception_v3']
+  assert made.tokenize([{'text': 'any words'}]) == {}
+  have = jax.jit(made.score)(made.load(), {}, {'image': PICTURES})['log_is_inception_v3']
   np.testing.assert_allclose(have[0, 0], (kept + new).log_is - kept.log_is, rtol=1e-3)
   read = stats.Statistics.load(tmp_path / 'kept.npz')
   np.testing.assert_allclose(read.sigma, kept.sigma, atol=1e-12)
-  with pytest.raises(ConfigError, match="look='tensorflow': .* was made with 'pytorch_fid'"):
-    stats.check_look('kept.npz', stats.read(tmp_path / 'kept.npz'), 'tensorflow')
+  said = "preprocessing='tensorflow': .* was made with 'pytorch_fid'"
+  with pytest.raises(ConfigError, match=said):
+    components.load('verifiers.inception_score', preprocessing='tensorflow', **files).load()
   with pytest.raises(ConfigError, match='have no count, probs, plogp'):
     stats.Statistics.load(tmp_path / 'real.npz')
 
 
 @pytest.mark.parametrize('name', ['fid', 'inception_score'])
 def test_conformance_and_bad_pixels(name):
-  ver = components.load(f'verifiers.{name}', random='tiny')
-  prompts = ['3', ' 11']
+  ver = components.load(f'verifiers.{name}', weights='random:tiny')
+  prompts = [{'text': '3'}, {'text': 'a rare bird', 'label': 11}]
   laws.check_verifier(ver, prompts, PICTURES)
-  params, spoiled = ver.load(), PICTURES.copy()
+  spoiled = PICTURES.copy()
   spoiled[1, 2, 0, 0, 1] = np.nan
   vctx = jax.tree.map(jnp.asarray, ver.tokenize(prompts))
-  bad = np.isnan(jax.jit(ver.score)(params, vctx, spoiled)[ver.names[0]])
+  bad = np.isnan(jax.jit(ver.score)(ver.load(), vctx, {'image': spoiled})[ver.names[0]])
   assert bad[1, 2] and bad.sum() == 1
 
 
 def test_class_prompts(tmp_path):
-  ver = components.load('verifiers.inception_score', random='tiny')
-  params = ver.load()
-  score = jax.jit(ver.score)
-  every = [score(params, ver.tokenize([str(k)] * 2), PICTURES)[ver.names[0]] for k in range(12)]
+  ver = components.load('verifiers.inception_score', weights='random:tiny')
+  params, score = ver.load(), jax.jit(ver.score)
+  labels = ({'output': np.full(2, k, np.int32)} for k in range(12))
+  every = [score(params, vctx, {'image': PICTURES})[ver.names[0]] for vctx in labels]
   np.testing.assert_allclose(np.exp(every).sum(0), 1, atol=1e-5)
+  said = ver.tokenize([{'text': ' 11'}, {'text': 'a rare bird', 'label': 4}])
+  assert said['output'].tolist() == [11, 4]
+  # ImageNet's numbers and WordNet ids, through the file that says the network's own order
   entry = 'entry {\n  target_class: %d\n  target_class_string: "n%08d"\n}\n'
   order = np.random.default_rng(0).permutation(1000) + 1
   path = tmp_path / 'map.pbtxt'
   path.write_text('# map\n' + ''.join(entry % (o, 7 * i) for i, o in enumerate(order)))
-  mapped = components.load('verifiers.inception_score', random='tiny', label_map=str(path))
-  told = mapped.tokenize(['0', 'n00000007', '999'])['label']
-  assert told.tolist() == [order[0], order[1], order[999]]
+  mapped = components.load('verifiers.inception_score', weights='random:tiny', label_map=str(path))
+  said = mapped.tokenize([{'text': '0'}, {'text': 'n00000007'}, {'text': 'x', 'label': 999}])
+  assert said['output'].tolist() == [order[0], order[1], order[999]]
   few = tmp_path / 'few.pbtxt'
   few.write_text(entry % (449, 1440764))
-  ver = components.load('verifiers.inception_score', random='tiny', label_map=str(few))
-  with pytest.raises(ConfigError, match='has 1 entries, must have the 1000'):
-    ver.tokenize(['0'])
+  with pytest.raises(ConfigError, match='label_map=.*has 1 entries, must have the 1000'):
+    dataclasses.replace(mapped, label_map=str(few)).tokenize([{'text': '0'}])
 
 
 def test_bad_settings():
   load = components.load
-  with pytest.raises(ConfigError, match="prompts: 'a cat' is no class; must be 0 .. 11"):
-    load('verifiers.inception_score', random='tiny').tokenize(['1', 'a cat'])
-  for given, said in (
-    ({'random': 'x'}, 'random'),
-    ({'look': 'pil'}, 'look'),
-    ({'dtype': 'f'}, 'dtype'),
-  ):
-    with pytest.raises(ConfigError, match=f'verifier.{said}='):
-      load('verifiers.inception_score', **given)
+  with pytest.raises(ConfigError, match=r"prompt 1 \('a cat'\) is no class; must be in 0 .. 11"):
+    ver = load('verifiers.inception_score', weights='random:tiny')
+    ver.tokenize([{'text': '1'}, {'text': 'a cat'}])
+  for given in ({'weights': 'random:x'}, {'preprocessing': 'pil'}, {'dtype': 'f'}):
+    (setting,) = given
+    with pytest.raises(ConfigError, match=f'verifier.{setting}='):
+      load('verifiers.inception_score', **{'weights': 'random:tiny'} | given)
   with pytest.raises(ConfigError, match='both must name a file of statistics'):
-    load('verifiers.fid')
-  with pytest.raises(ConfigError, match='model_from: must name the weights of 2015-12-05'):
-    load('verifiers.inception_score').load()
+    load('verifiers.fid', weights='inception.safetensors')
+  for name in ('fid', 'inception_score'):
+    with pytest.raises(ConfigError, match="verifier.weights='': must name the weights of 2015"):
+      load(f'verifiers.{name}')
   kept = sets(5)[0]
   with pytest.raises(ConfigError, match='running_from has 30 features, reference_from has 4'):
-    fid.oracle(kept, np.zeros(4), np.eye(4))
+    fid.tabulate_fid(kept, np.zeros(4), np.eye(4))

@@ -46,8 +46,8 @@ def test_fixture(name):
   ],
 )
 def test_released_sizes(module, name, count):
-  config = module.RELEASED[name]
-  assert modules.size(modules.abstract(lambda: module.build(config))[1]) == count
+  _, params = modules.abstract_module(lambda: module.build(module.SIZES[name]))
+  assert modules.count_parameters(params) == count
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -55,7 +55,7 @@ def test_names_of_older_files_load_too(name):
   options, have = tensors(name)
   convert = FILES[name]
   config = convert.config_of(source_files.arrays(have, options))
-  _, want = convert.load(source_files.arrays(have), config=config)
+  want = convert.load(source_files.arrays(have), config)
   if name == 'yolos.npz':
     middle = have.pop('vit.encoder.interpolation.mid_position_embeddings')
     have['vit.encoder.mid_position_embeddings'] = middle
@@ -64,7 +64,8 @@ def test_names_of_older_files_load_too(name):
     for part in ('text', 'vision'):
       have[f'{base}.{part}_model.embeddings.position_ids'] = np.arange(9)[None]
     have['box_bias'] = np.zeros((16, 4), np.float32)
-  _, params = convert.load(source_files.arrays(have, options))
+  source = source_files.arrays(have, options)
+  params = convert.load(source, convert.config_of(source))
   jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
@@ -76,7 +77,7 @@ def test_config_json_decides_over_the_usual_head_width():
   given = {'num_attention_heads': 4}
   other = owl_convert.config_of(source_files.arrays(have, options), text_config=given)
   assert (other.vision.heads, other.text.heads) == (2, 4)
-  assert owl.RELEASED['owlvit_l14'].text.heads == 16  # as its config.json says, see the README
+  assert owl.SIZES['owlvit_l14'].text.heads == 16  # as its config.json says, see the README
   options, have = tensors('yolos.npz')
   config = yolos_convert.config_of(source_files.arrays(have, options))
   assert config.size == (12, 20) and config.middle and config.shortest == 800
@@ -85,16 +86,19 @@ def test_config_json_decides_over_the_usual_head_width():
 @pytest.mark.parametrize('name', FILES)
 def test_what_is_wrong_is_said(name):
   options, have = tensors(name)
+  config = FILES[name].config_of(source_files.arrays(have, options))
+  load = lambda: FILES[name].load(source_files.arrays(have, options), config)
   with pytest.raises(ValueError, match='has no (OWL-ViT or OWLv2|YOLOS) detector: no'):
     FILES[name].config_of(source_files.arrays({'x': np.zeros(1)}))
+  have['extra'] = np.zeros(3)
   with pytest.raises(ValueError, match=r'unused by the model: extra \(3,\)'):
-    FILES[name].load(source_files.arrays(have | {'extra': np.zeros(3)}, options))
-  del have['vit.layernorm.bias' if name == 'yolos.npz' else 'box_head.dense2.bias']
+    load()
+  del have['extra'], have['vit.layernorm.bias' if name == 'yolos.npz' else 'box_head.dense2.bias']
   with pytest.raises(ValueError, match=r'wanted by the model: (norm|box\.last)\.bias'):
-    FILES[name].load(source_files.arrays(have, options))
+    load()
   with pytest.raises(ConfigError, match='must be'):
     if name == 'yolos.npz':
-      yolo.Config(yolo.RELEASED['yolos_tiny'].trunk, (8, 8))
+      yolo.Config(yolo.SIZES['yolos_tiny'].trunk, (8, 8))
     else:
       owl.Config(**owl._BASE, size=100, patch=32)
 
@@ -107,7 +111,7 @@ def test_boxes_start_a_patch_wide_at_the_tokens_corner():
 
 def test_owlv2_pads_with_grey_and_keeps_a_square_one():
   small = owl.Config(owl._BASE['vision'], owl._BASE['text'], 16, 8, v2=True)
-  back = lambda x: np.asarray(owl.prepare(small, x)) * owl.STD + owl.MEAN
+  back = lambda x: np.asarray(owl.preprocess(small, x)) * owl.STD + owl.MEAN
   picture = (np.arange(16 * 16 * 3).reshape(1, 16, 16, 3) % 256) / np.float32(255)
   np.testing.assert_allclose(back(picture), picture, atol=1e-6)
   wide = back(np.ones((1, 16, 32, 3), np.float32))
@@ -127,7 +131,7 @@ def test_resizing_tables_by_hand():
 
 
 def test_sides_of_yolos():
-  side = lambda name, *size: yolo.side(yolo.RELEASED[name], *size)
+  side = lambda name, *size: yolo.side(yolo.SIZES[name], *size)
   assert side('yolos_tiny', 512, 512) == (512, 512) == side('yolos_tiny', 1024, 1024)
   assert side('yolos_small', 480, 640) == (800, 1056)  # 1066 cut to whole patches
   assert side('yolos_base', 300, 1200) == (320, 1328)  # 1333 / 4 = 333.25, rounded

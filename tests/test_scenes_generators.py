@@ -1,18 +1,20 @@
-"""The embedded generators keep the protocol, with their shipped weights; 1D is in test_value."""
+"""The embedded generators keep the protocol, with their shipped weights; that with a value head and
+rollouts is in test_value."""
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from vtts_jax import components, core
-from vtts_jax.engine import search as run
+from vtts_jax.engine import sharding
+from vtts_jax.engine.search import search, validate
 from vtts_jax.errors import ConfigError
 from vtts_jax.testing import laws
 
 KEY = jax.random.key(4)
 PROMPTS = ['a photo of a circle', 'a drawing of a red square and a blue ring']
 GENERATORS = {
-  '2d': ('scenes.ar', {'order': '2d', 'guidance': 1.0, 'top_k': 20, 'top_p': 0.9}),
   'uniform': ('scenes.ar', {'prior': 'uniform'}),
   'flow': ('scenes.flow', {'steps': 4, 'eta': 0.3, 'early_at': 2}),
 }
@@ -33,20 +35,17 @@ def test_a_search_on_scenes_keeps_the_laws():
 
 def test_a_flow_sample_is_compared_with_its_early_prediction():
   gen = components.load('scenes.flow', steps=3, early_at=1)
-  ver = components.load('verifiers.self_consistency', random='tiny')
+  ver = components.load('verifiers.self_consistency', weights='random:tiny')
   algo = components.load('search.best_of_n', n=3)
-  params = laws.parameters(gen, ver)
-  found = run.search(algo, gen, ver, params, PROMPTS[:1], KEY, trace=True)
-  shown = found.steps[0].shown
-  images = gen.render({}, {}, shown, 3), gen.early({}, {}, shown)
-  assert np.abs(images[0] - images[1]).max() > 0.1
-  want = ver.score(params['verifier'], {}, images[0], early=images[1])
-  for name, value in want.items():
+  found = search(algo, gen, ver, PROMPTS[:1], seed=KEY, collect=('states',))
+  shown = gen.observe(gen.load(), {}, found.steps[0].states, 3, ('image', 'early_image'))
+  assert np.abs(shown['image'] - shown['early_image']).max() > 0.1
+  for name, value in ver.score(ver.load(), {}, shown).items():
     np.testing.assert_allclose(found.steps[0].scores[name], value, atol=1e-5)
-  spent = laws.counted(algo, gen, ver, params, PROMPTS[:1], KEY)
-  assert spent == sum(found.costs, core.Cost()) and spent.render == 7
-  with pytest.raises(ConfigError, match='early_at above 0'):
-    run.validate(algo, components.load('scenes.flow'), ver)
+  spent = laws.counted_cost(algo, gen, ver, PROMPTS[:1], KEY)
+  assert spent == sum(found.costs, core.Cost()) and spent.observe == 7
+  with pytest.raises(ConfigError, match='needs early_image, which ScenesFlow does not show'):
+    validate(algo, components.load('scenes.flow'), ver)
 
 
 def test_guidance_runs_as_many_streams_as_it_needs():
@@ -60,14 +59,32 @@ def test_guidance_runs_as_many_streams_as_it_needs():
 
 
 def test_the_null_stream_ignores_the_prompt():
-  gen, ver = (
-    components.load('scenes.ar', guidance=0.0),
-    components.load('verifiers.likelihood'),
-  )
-  algo = components.load('search.best_of_n', n=2)
-  params = laws.parameters(gen, ver)
-  found = [run.search(algo, gen, ver, params, [p], KEY) for p in PROMPTS]
-  np.testing.assert_array_equal(found[0].best.state.tokens, found[1].best.state.tokens)
+  gen = components.load('scenes.ar', guidance=0.0)
+  params, keys = gen.load(), core.candidate_keys(core.prompt_keys(KEY, np.arange(1)), np.arange(2))
+
+  @jax.jit
+  def tokens(prompt):
+    ctx = gen.encode(params, prompt)
+    return gen.extend(params, ctx, gen.init(params, ctx, keys), keys, 0, 32).tokens
+
+  found = [tokens(gen.tokenize(core.as_prompts([text]))) for text in PROMPTS]
+  np.testing.assert_array_equal(*found)
+
+
+def test_weights_are_split_over_the_model_axis():
+  mesh = sharding.make_mesh(model=1, devices=jax.devices()[:1])
+  gen = components.load('scenes.ar', value_of='scenes_clip_a')
+  params, places = gen.load(), gen.shardings(mesh)
+  assert jax.tree.structure(params) == jax.tree.structure(places)
+  for part in ('prior', 'value'):
+    block = places[part]['blocks'][0]
+    assert block['qkv']['kernel'].spec == block['mlp']['up']['kernel'].spec
+    assert block['qkv']['kernel'].spec == PartitionSpec(None, 'model')
+    assert block['out']['kernel'].spec == PartitionSpec('model', None)
+    assert block['mlp']['down']['kernel'].spec == PartitionSpec('model', None)
+    assert places[part]['head']['kernel'].spec == PartitionSpec()
+  split = [x for x in jax.tree.leaves(places['tokenizer']) if x.spec != PartitionSpec()]
+  assert not split, 'the tokenizer is small: every device has all of it'
 
 
 @pytest.mark.parametrize(
@@ -76,5 +93,5 @@ def test_the_null_stream_ignores_the_prompt():
 )
 def test_texts_outside_the_grammar_are_named(text, message):
   gen = components.load('scenes.ar')
-  with pytest.raises(ValueError, match=message):
-    gen.tokenize([text])
+  with pytest.raises(ConfigError, match=message):
+    gen.tokenize([{'text': text}])

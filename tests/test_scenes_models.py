@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
-from vtts_jax.scenes import models as models
-from vtts_jax.scenes import oracle as oracle
-from vtts_jax.scenes import world as world
+from vtts_jax.scenes import models, oracle, world
 from vtts_jax.scenes.models import flow, prior, tokenizer
 from vtts_jax.train import loop
 
@@ -22,13 +21,13 @@ SMALL = prior.Config(tokens=8, codes=16, width=32, layers=2, heads=2, text_width
 
 @functools.cache
 def small_prior():
-  return modules.split(prior.build(SMALL, seed=3))
+  return modules.split_module(prior.build(SMALL, seed=3))
 
 
 @functools.cache
 def held(count):
-  scenes = world.sample(12345, np.arange(count), 'held')
-  return world.render(scenes), world.metadata(scenes.captions)
+  scenes = world.sample_scenes(12345, np.arange(count), 'held')
+  return world.render_scenes(scenes), world.caption_prompts(scenes.captions)
 
 
 def counted(function, *args):
@@ -42,7 +41,7 @@ def test_weights_come_back_and_a_file_that_does_not_fit_names_both_sides(tmp_pat
   params = small_prior()[1]
   path = tmp_path / 'a.safetensors'
   weight_files.save(path, params, {'kind': 'prior', 'sizes': [1, 2]})
-  back = weight_files.load(path, modules.abstract(lambda: prior.build(SMALL))[1])
+  back = weight_files.load(path, modules.abstract_module(lambda: prior.build(SMALL))[1])
   jax.tree.map(np.testing.assert_array_equal, params, back)
   assert weight_files.metadata(path) == {'kind': 'prior', 'sizes': '[1, 2]'}
   assert [p.name for p in tmp_path.iterdir()] == ['a.safetensors']  # no temporary file is left
@@ -63,8 +62,8 @@ def test_weights_come_back_and_a_file_that_does_not_fit_names_both_sides(tmp_pat
       weight_files.load(tmp_path / name, params)
   with pytest.raises(FileNotFoundError, match='no weights at'):
     weight_files.load(tmp_path / 'absent', params)
-  with pytest.raises(ValueError, match="name='prior_3d' is no shipped scene model; allowed are"):
-    models.load('prior_3d')
+  with pytest.raises(ConfigError, match="name='prior_3d' is no shipped scene model; allowed are"):
+    models.load_model('prior_3d')
 
 
 def test_a_resumed_training_run_ends_in_the_same_bits(tmp_path):
@@ -82,7 +81,7 @@ def test_a_resumed_training_run_ends_in_the_same_bits(tmp_path):
       raise KilledError
     return np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
 
-  run = functools.partial(loop.train, loss, start, steps=6, every=2)
+  run = functools.partial(loop.train_model, loss, start, steps=6, every=2)
   whole = run(batches, folder=tmp_path / 'whole')
   with pytest.raises(KilledError):
     run(functools.partial(batches, until=5), folder=tmp_path / 'cut')
@@ -99,10 +98,10 @@ def test_prior_cached_steps_equal_prefill_and_teacher_forcing():
   text_ids[1, 7:] = 0
   text_ids[2] = 0  # the null prompt
   tokens = rng.integers(0, SMALL.codes, (3, 2, SMALL.tokens)).astype(np.int32)
-  call = lambda f: jax.jit(lambda p, *args: f(modules.merge(graphdef, p), *args))
+  call = lambda f: jax.jit(lambda p, *args: f(modules.bind(graphdef, p), *args))
   text = call(lambda m, ids: m.text(ids))(params, text_ids)
   step = call(lambda m, text, cache, t, i: m.step(text, cache, t, i))
-  cache = modules.merge(graphdef, params).init_cache(3, 2)
+  cache = modules.bind(graphdef, params).init_cache(3, 2)
   last, logits, caches = np.full((3, 2), SMALL.codes), [], []
   for t in range(SMALL.tokens):
     out, cache = step(params, text, cache, last, t)
@@ -131,8 +130,8 @@ def test_prior_cached_steps_equal_prefill_and_teacher_forcing():
 
 def test_flops_formulas_agree_with_the_compiler():
   config = prior.Config()
-  graphdef, params = modules.abstract(lambda: prior.build(config))
-  model = lambda p: modules.merge(graphdef, p)
+  graphdef, params = modules.abstract_module(lambda: prior.build(config))
+  model = lambda p: modules.bind(graphdef, p)
   shape = jax.ShapeDtypeStruct
   B, N, T = 2, 3, config.tokens
   text_ids, last = shape((B, 12), jnp.int32), shape((B, N), jnp.int32)
@@ -148,16 +147,16 @@ def test_flops_formulas_agree_with_the_compiler():
   }  # fmt: skip
   for order in ('1d', '2d'):
     sizes = tokenizer.Config(order=order)
-    graph, p = modules.abstract(lambda sizes=sizes: tokenizer.build(sizes))
+    graph, p = modules.abstract_module(lambda sizes=sizes: tokenizer.build(sizes))
     measured[tokenizer.flops_decode(sizes)] = (
       counted(
-        lambda p, i, graph=graph: modules.merge(graph, p).decode(i, sizes.tokens),  # noqa: B023
+        lambda p, i, graph=graph: modules.bind(graph, p).decode(i, sizes.tokens),  # noqa: B023
         p, shape((64, sizes.tokens), jnp.int32)) / 64)  # fmt: skip
   sizes = flow.Config()
-  graph, p = modules.abstract(lambda: flow.build(sizes))
-  emb = jax.eval_shape(lambda p, i: modules.merge(graph, p).text(i), p, shape((8, 12), jnp.int32))
+  graph, p = modules.abstract_module(lambda: flow.build(sizes))
+  emb = jax.eval_shape(lambda p, i: modules.bind(graph, p).text(i), p, shape((8, 12), jnp.int32))
   measured[flow.flops_velocity(sizes)] = counted(
-    lambda p, *a: modules.merge(graph, p)(*a), p, shape((8, 32, 32, 3), jnp.float32),
+    lambda p, *a: modules.bind(graph, p)(*a), p, shape((8, 32, 32, 3), jnp.float32),
     shape((8,), jnp.float32), emb) / 8  # fmt: skip
   for formula, compiled in measured.items():
     assert compiled == pytest.approx(formula, rel=0.05)
@@ -168,17 +167,17 @@ def test_flops_formulas_agree_with_the_compiler():
 
 @pytest.mark.parametrize('order', ['1d', '2d'])
 def test_tokenizer_prefixes_and_quality(order):
-  graphdef, params = models.load(f'tokenizer_{order}')
-  config = models.config(f'tokenizer_{order}')
-  encode = jax.jit(lambda p, x: modules.merge(graphdef, p).encode(x))
-  decode = jax.jit(lambda p, i, k: modules.merge(graphdef, p).decode(i, k))
-  images, metadata = held(96)
+  graphdef, params = models.load_model(f'tokenizer_{order}')
+  config = models.read_config(f'tokenizer_{order}')
+  encode = jax.jit(lambda p, x: modules.bind(graphdef, p).encode(x))
+  decode = jax.jit(lambda p, i, k: modules.bind(graphdef, p).decode(i, k))
+  images, prompts = held(96)
   ids = np.array(encode(params, images))
   assert ids.shape == (96, config.tokens) and ids.dtype == np.int32
   assert ids.min() >= 0 and ids.max() < config.codes
   full = decode(params, ids, config.tokens)
   assert full.shape == images.shape and full.min() >= 0 and full.max() <= 1
-  assert oracle.report(full, metadata)['overall'] >= 0.85  # the card says >= 0.90 of 1200 scenes
+  assert oracle.report_grades(full, prompts)['overall'] >= 0.85  # the card: >= 0.90 of 1200 scenes
 
   cut = ids.copy()
   cut[:, 10:] = (cut[:, 10:] + 1) % config.codes  # what is not kept does not matter
@@ -194,14 +193,14 @@ def test_tokenizer_prefixes_and_quality(order):
 
 
 def test_the_two_orders_are_comparable_and_differ_in_their_prefixes():
-  one, two = (models.config(f'tokenizer_{order}') for order in ('1d', '2d'))
+  one, two = (models.read_config(f'tokenizer_{order}') for order in ('1d', '2d'))
   assert (one.tokens, one.codes) == (two.tokens, two.codes)
   images, _ = held(96)
   error = {}
   for order in ('1d', '2d'):
-    graphdef, params = models.load(f'tokenizer_{order}')
+    graphdef, params = models.load_model(f'tokenizer_{order}')
     half = jax.jit(
-      lambda p, x, g=graphdef: modules.merge(g, p).decode(modules.merge(g, p).encode(x), 12)
+      lambda p, x, g=graphdef: modules.bind(g, p).decode(modules.bind(g, p).encode(x), 12)
     )
     error[order] = float(((half(params, images) - images) ** 2).mean())
   assert error['1d'] < 0.5 * error['2d']  # 12 of 32 tokens: a whole picture against a third of one
@@ -211,12 +210,12 @@ def test_the_two_orders_are_comparable_and_differ_in_their_prefixes():
 
 
 def test_cards_say_what_was_measured_and_the_targets_are_met():
-  cards = models.cards()
+  cards = {name: models.read_card(name) for name in models.model_names()}
   names = {'detector', 'tokenizer_1d', 'tokenizer_2d', 'prior_1d', 'prior_2d', 'flow'}
   assert names <= set(cards)
   for name in names:
     assert {'kind', 'config', 'metrics', 'seed'} <= set(cards[name])
-    params = models.load(name)[1]
+    params = models.load_model(name)[1]
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
   rate = {order: cards[f'prior_{order}']['metrics']['pass_at_1'] for order in ('1d', '2d')}
   assert all(0.2 <= r <= 0.7 for r in rate.values())

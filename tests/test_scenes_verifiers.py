@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vtts_jax import core
 from vtts_jax.components import load
 from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import geneval
-from vtts_jax.scenes import labels as truth
-from vtts_jax.scenes import world as world
-from vtts_jax.scenes.models import soft_detector as judge
+from vtts_jax.scenes import labels, world
+from vtts_jax.scenes.models import soft_detector
 from vtts_jax.testing import laws
 
 PAIRS = 600
@@ -32,8 +32,8 @@ def _verifier(name):
 @functools.cache
 def _pairs():
   """Held-out pictures, right and wrong captions, what is wrong: relations as often as two more."""
-  scenes = world.sample(301, np.arange(6 * PAIRS), 'held')
-  wrong, aspect = world.negatives(scenes, 302, np.arange(6 * PAIRS), 'held')
+  scenes = world.sample_scenes(301, np.arange(6 * PAIRS), 'held')
+  wrong, aspect = world.wrong_captions(scenes, 302, np.arange(6 * PAIRS), 'held')
   counts = {'relation': PAIRS // 3}
   order = np.concatenate([np.flatnonzero(aspect == k)[:counts.get(what, PAIRS // 6)]
                           for k, what in enumerate(world.ASPECTS)])
@@ -41,8 +41,8 @@ def _pairs():
   take = lambda tree: type(tree)(*(f.take(order) if isinstance(f, world.Captions) else f[order]
                                    for f in tree))
   scenes = take(scenes)
-  return (world.render(scenes), world.texts(scenes.captions), world.texts(wrong.take(order)),
-          aspect[order])
+  texts = (world.caption_texts(captions) for captions in (scenes.captions, wrong.take(order)))
+  return world.render_scenes(scenes), *texts, aspect[order]
 
 
 def _scores(verifier, images, texts):
@@ -51,10 +51,11 @@ def _scores(verifier, images, texts):
 
   @jax.jit
   def score(prompt, images):
-    found = verifier.score(params, verifier.encode(params, prompt), images[:, None])
+    vctx, observed = verifier.encode(params, prompt), {'image': images[:, None]}
+    found = verifier.score(params, vctx, observed)
     return found[verifier.names[0]][:, 0]
 
-  prompt = jax.tree.map(jnp.asarray, verifier.tokenize(texts))
+  prompt = jax.tree.map(jnp.asarray, verifier.tokenize(core.as_prompts(texts)))
   return np.asarray(score(prompt, images))
 
 
@@ -68,14 +69,14 @@ def test_protocol(name):
 def test_cost_is_what_is_compiled(name):
   verifier = _verifier(name)
   params = verifier.load()
-  prompt = jax.tree.map(jnp.asarray, verifier.tokenize(['a photo of a red ring'] * 2))
+  prompt = jax.tree.map(jnp.asarray, verifier.tokenize([{'text': 'a photo of a red ring'}] * 2))
   vctx = verifier.encode(params, prompt)
-  images = jnp.full((2, 8, 32, 32, 3), 0.5)
+  observed = {'image': jnp.full((2, 8, 32, 32, 3), 0.5)}
 
   def flops(f, *args):
     return jax.jit(f).lower(params, *args).compile().cost_analysis()['flops']
 
-  score = flops(verifier.score, vctx, images) / 16
+  score = flops(verifier.score, vctx, observed) / 16
   assert verifier.cost('score').verify == 1
   assert score == pytest.approx(verifier.cost('score').flops, rel=0.08)
   if name.startswith('clip'):
@@ -100,42 +101,43 @@ def test_quality_prefers_the_clean_picture():
   noise = np.random.default_rng(0).normal(0, 0.15, images[:200].shape).astype(np.float32)
   mixed = (images[:200] + np.roll(images[:200], 1, 0)) / 2
   assert (clean >= 0).all() and (clean <= 1).all()
-  for spoiled in (images[:200] + noise, mixed):
-    assert (clean > _scores(verifier, spoiled, texts[:200])).mean() >= 0.95
+  for corrupted in (images[:200] + noise, mixed):
+    assert (clean > _scores(verifier, corrupted, texts[:200])).mean() >= 0.95
 
 
 def test_parse_reads_the_whole_grammar():
   for tag in world.TAGS:
     for split in world.SPLITS:
-      captions = world.grammar(tag, split)
-      got = judge.parse(world.texts(captions))
-      want = np.stack([getattr(captions, f) for f in judge.FIELDS], 1)
+      captions = world.list_captions(tag, split)
+      got = soft_detector.parse_captions(world.caption_texts(captions))
+      want = np.stack([getattr(captions, f) for f in soft_detector.FIELDS], 1)
       np.testing.assert_array_equal(got, want)
   for text in ('a photo of', 'a photo of a red', 'a photo of a circle and a red ring',
                'circle', 'a photo of two ring', 'a photo of a ring above', 'a of photo a ring'):
-    with pytest.raises(ValueError, match='not a sentence of the scene world'):
-      judge.parse([text])
+    with pytest.raises(ConfigError, match='not a sentence of the scene world'):
+      soft_detector.parse_captions([text])
 
 
 def test_satisfaction_is_genevals_rule_on_certain_detections():
-  scenes = world.sample(7, np.arange(200))
-  wrong, _ = world.negatives(scenes, 8, np.arange(200))
-  kind, colour = judge.targets(scenes)
+  scenes = world.sample_scenes(7, np.arange(200))
+  wrong, _ = world.wrong_captions(scenes, 8, np.arange(200))
+  kind, colour = soft_detector.place_targets(scenes)
   sure = lambda x, n: np.log(np.eye(n, dtype=np.float32)[x] * 0.998 + 1e-3)[:, None]
   for captions in (scenes.captions, wrong):
-    targets = judge.parse(world.texts(captions))
-    log = judge.satisfaction(sure(kind, 6), sure(colour, 8), targets)[:, 0]
-    want = [geneval.evaluate(m, o)[0]
-            for m, o in zip(world.metadata(captions), world.objects(scenes))]
+    targets = soft_detector.parse_captions(world.caption_texts(captions))
+    log = soft_detector.satisfaction(sure(kind, 6), sure(colour, 8), targets)[:, 0]
+    want = [geneval.evaluate_detections(m, o)[0]
+            for m, o in zip(world.caption_prompts(captions), world.object_detections(scenes))]
     np.testing.assert_array_equal(np.asarray(log) > np.log(0.5), want)
 
 
-def test_truth_is_genevals_rule_on_the_objects():
-  scenes = world.sample(9, np.arange(60))
-  wrong, _ = world.negatives(scenes, 8, np.arange(60))
+def test_labels_are_genevals_rule_on_the_objects():
+  scenes = world.sample_scenes(9, np.arange(60))
+  wrong, _ = world.wrong_captions(scenes, 8, np.arange(60))
   said = world.Captions(*map(np.concatenate, zip(scenes.captions, wrong)))
-  want = [[geneval.evaluate(m, o)[0] for m in world.metadata(said)] for o in world.objects(scenes)]
-  np.testing.assert_array_equal(truth.holds(said, scenes), want)
+  want = [[geneval.evaluate_detections(m, o)[0] for m in world.caption_prompts(said)]
+          for o in world.object_detections(scenes)]
+  np.testing.assert_array_equal(labels.true_captions(said, scenes), want)
 
 
 def test_settings_that_do_not_exist_are_refused():

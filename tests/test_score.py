@@ -1,4 +1,5 @@
-"""`vtts score` and `vtts serve`, and host verifiers scored while the next batch is generated."""
+"""`vtts score` and `vtts serve`, the scorer behind them, and host verifiers scored while the next
+batch is generated."""
 
 import http.server
 import json
@@ -15,13 +16,19 @@ from PIL import Image
 
 from vtts_jax import components, core
 from vtts_jax.cli import main
-from vtts_jax.engine import scorer as score
-from vtts_jax.engine import search as run
+from vtts_jax.engine import search as engine
+from vtts_jax.engine import sharding
+from vtts_jax.engine.scorer import Scorer
+from vtts_jax.media import files
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.testing import toys
 from vtts_jax.verifiers.host import Host
 
-TINY = ['--verifier=verifiers.clip', '--verifier.random=tiny', '--verifier.scale=cosine']
+TINY = ['--verifier=verifiers.clip', '--verifier.weights=random:tiny', '--verifier.output=cosine']
+
+
+def tiny_clip():
+  return components.load('verifiers.clip', weights='random:tiny', output='cosine')
 
 
 @pytest.fixture
@@ -47,18 +54,18 @@ def test_a_folder_is_scored_and_one_broken_picture_costs_itself_only(folder, cap
   assert [r['prompt'] for r in rows] == ['a cat', 'a dog', 'a cat', 'a bird', 'a dog', 'a fish']
   assert 'scores' not in rows[5] and 'error' in rows[5]
 
-  ver = components.load('verifiers.clip', random='tiny', scale='cosine')
-  params = ver.load()
+  ver = tiny_clip()
+  params, score = ver.load(), jax.jit(ver.score)
   for row in rows[:5]:
-    vctx = ver.encode(params, ver.tokenize([row['prompt']]))
-    want = ver.score(params, vctx, score.read(row['image'])[None, None])
-    for name, value in want.items():
+    vctx = ver.encode(params, ver.tokenize([{'text': row['prompt']}]))
+    shown = files.image_floats(files.read_image(row['image']))[None, None]
+    for name, value in score(params, vctx, {'image': shown}).items():
       assert row['scores'][name] == pytest.approx(float(value[0, 0]), abs=1e-5)
   assert len({tuple(r['scores'].values()) for r in rows[:5]}) == 5
 
-  plain = ['--verifier=verifiers.aesthetic', '--verifier.random=tiny', str(folder)]
+  plain = ['--verifier=vtts_jax.testing.toys', '--verifier.part=brightness', str(folder)]
   assert main.cli(['score', *plain]) == 1  # of the picture alone: no prompt is needed
-  assert re.search(r'aesthetic_tiny_random +5 ', capsys.readouterr().out)
+  assert re.search(r'brightness +5 ', capsys.readouterr().out)
 
   listed = folder / 'list.jsonl'
   listed.write_text(
@@ -78,37 +85,82 @@ def test_a_folder_is_scored_and_one_broken_picture_costs_itself_only(folder, cap
     ([*TINY, '{d}'], r'0\.png: has no prompt'),
     ([*TINY, '{d}', '--prompts= '], r'prompt 0 is empty'),
     ([*TINY, '{d}/prompts.txt'], 'must be a folder of pictures, or a .jsonl'),
-    ([*TINY, '{d}', '--prompts=a', '--batch=0'], '--batch=0: must be an integer >= 1'),
+    ([*TINY, '{d}', '--prompts=a', '--batch=0'], r'--batch: must be an integer >= 1, got .0'),
     ([*TINY, '{d}', '--prompt=a'], 'unknown flag --prompt; allowed for vtts score'),
+    ([*TINY, '{d}', '{d}'], 'give one folder or .jsonl of pictures'),
     (['--verifier=verifiers.likelihood', '{d}', '--prompts=a'], 'must score pictures alone'),
-    ([*TINY[:1], '--verifier.random=huge', '{d}'], 'random'),
+    ([*TINY[:1], '--verifier.weights=random:huge', '{d}'], 'random'),
+    ([*TINY[:1], '--verifier.model=a b', '{d}'], 'unknown setting model='),
   ],
 )
 def test_bad_input(folder, capsys, argv, said):
   assert main.cli(['score', *(a.format(d=folder) for a in argv)]) == 2
-  assert re.search(said, capsys.readouterr().err)
+  err = capsys.readouterr().err
+  assert re.search(said, err) and err.count('\n') == 1, err
+
+
+class CountedTarget(toys.Target):
+  """Counts what it tokenizes and encodes."""
+
+  tokenized, traced = [], []
+
+  def tokenize(self, prompts):
+    self.tokenized.append([p['text'] for p in prompts])
+    return super().tokenize(prompts)
+
+  def score(self, params, vctx, observed):
+    self.traced.append(observed['image'].shape)
+    return super().score(params, vctx, observed)
+
+
+def test_prompts_are_read_once_and_pictures_padded():
+  """Scores and features are those of the verifier itself, on one device and on a mesh."""
+  rng = np.random.default_rng(1)
+  images = rng.integers(0, 256, (7, 6, 2, 3), np.uint8)
+  prompts = [{'text': f'prompt {i % 3}'} for i in range(7)]
+  ver = toys.Target()
+  vctx = ver.encode({}, ver.tokenize(prompts))
+  floats = files.image_floats(images)
+  want = np.asarray(ver.score({}, vctx, {'image': floats[:, None]})['target'])[:, 0]
+  for mesh in (None, sharding.make_mesh()):
+    scorer = Scorer(ver, mesh)
+    np.testing.assert_allclose(scorer({'image': images}, prompts)['target'], want, atol=1e-5)
+    np.testing.assert_allclose(scorer.embed_images(images), floats.mean((2, 3)), atol=1e-6)
+
+  CountedTarget.tokenized.clear()
+  scorer = Scorer(CountedTarget())
+  scorer.tokenize_prompts(prompts)
+  for count in (5, 7, 6):  # all are padded to 8
+    got = scorer({'image': floats[:count]}, prompts[:count])['target']
+    np.testing.assert_allclose(got, want[:count], atol=1e-5)
+  assert CountedTarget.tokenized == [['prompt 0', 'prompt 1', 'prompt 2']]
+  assert CountedTarget.traced == [(8, 1, 6, 2, 3)]
+  with pytest.raises(ValueError, match='picture 1 has values in'):
+    scorer({'image': floats[:2] + [[[[0]]], [[[1.0]]]]}, prompts[:2])
 
 
 def test_a_verifier_in_its_own_process(folder):
   """Scores through `vtts serve` and `verifiers.host` are those of the verifier itself; the server
   has two devices, which share the batch."""
   flags = os.environ['XLA_FLAGS'] + ' --xla_force_host_platform_device_count=2'
-  command = [sys.executable, '-m', 'vtts_jax.main', 'serve', *TINY, '--port=0']
+  command = [sys.executable, '-m', 'vtts_jax.cli.main', 'serve', *TINY, '--port=0']
   with subprocess.Popen(
     command, stdout=subprocess.PIPE, text=True, env={**os.environ, 'XLA_FLAGS': flags}
   ) as server:
     try:
       url = server.stdout.readline().split(' at ')[1].strip()
-      pictures = np.stack([score.read(folder / f'{i}.png') for i in (0, 2)])
-      prompts = ['a cat', 'a bird']
+      images = np.stack([files.read_image(folder / f'{i}.png') for i in (0, 2)])
+      prompts = [{'text': 'a cat'}, {'text': 'a bird'}]
       host = Host(url=url, retries=0)
-      have = host.score({}, host.encode({}, host.tokenize(prompts)), pictures[:, None])['host']
-      want = score.Scorer(components.load('verifiers.clip', random='tiny', scale='cosine'))(
-        pictures, prompts
-      )
-      np.testing.assert_allclose(have[:, 0], next(iter(want.values())), atol=1e-5)
+
+      def ask(prompts, images):
+        vctx = host.encode({}, host.tokenize(prompts))
+        return host.score({}, vctx, {'image': files.image_floats(images)[:, None]})['host'][:, 0]
+
+      want = Scorer(tiny_clip())({'image': images}, prompts)
+      np.testing.assert_allclose(ask(prompts, images), next(iter(want.values())), atol=1e-5)
       with pytest.raises(RuntimeError, match='400'):
-        host.score({}, host.encode({}, host.tokenize([' '])), pictures[:1, None])
+        ask([{'text': ' '}], images[:1])
     finally:
       server.kill()
 
@@ -134,11 +186,7 @@ def test_the_next_batch_is_generated_while_one_is_scored():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = Host(url=f'http://127.0.0.1:{server.server_port}', retries=0)
     prompts = ['p' * n for n in (1, 2, 3, 4)]
-    none = {'generator': {}, 'verifier': {}}
-    key = jax.random.key(0)
-    found = run.search(
-      BestOfN(n=2), toys.Tokens(), host, none, prompts, key, mode='stepped', batch=1
-    )
+    found = engine.search(BestOfN(n=2), toys.Tokens(), host, prompts, mode='stepped', batch=1)
     server.shutdown()
   np.testing.assert_array_equal(found.best.total, [1, 2, 3, 4])
-  assert sum(run.bill(BestOfN(n=2), toys.Tokens(), host), core.Cost()).verify == 2
+  assert sum(engine.bill(BestOfN(n=2), toys.Tokens(), host), core.Cost()).verify == 2

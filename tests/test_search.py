@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from vtts_jax import components, core
-from vtts_jax.engine import search as run
+from vtts_jax.engine.search import search
 from vtts_jax.errors import ConfigError
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
@@ -23,12 +23,15 @@ from vtts_jax.testing import laws, toys
 KEY = jax.random.key(3)
 PROMPTS = ['a', 'bb', 'ccc']
 TOKENS, FLOW, TARGET = toys.Tokens(), toys.Flow(), toys.Target()
-AHEAD = toys.Tokens(value_of='target', rollout_policy='small')
-NONE = {'generator': {}, 'verifier': {}}
-HALVES = (Rung(keep=0.5, draft=(('coarse', True),)), Rung(keep=0.5), Rung(look=-1))
+SCALES, WORDS, LETTERS = toys.Scales(), toys.Words(), toys.Letters()
+AHEAD = toys.Tokens(value_of='target', rollout_model='small')
+HALVES = (Rung(keep=0.5, draft=(('coarse', True),)), Rung(keep=0.5), Rung(lookahead=-1))
 
 
-@pytest.mark.parametrize('gen', [TOKENS, FLOW], ids=['tokens', 'flow'])
+TOYS = {'tokens': AHEAD, 'flow': FLOW, 'scales': SCALES, 'words': WORDS}
+
+
+@pytest.mark.parametrize('gen', TOYS.values(), ids=TOYS)
 def test_toy_generators_conform(gen):
   laws.check_generator(gen, PROMPTS, KEY)
 
@@ -70,6 +73,10 @@ ALGORITHMS = {
     AHEAD,
     MCTS(simulations=6, leaves=3, rule='dts', rollout='small', greedy=False, finish=2),
   ),
+  'scales': (SCALES, Beam(width=2, branch=3, schedule='fixed')),
+  'scales-smc': (SCALES, SMC(particles=4, size=1)),
+  'words': (WORDS, Beam(width=2, branch=3, schedule='linear', size=2)),
+  'words-mcts': (WORDS, MCTS(simulations=4, leaves=2, slots=3, size=2)),
   'uct-flow': (FLOW, MCTS(simulations=4, leaves=2, size=1, rule='uct', slots=2)),
 }
 SHAPES = {'rounds', 'beam'}  # batches and chunks are the drivers' business
@@ -78,12 +85,13 @@ SHAPES = {'rounds', 'beam'}  # batches and chunks are the drivers' business
 @pytest.mark.parametrize('name', ALGORITHMS)
 def test_algorithms_conform(name):
   gen, algo = ALGORITHMS[name]
-  laws.check_algorithm(algo, gen, TARGET, PROMPTS, KEY, shapes=name in SHAPES)
+  ver = LETTERS if gen is WORDS else TARGET
+  laws.check_algorithm(algo, gen, ver, PROMPTS, KEY, shapes=name in SHAPES)
 
 
 def test_every_algorithm_is_among_them():
-  shipped = {name for name in components.components() if name.startswith('search.')}
-  assert shipped == {f'search.{type(a).__module__.split(".")[-1]}' for _, a in ALGORITHMS.values()}
+  shipped = {name for name in components.list_components() if name.startswith('search.')}
+  assert shipped == {f'search.{type(a).__module__.split(".")[2]}' for _, a in ALGORITHMS.values()}
 
 
 @pytest.mark.parametrize('gen', [TOKENS, FLOW], ids=['tokens', 'flow'])
@@ -114,19 +122,19 @@ def test_beam_plans_add_up(width, branch, schedule, steps, lookahead, roots, whe
     branch_at=where,
     initial=initial,
   )
-  chunks = algo.plan(TOKENS)
-  assert chunks[0].begin == initial and chunks[0].beams == (roots or width)
-  for chunk, after in zip(chunks, chunks[1:]):
-    assert (chunk.begin + chunk.size, chunk.kept) == (after.begin, after.beams)
-    assert chunk.begin + chunk.size + chunk.look <= TOKENS.num_stages
-  assert chunks[-1].begin + chunks[-1].size == TOKENS.num_stages
-  assert sum(count for _, count in algo.phases(TOKENS)) == len(chunks)
+  steps = [(chunk, row[0]) for chunk, row in core.steps_of(algo, TOKENS)]
+  assert steps == algo.chunks(TOKENS)
+  assert steps[0][1] == initial and steps[0][0].beams == (roots or width)
+  for (chunk, begin), (after, mark) in zip(steps, steps[1:]):
+    assert (begin + chunk.size, chunk.kept) == (mark, after.beams)
+    assert begin + chunk.size + chunk.lookahead <= TOKENS.num_stages
+  assert steps[-1][1] + steps[-1][0].size == TOKENS.num_stages
 
 
 def reference_beam(gen, ver, text, key, width, branch, marks, replace, lookahead):
   """The published loop, one prompt, plain Python: extend, branch at the last token, look, keep."""
-  ctx = gen.encode({}, {k: jnp.asarray(v) for k, v in gen.tokenize([text]).items()})
-  vctx = ver.encode({}, {k: jnp.asarray(v) for k, v in ver.tokenize([text]).items()})
+  ctx = gen.encode({}, {k: jnp.asarray(v) for k, v in gen.tokenize([{'text': text}]).items()})
+  vctx = ver.encode({}, {k: jnp.asarray(v) for k, v in ver.tokenize([{'text': text}]).items()})
   root = jax.random.fold_in(key, 0)
   vocab = gen.vocab
 
@@ -160,7 +168,8 @@ def reference_beam(gen, ver, text, key, width, branch, marks, replace, lookahead
     for tokens, _ in candidates:
       for _ in range(min(lookahead, gen.length - mark)):
         tokens = (*tokens, int(jnp.argmax(logits(tokens))))
-      scores.append(float(ver.score({}, vctx, picture(tokens)[None, None])[ver.name][0, 0]))
+      seen = {'image': picture(tokens)[None, None]}
+      scores.append(float(ver.score({}, vctx, seen)[ver.name][0, 0]))
     order = np.argsort(-np.array(scores), kind='stable')[:width]
     beams = [candidates[i] for i in order]
     steps.append(([c[0] for c in candidates], scores))
@@ -171,18 +180,18 @@ def reference_beam(gen, ver, text, key, width, branch, marks, replace, lookahead
 def test_beam_equals_an_independent_loop(replace, lookahead):
   marks = (1, 3, 4, 6)
   algo = Beam(width=3, branch=4, schedule=marks, replace=replace, lookahead=lookahead)
-  found = run.search(algo, TOKENS, TARGET, NONE, ['bb'], KEY, trace=True)
+  found = search(algo, TOKENS, TARGET, ['bb'], seed=KEY, collect=('states',))
   want = reference_beam(TOKENS, TARGET, 'bb', KEY, 3, 4, marks, replace, lookahead)
   for mark, step, (tokens, scores) in zip(marks, found.steps, want):
-    assert step.shown.tokens[0, :, :mark].tolist() == [list(t) for t in tokens]
+    assert step.states.tokens[0, :, :mark].tolist() == [list(t) for t in tokens]
     np.testing.assert_allclose(step.totals[0], scores, atol=1e-6)
 
 
 def test_candidates_of_a_beam_differ_in_the_last_token_only():
   algo = Beam(width=2, branch=5, schedule=(3, 6))
-  steps = run.search(algo, TOKENS, TARGET, NONE, PROMPTS, KEY, trace=True).steps
+  steps = search(algo, TOKENS, TARGET, PROMPTS, seed=KEY, collect=('states',)).steps
   for mark, step in zip((3, 6), steps):
-    tokens = step.shown.tokens.reshape(3, 2, 5, -1)
+    tokens = step.states.tokens.reshape(3, 2, 5, -1)
     assert (tokens[:, :, :, : mark - 1] == tokens[:, :, :1, : mark - 1]).all()
     assert (tokens[..., mark - 1] != tokens[:, :, :1, mark - 1]).any()
 
@@ -190,12 +199,13 @@ def test_candidates_of_a_beam_differ_in_the_last_token_only():
 def test_a_search_starts_from_initial_tokens():
   given = np.array([[1, 2], [3, 4], [5, 6]])
   for algo in (BestOfN(n=4, initial=2), Beam(width=2, branch=2, initial=2)):
-    found = run.search(algo, TOKENS, TARGET, NONE, PROMPTS, KEY, initial=given, trace=True)
+    found = search(algo, TOKENS, TARGET, PROMPTS, seed=KEY, initial=given, collect=('states',))
     for step in found.steps:
-      assert (step.shown.tokens[:, :, :2] == given[:, None]).all()
-    laws.counted(algo, TOKENS, TARGET, NONE, PROMPTS[:1], KEY)
+      assert (step.states.tokens[:, :, :2] == given[:, None]).all()
+    cost = laws.counted_cost(algo, TOKENS, TARGET, PROMPTS[:1], KEY)
+    assert cost == sum(found.costs, core.Cost())
   with pytest.raises(ConfigError, match='search.initial=2: 0 initial tokens were passed'):
-    run.search(algo, TOKENS, TARGET, NONE, PROMPTS, KEY)
+    search(algo, TOKENS, TARGET, PROMPTS, seed=KEY)
 
 
 def test_bad_scores_are_never_selected_and_named():
@@ -203,9 +213,9 @@ def test_bad_scores_are_never_selected_and_named():
   ver = dataclasses.replace(TARGET, poison=poison)
   gen = dataclasses.replace(TOKENS, length=2)
   algo = Beam(width=6, branch=8, schedule='fixed', replace=False)
-  found = run.search(algo, gen, ver, NONE, PROMPTS, KEY, trace=True)
+  found = search(algo, gen, ver, PROMPTS, seed=KEY, collect=('states',))
   first = found.steps[0]
-  bad = first.shown.tokens[:, :, 0] == 3
+  bad = first.states.tokens[:, :, 0] == 3
   assert bad.any() and (first.totals[bad] == -np.inf).all()
   assert found.bad['target'].sum() > 0 and not found.failed
   for step in found.steps:
@@ -215,21 +225,21 @@ def test_bad_scores_are_never_selected_and_named():
 
 def test_a_prompt_without_any_finite_score_is_reported():
   class Nan(toys.Target):
-    def score(self, params, vctx, images, **signals):
-      return {self.name: super().score(params, vctx, images)[self.name] * jnp.nan}
+    def score(self, params, vctx, observed):
+      return {self.name: super().score(params, vctx, observed)[self.name] * jnp.nan}
 
-  found = run.search(BestOfN(n=3), FLOW, Nan(), NONE, PROMPTS, KEY, ids=[4, 7, 9])
+  found = search(BestOfN(n=3), FLOW, Nan(), PROMPTS, seed=KEY, ids=[4, 7, 9])
   assert found.failed == [4, 7, 9] and found.bad['target'].tolist() == [3, 3, 3]
 
 
 def test_elitism_hands_out_only_finished_pictures_where_prefixes_are_none():
-  grid = dataclasses.replace(TOKENS, anytime=False)
+  grid = dataclasses.replace(TOKENS, prefixes_are_samples=False)
   algo = Beam(width=2, branch=4, schedule='fixed')
   for gen in (TOKENS, grid):
-    found = run.search(algo, gen, TARGET, NONE, PROMPTS, KEY, trace=True)
+    found = search(algo, gen, TARGET, PROMPTS, seed=KEY, collect=('states',))
     seen = np.stack([s.totals.max(1) for s in found.steps], 1)
-    want = seen.max(1) if gen.anytime else seen[:, -1]
+    want = seen.max(1) if gen.prefixes_are_samples else seen[:, -1]
     np.testing.assert_allclose(found.best.total, want, atol=1e-6)
   assert (found.best.stage == grid.num_stages).all()
   with pytest.raises(ConfigError, match='search.complete=False'):
-    run.search(Beam(steps=1, complete=False), grid, TARGET, NONE, PROMPTS, KEY)
+    search(Beam(steps=1, complete=False), grid, TARGET, PROMPTS, seed=KEY)

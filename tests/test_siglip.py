@@ -1,5 +1,6 @@
 """SigLIP: released sizes and the verifier on it; its golden file is in test_replay.py."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -15,7 +16,7 @@ from vtts_jax.models.siglip import convert, modeling
 from vtts_jax.testing import laws
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/siglip.npz'
-COUNTS = {
+COUNTS = {  # under siglip_
   'b16_224': 203_155_970, 'b16_256': 203_202_050, 'b16_384': 203_447_810,
   'b16_512': 203_791_874, 'l16_256': 652_150_786, 'l16_384': 652_478_466,
   'so400m14_224': 877_360_306, 'so400m14_384': 877_960_498, 'b16_256_i18n': 370_626_050,
@@ -37,16 +38,21 @@ def tensors():
 
 
 def test_released_sizes():
-  assert COUNTS.keys() == modeling.RELEASED.keys()
+  assert {f'siglip_{name}' for name in ('tiny', *COUNTS)} == modeling.SIZES.keys()
+  traced = {}  # of sizes that differ by the picture's side one is traced
   for name, count in COUNTS.items():
-    config = modeling.RELEASED[name]
-    assert modules.size(modules.abstract(lambda c=config: modeling.build(c))[1]) == count, name
+    config = modeling.SIZES[f'siglip_{name}']
+    key = dataclasses.replace(config, image_size=256, resample='bicubic')
+    if key not in traced:
+      _, params = modules.structure_of(modeling.build, key)
+      traced[key] = modules.count_parameters(params)
+    assert traced[key] + (config.tokens - key.tokens) * config.image.width == count, name
 
 
 def test_verifier():
-  ver = components.load('verifiers.clip', random='siglip_tiny', scale='logit')
+  ver = components.load('verifiers.clip', weights='random:siglip_tiny', output='logit')
   assert ver.names == ('siglip_tiny_random_logit',)
-  laws.check_verifier(ver, ['a red cat', 'two dogs'], PICTURES)
+  laws.check_verifier(ver, ['a red cat', 'two dogs'], {'image': PICTURES})
 
 
 def test_a_checkpoint(tmp_path, tensors):
@@ -54,14 +60,14 @@ def test_a_checkpoint(tmp_path, tensors):
   path = tmp_path / 'siglip.safetensors'
   heads = {'num_attention_heads': 2}
   weight_files.save(path, tensors, {'text_config': heads, 'vision_config': heads})
-  ver = components.load('verifiers.clip', model_from=str(path), scale='cosine')
+  ver = components.load('verifiers.clip', weights=str(path), output='cosine')
   params = ver.load()
   ids = np.arange(16).reshape(2, 8)
-  run = jax.jit(lambda p, x: ver.score(p, ver.encode(p, {'ids': ids}), x)['siglip_cosine'])
-  found = np.asarray(run(params, PICTURES))
+  run = jax.jit(lambda p, seen: ver.score(p, ver.encode(p, {'ids': ids}), seen)['siglip_cosine'])
+  found = np.asarray(run(params, {'image': PICTURES}))
   assert np.abs(found).max() <= 1 and np.ptp(found) > 1e-3
-  with pytest.raises(ConfigError, match=r'must be CLIP h14; it is Config'):
-    components.load('verifiers.pickscore', model_from=str(path)).check()
+  with pytest.raises(ConfigError, match=r'verifier\.weights=.*has no CLIP'):
+    components.load('verifiers.pickscore', weights=str(path)).check()
 
 
 def test_what_a_file_says(tensors):
@@ -74,6 +80,6 @@ def test_what_a_file_says(tensors):
     convert.config_of(source_files.arrays(tensors, {'vision_config': {'image_size': 16}}))
   del tensors['vision_model.head.probe']
   with pytest.raises(ValueError, match=r'has no SigLIP: no .*head\.probe'):
-    convert.load(source_files.arrays(tensors))
+    convert.config_of(source_files.arrays(tensors))
   with pytest.raises(ConfigError, match="resample='box': must be one of bilinear"):
     modeling.Config(found.image, found.text, resample='box')

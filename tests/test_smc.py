@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 
 from vtts_jax import components, core
-from vtts_jax.engine import search as run
-from vtts_jax.engine import step
+from vtts_jax.engine import fused, step
+from vtts_jax.engine.program import SearchProgram
+from vtts_jax.engine.search import search, validate
 from vtts_jax.errors import ConfigError
 from vtts_jax.search import select
 from vtts_jax.search.smc import PRESETS, SMC
 from vtts_jax.testing import laws, toys
 
 KEY = jax.random.key(5)
-NONE = {'generator': {}, 'verifier': {}}
+TEXTS = core.as_prompts(['a', 'bb'])
 
 
 @pytest.mark.parametrize('kind', select.RESAMPLERS)
 def test_resamplers_are_unbiased_and_as_steady_as_they_should_be(kind):
   logw = jnp.log(jnp.array([[0.03, 0.3, 0.0625, 0.4075, 0.0, 0.2]]))
   trials, n = 4000, 8
-  index = select.resample(
+  index = select.resample_ancestors(
     kind, jax.random.split(KEY, trials), jnp.broadcast_to(logw, (trials, 6)), n
   )
   assert (np.diff(index, axis=1) >= 0).all()
@@ -47,39 +48,41 @@ def test_resamplers_meet_the_edges(kind):
   keys = jax.random.split(KEY, 3)
   ninf = -np.inf
   logw = jnp.array([[ninf, 900.0, ninf, ninf], [0.0, 0, 0, 0], [ninf] * 4])
-  index = np.asarray(select.resample(kind, keys, logw, 4))
+  index = np.asarray(select.resample_ancestors(kind, keys, logw, 4))
   assert (index[0] == 1).all()
   if kind in ('systematic', 'ssp', 'residual', 'stratified'):
     assert (index[1:] == np.arange(4)).all(), 'equal weights keep everyone'
-  np.testing.assert_allclose(select.ess(logw), [1, 4, 4], rtol=1e-6)
+  np.testing.assert_allclose(select.effective_sample_size(logw), [1, 4, 4], rtol=1e-6)
 
 
 def test_diverse_picks_one_of_each_cluster():
   centres = np.array([[0, 0], [10, 0], [0, 10]])
   x = np.repeat(centres, 5, axis=0) + np.random.default_rng(0).normal(size=(15, 2))
   valid = np.ones((20, 15), bool)
-  picked = select.diverse(jax.random.split(KEY, 20), jnp.broadcast_to(x, (20, 15, 2)), valid, 3)
+  rows = jnp.broadcast_to(x, (20, 15, 2))
+  picked = select.pick_diverse(jax.random.split(KEY, 20), rows, valid, 3)
   assert (np.sort(np.asarray(picked) // 5, axis=1) == [0, 1, 2]).mean() > 0.9
   valid[:, 5:] = False
   picked = np.asarray(
-    select.diverse(jax.random.split(KEY, 20), jnp.asarray(x)[None].repeat(20, 0), valid, 4)
+    select.pick_diverse(jax.random.split(KEY, 20), jnp.asarray(x)[None].repeat(20, 0), valid, 4)
   )
   assert (picked < 5).all() and all(len(set(row)) == 4 for row in picked)
 
 
 def particles(algo, gen, ver, prompts):
   """The final particles and their log-weights."""
-  job = step.Job(algo, gen, ver)
+  program = SearchProgram(algo, gen, ver)
+  params = {'generator': {}, 'verifier': {}}
   arrays = {'generator': gen.tokenize(prompts), 'verifier': ver.tokenize(prompts)}
 
   @jax.jit
   def whole():
-    ctx, vctx = step.encode(job, NONE, jax.tree.map(jnp.asarray, arrays))
+    contexts = step.encode_prompts(program, params, jax.tree.map(jnp.asarray, arrays))
     keys = core.prompt_keys(KEY, jnp.arange(len(prompts)))
-    state = step.begin(job, NONE, ctx, keys, jnp.zeros((len(prompts), 0), jnp.int32))
-    for i in range(algo.num_steps(gen)):
-      state, _ = step.advance(job, NONE, ctx, vctx, state, core.Step(i, i))
-    return state.frontier.tokens, state.inner[0].logw
+    initial = jnp.zeros((len(prompts), 0), jnp.int32)
+    state = step.begin_search(program, params, contexts, keys, initial)
+    state, _ = fused.run_phases(program, params, contexts, state)
+    return state.frontier.state.tokens, state.frontier.own[0].logw
 
   return whole()
 
@@ -98,19 +101,21 @@ def test_particles_follow_the_tilted_distribution(potential, ess):
     ess=ess,
     anneal='increasing' if ess == 1 else 'constant',
   )
-  tokens, logw = particles(algo, gen, ver, ['a', 'bb'])
+  tokens, logw = particles(algo, gen, ver, TEXTS)
   every = np.stack(np.meshgrid(*[np.arange(3)] * 3, indexing='ij'), -1).reshape(-1, 3)
-  state = gen.init({}, gen.encode({}, gen.tokenize(['a', 'bb'])), jax.random.split(KEY, (2, 27)))
-  ctx = gen.encode({}, gen.tokenize(['a', 'bb']))
-  state = gen.force({}, ctx, state, jnp.broadcast_to(every, (2, 27, 3)).astype(jnp.int32))
-  images = gen.render({}, ctx, state, 3)
-  score = ver.score({}, ver.encode({}, ver.tokenize(['a', 'bb'])), images)['target']
-  target = jax.nn.softmax(state.logp + strength * score, axis=1)
+  state = gen.init({}, gen.encode({}, gen.tokenize(TEXTS)), jax.random.split(KEY, (2, 27)))
+  ctx = gen.encode({}, gen.tokenize(TEXTS))
+  state = gen.extend_with_tokens(
+    {}, ctx, state, jnp.broadcast_to(every, (2, 27, 3)).astype(jnp.int32)
+  )
+  seen = gen.observe({}, ctx, state, 3, ('image',))
+  score = ver.score({}, ver.encode({}, ver.tokenize(TEXTS)), seen)['target']
+  target = jax.nn.softmax(state.log_prob + strength * score, axis=1)
   code = np.asarray(tokens) @ [9, 3, 1]
   weight = np.asarray(jax.nn.softmax(logw, axis=1))
   found = np.stack([np.bincount(c, w, 27) for c, w in zip(code, weight)])
   assert 0.5 * np.abs(found - target).sum(1).max() < 0.05, 'total variation'
-  untilted = jax.nn.softmax(state.logp, axis=1)
+  untilted = jax.nn.softmax(state.log_prob, axis=1)
   assert 0.5 * np.abs(untilted - target).sum(1).min() > 0.1, 'the tilt must be worth seeing'
 
 
@@ -122,7 +127,7 @@ def test_no_strength_is_best_of_n(gen):
 def test_steps_that_are_not_due_weigh_nothing():
   """The one resampling weighs by its own scores, not by the sum of all on the way."""
   algo = SMC(particles=6, size=1, potential='current', strength=20.0, resample_at=(3,))
-  steps = run.search(algo, toys.Tokens(), toys.Target(), NONE, ['a', 'bb'], KEY).steps
+  steps = search(algo, toys.Tokens(), toys.Target(), ['a', 'bb'], seed=KEY).steps
   np.testing.assert_array_equal(steps[2].kept, np.tile(np.arange(6), (2, 1)))
   for kept, scores in zip(np.asarray(steps[3].kept), np.asarray(steps[3].totals)):
     expected = 6 * np.asarray(jax.nn.softmax(20.0 * scores))
@@ -133,7 +138,7 @@ def test_steps_that_are_not_due_weigh_nothing():
 def test_infinite_strength_copies_the_best_alone():
   gen, ver = toys.Tokens(), toys.Target()
   algo = SMC(particles=6, size=2, anneal='infinite', potential='current', resampler='multinomial')
-  for s in run.search(algo, gen, ver, NONE, ['a', 'bb'], KEY).steps:
+  for s in search(algo, gen, ver, ['a', 'bb'], seed=KEY).steps:
     best = s.totals.max(1, keepdims=True)
     np.testing.assert_array_equal(np.take_along_axis(s.totals, s.kept, 1), np.repeat(best, 6, 1))
 
@@ -141,7 +146,7 @@ def test_infinite_strength_copies_the_best_alone():
 def test_a_bad_score_never_survives():
   gen, ver = toys.Tokens(), toys.Target(poison=0.0)
   algo = SMC(particles=8, size=1, strength=0.0)
-  found = run.search(algo, gen, ver, NONE, ['a', 'bb', 'ccc'], KEY)
+  found = search(algo, gen, ver, ['a', 'bb', 'ccc'], seed=KEY)
   assert found.bad['target'].sum() > 0
   for s in found.steps:
     assert np.isfinite(np.take_along_axis(s.totals, s.kept, 1)).all()
@@ -155,7 +160,7 @@ def test_presets_run(name):
   algo = components.load('search.smc', preset=name, size=2 if not settings else 1, **settings)
   algo = dataclasses.replace(algo, steps=4) if settings else algo
   gen = toys.Tokens(length=4) if settings else toys.Tokens()
-  found = run.search(algo, gen, toys.Target(rows=gen.length), NONE, ['a', 'bb'], KEY)
+  found = search(algo, gen, toys.Target(rows=gen.length), ['a', 'bb'], seed=KEY)
   assert not found.failed
 
 
@@ -178,7 +183,7 @@ def test_bad_settings(settings, text):
 
 
 def test_a_sampler_that_draws_nothing_is_refused():
-  gen = components.load('scenes.flow')
-  with pytest.raises(ConfigError, match='generator.eta above 0'):
-    SMC().check(gen)
-  SMC().check(components.load('scenes.flow', eta=0.5))
+  gen, ver = components.load('scenes.flow'), toys.Target()
+  with pytest.raises(ConfigError, match='SMC needs stochastic; ScenesFlow offers'):
+    validate(SMC(), gen, ver)
+  validate(SMC(), components.load('scenes.flow', eta=0.5), ver)

@@ -1,6 +1,8 @@
-"""Studies from the command line: results, resume after SIGKILL, the report in a browser, bad
-input."""
+"""Studies from the command line: what they write and decode, resume after SIGKILL, several
+processes, the report of one and of two runs in a browser, bad input."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -14,25 +16,36 @@ import sys
 import time
 from dataclasses import astuple
 
+import jax
 import numpy as np
 import pytest
 
 from vtts_jax.cli import main
+from vtts_jax.core import Cost
+from vtts_jax.engine import search as engine
 from vtts_jax.errors import ConfigError
-from vtts_jax.report import stats
-from vtts_jax.study import store
+from vtts_jax.media import files
+from vtts_jax.report import budgets, runs, stats, tables
+from vtts_jax.search.beam import Beam
+from vtts_jax.search.best_of_n import BestOfN
+from vtts_jax.study import arms, remake, selection, snapshots, store
+from vtts_jax.testing import toys
 
-CONFIG = str(pathlib.Path(__file__).parent / 'configs' / 'toys.py')
+CONFIGS = pathlib.Path(__file__).parent / 'configs'
+CONFIG = str(CONFIGS / 'toys.py')
 SMALL = [f'--config={CONFIG}', '--config.seeds=(0,)']
 
 
-def vtts(*args, cwd):
-  command = [sys.executable, '-m', 'vtts_jax.main', *args]
-  return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def run_cli(*argv, cwd):
+  """A command in this process: (exit code, stdout, stderr)."""
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    code = main.cli(list(argv))
+  return code, out.getvalue(), err.getvalue()
 
 
-def lines(folder):
-  """Results of the only run in a folder, by (arm, seed, id)."""
+def results_of(folder):
+  """The only run in a folder, and its results by (arm, seed, id)."""
   (root,) = (folder / 'runs').iterdir()
   rows = store.read_results(root)
   keyed = {(r['arm'], r['seed'], r['id']): r for r in rows}
@@ -41,105 +54,329 @@ def lines(folder):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('whole')
-  out = vtts('run', *SMALL, cwd=folder)
-  assert out.returncode == 0, out.stderr
-  return folder, out
+def two(tmp_path_factory):
+  """Two runs of the same arms, one seed each, with a generator that counts: their folders, what the
+  first one said, and how many candidates each decoded."""
+  monkeypatch = pytest.MonkeyPatch()
+  monkeypatch.syspath_prepend(CONFIGS)
+  import counting_toy
+
+  folders, decoded = [], []
+  for seed in (0, 1):
+    folders.append(tmp_path_factory.mktemp('run'))
+    counting_toy.decoded.clear()
+    code, out, err = run_cli(
+      'run', f'--config={CONFIG}:counting', f'--config.seeds=({seed},)', cwd=folders[-1]
+    )
+    assert code == 0, err
+    jax.effects_barrier()
+    decoded.append(sum(counting_toy.decoded))
+    if seed == 0:
+      said = out, err
+  yield folders, said, decoded
+  monkeypatch.undo()
+
+
+@pytest.fixture(scope='module')
+def whole(two):
+  """The first of the two runs: its folder and what it said."""
+  return two[0][0], two[1]
+
+
+# --------------------------------------------------------------------------------------- one run
 
 
 def test_a_run_leaves_everything_it_should(whole):
-  folder, out = whole
-  root, rows = lines(folder)
+  folder, (out, err) = whole
+  root, rows = results_of(folder)
   assert len(rows) == 3 * 10 and re.fullmatch(r'toys-[0-9a-f]{10}', root.name)
   about = json.loads((root / 'config.json').read_text())
   assert {'revision', 'jax', 'device', 'vtts_jax'} <= set(about['environment'])
   assert about['config']['search']['width'] == 2
   for row in rows.values():
-    assert (root / row['image']).exists()
-    assert len(row['curve']) == (4 if row['arm'] == 'bon' else 3)
-    assert {'generator', 'render', 'verify', 'flops', 'total', 'correct'} <= set(row['curve'][0])
+    assert (root / row['image']).exists() and (root / row['state']).exists()
+    assert len(row['curve']) == (5 if row['arm'] == 'bon' else 3)
+    assert {'generator', 'observe', 'verify', 'flops', 'total', 'correct'} <= set(row['curve'][0])
     assert row['curve'][-1]['measured']['target'] == pytest.approx(
       row['scores']['target'], abs=1e-6
     )
+    for point in row['curve']:  # on the host, of the pictures in 8 bits
+      measured = point['measured']
+      assert measured['darkness'] == pytest.approx(1 - measured['brightness'], abs=1 / 255)
   assert sum('trace' in r for r in rows.values()) == 3 * 2
   for name in ('report.html', 'curve.png', 'grid.png', 'timing.p00000.jsonl'):
     assert (root / name).stat().st_size > 200
-  assert 'beam/w4' in out.stdout and 'accuracy' in out.stdout and 'generator evals' in out.stderr
+  assert 'beam/w4' in out and 'accuracy' in out and 'generator evals' in err
   assert not list(root.rglob('.*')), 'a temporary file was left'
+
+
+def test_a_study_decodes_what_its_bill_says(two):
+  """Graded, measured, drawn and saved: every picture was decoded once, and the best once more at
+  the end, as the bill says."""
+  folders, _, decoded = two
+  for folder, count in zip(folders, decoded):
+    rows = results_of(folder)[1].values()
+    assert count == sum(row['curve'][-1]['observe'] for row in rows) > 0
+    (bon,) = {row['curve'][-1]['observe'] for row in rows if row['arm'] == 'bon'}
+    assert bon == 16 + 1
+
+
+def test_winners_are_made_again_from_their_states(whole):
+  root, rows = results_of(whole[0])
+  for key, row in list(rows.items())[::7]:
+    again = remake.remake_output(root, *key)
+    np.testing.assert_array_equal(
+      files.image_bytes(again), files.read_output(root / row['image'], 'image')
+    )
+  assert again.shape == (6, 2, 3)
+  with pytest.raises(ConfigError, match="no state of arm 'bon', seed 7, prompt 0"):
+    remake.remake_output(root, 'bon', 7, 0)
+
+
+def test_every_sample_is_graded_and_each_rule_recorded(whole):
+  """Against the same samples drawn, decoded, graded and embedded afresh."""
+  gen, ver, prompts = toys.Tokens(length=6), toys.Target(), toys.prompts(10)
+  found = engine.search(BestOfN(n=16), gen, ver, prompts, collect=('states',))
+  step = found.steps[0]
+  images = np.asarray(gen.observe({}, None, step.states, 6, ('image',))['image'])  # [P, N, ...]
+  rows = [row for row in results_of(whole[0])[1].values() if row['arm'] == 'bon']
+  assert len(rows) == 10 and any(0 < sum(r['samples']['correct']) < 16 for r in rows)
+  for i, row in enumerate(rows):
+    said = row['samples']
+    right = toys.grade(images[i], [prompts[i]] * 16)
+    assert said['correct'] == right.astype(int).tolist() and said['space'] == 'target'
+    np.testing.assert_allclose(said['totals'], step.totals[i], atol=1e-6)
+    assert said['sizes'] == [1, 2, 4, 8, 16]
+    apart = selection.squared_distances(np.asarray(ver.embed_images({}, images[i : i + 1]))[0])
+    for j, n in enumerate(said['sizes']):
+      picks = {rule: said['picks'][rule][j] for rule in selection.RULES}
+      totals = np.float64(step.totals[i][:n])
+      assert picks['best'] == totals.argmax()
+      assert picks['weighted'] == selection.pick_weighted(totals, apart[:n, :n])
+      assert picks['medoid'] == selection.pick_medoid(np.ones(n, bool), apart[:n, :n])
+      assert row['curve'][j]['correct'] == said['correct'][picks['best']]
+  others = [r for r in results_of(whole[0])[1].values() if r['arm'] != 'bon']
+  assert others and not any('samples' in r for r in others)
 
 
 def test_the_same_command_resumes_and_does_nothing_twice(whole):
   folder, _ = whole
-  root, before = lines(folder)
+  root, before = results_of(folder)
   content = (root / 'results.p00000.jsonl').read_bytes()
-  out = vtts('run', *SMALL, cwd=folder)
-  assert out.returncode == 0 and (root / 'results.p00000.jsonl').read_bytes() == content
-  assert lines(folder)[1] == before
+  code, _, err = run_cli(
+    'run', f'--config={CONFIG}:counting', '--config.seeds=(0,)', cwd=folder
+  )
+  assert code == 0, err
+  assert (root / 'results.p00000.jsonl').read_bytes() == content
+  assert results_of(folder)[1] == before
+
+
+def test_texts_are_a_study_too(tmp_path):
+  """Another kind of output, on a mesh: saved as it is, not graded, shown on the page as text."""
+  code, out, err = run_cli('run', f'--config={CONFIG}:words', cwd=tmp_path)
+  assert code == 0, err
+  assert 'not graded' in out
+  root, rows = results_of(tmp_path)
+  html = (root / 'report.html').read_text()
+  for key, row in rows.items():
+    text = (root / row['text']).read_text()
+    assert re.fullmatch('texts/.*txt', row['text']) and re.fullmatch('[a-e]{0,5}', text)
+    wanted = sum(letter in 'ab' for letter in text)
+    shorter = wanted - row['scores']['letters']  # a tenth for each letter, the end among them
+    assert 10 * shorter == pytest.approx(min(len(text) + 1, 5), abs=1e-4)
+    assert files.text_of(remake.remake_output(root, *key)) == text
+  traced = rows['bon', 0, 0]
+  assert all((root / path).read_text() in html for path in traced['grid'])
+  assert html.count('class="genealogy"') == 2
+
+
+# --------------------------------------------------------------------------- sessions and processes
+
+
+def start_run(folder, *more, **environment):
+  command = [sys.executable, '-m', 'vtts_jax.cli.main', 'run', *SMALL, *more]
+  environment = {**os.environ, **environment}
+  return subprocess.Popen(
+    command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+
+
+def assert_same_results(folder, whole):
+  root, got = results_of(folder)
+  want_root, want = results_of(whole[0])
+  assert got == want
+  for row in want.values():
+    assert (root / row['image']).read_bytes() == (want_root / row['image']).read_bytes()
+  return root
 
 
 def test_killed_at_random_and_resumed_equals_uninterrupted(whole, tmp_path):
   """SIGKILL at random moments, then half a line by hand; the lines must equal those of `whole`."""
   rng = random.Random(1)
-  command = [sys.executable, '-m', 'vtts_jax.main', 'run', *SMALL]
-  environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
-  for _ in range(3):
-    process = subprocess.Popen(
-      command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    deadline, wanted = time.time() + 60, rng.randint(1, 24)
+  for wanted in (rng.randint(1, 10), rng.randint(11, 24)):
+    process, deadline = start_run(tmp_path, PYTHONUNBUFFERED='1'), time.time() + 60
     while process.poll() is None and time.time() < deadline:
       found = list(tmp_path.glob('runs/*/results.p00000.jsonl'))
       if found and found[0].read_bytes().count(b'\n') >= wanted:
         break
       time.sleep(rng.uniform(0.0, 0.05))
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
+    if wanted <= 10:
+      assert found[0].read_bytes().count(b'\n') < 30, 'it was through before it was killed'
   (file,) = tmp_path.glob('runs/*/results.p00000.jsonl')
   with file.open('ab') as out:
     out.write(b'{"arm": "bon", "seed": 0, "id"')
-  done = vtts('run', *SMALL, cwd=tmp_path)
-  assert done.returncode == 0, done.stderr
-  root, got = lines(tmp_path)
+  code, _, err = run_cli('run', *SMALL, cwd=tmp_path)
+  assert code == 0, err
   assert file.read_bytes().endswith(b'}\n')
-  want_root, want = lines(whole[0])
-  assert got == want
-  for row in want.values():
-    assert (root / row['image']).read_bytes() == (want_root / row['image']).read_bytes()
+  assert_same_results(tmp_path, whole)
+
+
+def test_two_processes_share_the_prompts(whole, tmp_path):
+  """Each process takes every second batch and writes its own file; process 0 reports once all are
+  done."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  processes = [
+    start_run(
+      tmp_path,
+      '--distributed',
+      JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}',
+      JAX_NUM_PROCESSES='2',
+      JAX_PROCESS_ID=str(i),
+      JAX_CPU_COLLECTIVES_IMPLEMENTATION='gloo',
+    )
+    for i in range(2)
+  ]
+  try:
+    outs = [p.communicate(timeout=120) for p in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [p.returncode for p in processes] == [0, 0], outs
+  root = assert_same_results(tmp_path, whole)
+  assert (root / 'report.html').exists()
+  assert all((root / f'results.p0000{i}.jsonl').stat().st_size for i in range(2))
+  assert 'beam/w4' in outs[0][0] and 'beam/w4' not in outs[1][0]
+
+
+def test_a_directory_belongs_to_one_config(tmp_path):
+  config = {'name': 'x', 'workdir': 'a', 'k': 1}
+  made = store.Store(tmp_path, config, {})
+  assert not list(tmp_path.iterdir()), 'written before it began'
+  made.begin()
+  assert store.config_hash(config) == store.config_hash({**config, 'workdir': 'b'})
+  assert store.config_hash(config) != store.config_hash({**config, 'k': 2})
+  (made.root / 'config.json').write_text(json.dumps({'config': {'k': 2}, 'environment': {}}))
+  with pytest.raises(ConfigError, match='holds the results of another config'):
+    store.Store(tmp_path, config, {})
+
+
+# ------------------------------------------------------------------------------------------ reports
+
+
+def roots_of(two):
+  return [results_of(folder)[0] for folder in two[0]]
+
+
+@pytest.fixture(scope='module')
+def merged(two, tmp_path_factory):
+  """One report of both runs."""
+  out = tmp_path_factory.mktemp('merged')
+  assert main.cli(['report', *map(str, roots_of(two)), f'--out={out}']) == 0
+  return out
+
+
+def test_equal_arms_are_joined_by_their_seeds(two):
+  found = runs.read_runs(roots_of(two))
+  assert {r['arm'] for r in found.rows} == {'bon', 'beam/w2', 'beam/w4'} == set(found.settings)
+  assert len(found.rows) == 2 * 3 * 10
+  joined = {a.name: a for a in stats.arm_statistics(found.rows)}
+  assert all(a.seeds == 2 and a.prompts == 10 for a in joined.values())
+  single = [
+    {a.name: a for a in stats.arm_statistics(runs.read_runs([root]).rows)}
+    for root in roots_of(two)
+  ]
+  for name, arm in joined.items():
+    means = [s[name].points[-1].accuracy.mean for s in single]
+    assert arm.points[-1].accuracy.mean == pytest.approx(np.mean(means))
+
+
+def test_a_merged_page_has_every_section(merged, two):
+  text = (merged / 'report.html').read_text()
+  for section in ('curve', 'arms', 'equal', 'difficulty', 'rules', 'laws', 'matrix', 'bill'):
+    assert f'id="{section}"' in text, section
+  assert all(root.name in text for root in roots_of(two)) and '60 results of 2 runs' in text
+  for name in ('curve', 'rules', 'laws', 'grid'):
+    assert (merged / f'{name}.png').stat().st_size > 2000
+  found = runs.read_runs(roots_of(two))
+  families, _, tags = budgets.family_series(found.rows, budgets.seconds_per_prompt(found.timing))
+  assert [f.name for f in families] == ['beam', 'bon']
+  base = budgets.find_baselines(families, {'bon'}, found.settings)
+  assert base == {'beam': 'bon'}
+  equal = tables.equal_budget_tables(families, tags, base)
+  assert [t['axis'] for t in equal] == list(tables.AXES.values())
+  for table in equal:
+    for row in table['rows']:
+      for cell in filter(None, row['cells']):
+        assert f'<b>{cell["accuracy"]}</b><small>{cell["point"]}</small>' in text
+        assert bool(cell['gain']) == (row['name'] == 'beam')
+  laws = tables.fit_laws(families, tags)
+  assert [f.name for f in laws] == ['bon']  # of beam there are two points
 
 
 @pytest.mark.skipif(not shutil.which('chromium'), reason='needs chromium on PATH')
-def test_the_report_shows_its_pictures_in_a_browser(whole, tmp_path):
-  root, rows = lines(whole[0])
-  page = (root / 'report.html').read_text()
-  assert 'http://' not in page and 'https://' not in page, 'not self-contained'
-  count = """<script>addEventListener('load', () => { const all = [...document.images];
-    document.body.dataset.seen = [all.length, all.filter(i => i.naturalWidth > 0).length];
+def test_pages_in_a_browser(merged, whole, tmp_path):
+  """Every picture loads, the page is no wider than the window, and nothing is fetched."""
+  root, rows = results_of(whole[0])
+  probe = """<script>addEventListener('load', () => { const all = [...document.images];
+    document.body.dataset.seen = [all.length, all.filter(i => i.naturalWidth > 0).length,
+      document.documentElement.scrollWidth - window.innerWidth];
     })</script>"""
-  copy = tmp_path / 'report.html'
-  copy.write_text(page.replace('</body>', count + '</body>'))
-  flags = [
-    '--headless',
-    '--no-sandbox',
-    '--disable-gpu',
-    '--disable-quic',
-    '--no-first-run',
-    '--disable-background-networking',
-    '--disable-component-update',
-    '--disable-sync',
-    f'--user-data-dir={tmp_path / "profile"}',
-    '--virtual-time-budget=5000',
-    '--dump-dom',
-  ]
-  dom = subprocess.run(
-    ['chromium', *flags, copy.as_uri()], capture_output=True, text=True, timeout=120, check=False
-  ).stdout
-  total, loaded = map(int, re.search(r'data-seen="(\d+),(\d+)"', dom).groups())
+  flags = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom '
+  flags += '--disable-background-networking --disable-component-update --disable-sync '
+  flags += f'--window-size=900,800 --virtual-time-budget=5000 --user-data-dir={tmp_path}/profile'
   grids = sum(len(r['grid']) for r in rows.values() if 'grid' in r)
-  assert total == loaded == 3 + grids + 3  # curve, rules and laws, grids, a genealogy for each arm
-  for name in ('curve', 'arms', 'matrix', 'bill'):
-    assert f'id="{name}"' in dom
-  assert dom.count('<td>beam/w4</td>') >= 3
+  assert grids == (5 + 3 + 3) * 2
+  # curve, rules and laws, the grids (of one seed), a genealogy for each arm
+  for place, pictures in ((root, 3 + grids + 3), (merged, 3 + 2 * grids + 3)):
+    text = (place / 'report.html').read_text()
+    assert 'http://' not in text and 'https://' not in text, 'not self-contained'
+    copied = tmp_path / 'report.html'
+    copied.write_text(text.replace('</body>', probe + '</body>'))
+    dom = subprocess.run(
+      ['chromium', *flags.split(), copied.as_uri()],
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+    ).stdout
+    total, loaded, over = map(int, re.search(r'data-seen="(\d+),(\d+),(-?\d+)"', dom).groups())
+    assert total == loaded == pictures and over <= 0
+    for name in ('curve', 'arms', 'matrix', 'bill'):
+      assert f'id="{name}"' in dom
+    assert dom.count('<td>beam/w4</td>') >= 3
+
+
+def test_several_runs_are_written_beside_the_first(two, tmp_path, capsys):
+  a, b = (tmp_path / name for name in 'ab')
+  for source, target in zip(roots_of(two), (a, b)):
+    shutil.copytree(source, target)
+    (target / 'report.html').unlink()
+  assert main.cli(['report', str(a), str(b)]) == 0
+  assert capsys.readouterr().out.strip() == str(tmp_path / 'report' / 'report.html')
+  assert (tmp_path / 'report' / 'report.html').exists() and not (b / 'report.html').exists()
+  for bad, message in (
+    ([], 'give run directories'),
+    ([str(a), '--output=x'], 'unknown flag --output; allowed for vtts report: --out=DIR'),
+    ([str(a), str(a)], 'is given twice'),
+  ):
+    assert main.cli(['report', *bad]) == 2 and message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -161,6 +398,10 @@ def test_the_report_shows_its_pictures_in_a_browser(whole, tmp_path):
       r"unknown component 'search.beams'",
     ),
     (
+      (f'--config={CONFIG}', '--config.generator.name=generators.scenes_ar'),
+      r"'generators.scenes_ar' is now called 'scenes.ar'",
+    ),
+    (
       (f'--config={CONFIG}', '--config.budget.generator=20.0'),
       r'arm beam/w4: budget.generator=20 per prompt is below what the search spends',
     ),
@@ -170,6 +411,7 @@ def test_the_report_shows_its_pictures_in_a_browser(whole, tmp_path):
       r"unknown component 'metrics.nothing'",
     ),
     ((f'--config={CONFIG}', 'extra'), r"unknown argument 'extra'"),
+    ((f'--config={CONFIG}', '--distributd'), r'unknown flag --distributd; allowed: --config'),
   ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(args, message, tmp_path, capsys, monkeypatch):
@@ -182,6 +424,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, message, tmp_path, capsy
 
 def test_commands_explain_themselves(capsys, tmp_path):
   assert main.cli(['--help']) == 0 and 'vtts run --config' in capsys.readouterr().out
+  for command in main.COMMANDS:
+    assert main.cli([command, '--help']) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f'usage: vtts {command}')
+    assert main.COMMANDS[command].__doc__.split('\n')[0] in said
   assert main.cli(['list']) == 0
   listed = capsys.readouterr().out
   for name in ('search.beam', 'search.best_of_n', 'scenes.ar', 'verifiers.host'):
@@ -193,21 +440,14 @@ def test_commands_explain_themselves(capsys, tmp_path):
   assert main.cli(['search']) == 2 and 'allowed: run, report, score' in capsys.readouterr().err
 
 
-def test_a_directory_belongs_to_one_config(tmp_path):
-  config = {'name': 'x', 'workdir': 'a', 'k': 1}
-  made = store.Store(tmp_path, config, {})
-  assert store.config_hash(config) == store.config_hash({**config, 'workdir': 'b'})
-  assert store.config_hash(config) != store.config_hash({**config, 'k': 2})
-  (made.root / 'config.json').write_text(json.dumps({'config': {'k': 2}, 'environment': {}}))
-  with pytest.raises(ConfigError, match='holds the results of another config'):
-    store.Store(tmp_path, config, {})
+# -------------------------------------------------------------------------------------------- parts
 
 
 def test_intervals_are_those_of_the_mean_of_category_means():
   rng = np.random.default_rng(3)
   tags = np.repeat(['a', 'b'], [40, 160])
   values = rng.random(200) < np.where(tags == 'a', 0.9, 0.3)
-  got = stats.interval(values.astype(float), tags)
+  got = stats.bootstrap_interval(values.astype(float), tags)
   means = [values[tags == t].mean() for t in 'ab']
   assert got.mean == pytest.approx(np.mean(means))
   error = 0.5 * np.sqrt(sum(m * (1 - m) / n for m, n in zip(means, (40, 160))))
@@ -215,80 +455,35 @@ def test_intervals_are_those_of_the_mean_of_category_means():
   assert got.high == pytest.approx(got.mean + 1.96 * error, abs=0.012)
 
 
-def test_two_processes_share_the_prompts(whole, tmp_path):
-  """Each process takes every second batch and writes its own file; process 0 reports once all are
-  done."""
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  processes = []
-  for i in range(2):
-    cluster = {
-      'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
-      'JAX_NUM_PROCESSES': '2',
-      'JAX_PROCESS_ID': str(i),
-      'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-    }
-    command = [sys.executable, '-m', 'vtts_jax.main', 'run', *SMALL, '--distributed']
-    processes.append(
-      subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, **cluster},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  try:
-    outs = [p.communicate(timeout=120) for p in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  assert [p.returncode for p in processes] == [0, 0], outs
-  root, got = lines(tmp_path)
-  assert got == lines(whole[0])[1] and (root / 'report.html').exists()
-  assert all((root / f'results.p0000{i}.jsonl').stat().st_size for i in range(2))
-  assert 'beam/w4' in outs[0][0] and 'beam/w4' not in outs[1][0]
-
-
 def test_what_is_searched_on_goes_by_its_measured_name():
-  from vtts_jax.study import execute as study
-  from vtts_jax.testing import toys
-  from vtts_jax.verifiers import ensemble
+  from vtts_jax.verifiers.ensemble import Ensemble
 
-  measure = ensemble.build(members={'t': toys.Target(), 'b': toys.Brightness()})
-  assert study.searched(toys.Target(), measure) == 't'
-  both = {'x': toys.Target(), 'y': toys.Brightness()}
-  assert study.searched(ensemble.build(members=both), measure) == 't+b'
-  assert study.searched(ensemble.build(members=both, weights={'x': 1, 'y': 0}), measure) == 't'
-  assert study.searched(toys.Target(name='other'), measure) == 'other'
+  measured = (('t', toys.Target()), ('b', toys.Brightness()))
+  assert arms.searched_name(toys.Target(), measured) == 't'
+  both = (('x', toys.Target()), ('y', toys.Brightness()))
+  assert arms.searched_name(Ensemble(both), measured) == 't+b'
+  weighted = Ensemble(both, weights=(('x', 1.0), ('y', 0.0)))
+  assert arms.searched_name(weighted, measured) == 't'
+  assert arms.searched_name(toys.Target(name='other'), measured) == 'other'
 
 
 def test_what_a_prompt_did_not_need_is_not_on_its_bill():
   """With a threshold each prompt's curve costs what the whole search costs up to where it stopped,
   and nothing from there on."""
-  import jax
-
-  from vtts_jax import core
-  from vtts_jax.engine import search as run
-  from vtts_jax.search.beam import Beam
-  from vtts_jax.study import execute as study
-  from vtts_jax.testing import toys
-
   gen, ver = toys.Tokens(), toys.Target()
   algo = Beam(width=2, branch=3, schedule='linear', size=2)
-  arm = study.Arm('x', gen, ver, algo, ver, 'fused', 0, 0, np.inf, core.Cost())
-  texts = [e['prompt'] for e in toys.prompts(10)]
-  args = (algo, gen, ver, {'generator': {}, 'verifier': {}}, texts, jax.random.key(0))
-  full, _, _, totals = study.snapshots(arm, run.search(*args, trace=True))
-  bill = np.sum([astuple(cost) for cost in run.bill(algo, gen, ver)], axis=0)
-  np.testing.assert_allclose(full[:, -1], np.tile(bill, (10, 1)))
+  arm = arms.Arm('x', gen, ver, algo, (('target', ver),), Cost())
+  parts = (algo, gen, ver, toys.prompts(10))
+  full = snapshots.take_snapshots(arm, engine.search(*parts, collect=('best',)))
+  bill = np.sum([astuple(cost) for cost in engine.bill(algo, gen, ver)], axis=0)
+  np.testing.assert_allclose(full.costs[:, -1], np.tile(bill, (10, 1)))
+  totals = full.totals
   stop = float(np.median(totals[:, 0]))
-  costs, *_ = study.snapshots(arm, run.search(*args, trace=True, stop=stop))
+  found = engine.search(*parts, collect=('best',), stop=stop)
+  costs = snapshots.take_snapshots(arm, found).costs
   reached = (totals >= stop).argmax(axis=1)
   reached[(totals < stop).all(axis=1)] = totals.shape[1] - 1
   assert {0, totals.shape[1] - 1} <= set(reached.tolist())
-  for own, whole, j in zip(costs, full, reached):
+  for own, whole, j in zip(costs, full.costs, reached):
     np.testing.assert_allclose(own[: j + 1], whole[: j + 1])
     np.testing.assert_allclose(own[j:], np.tile(whole[j], (len(own) - j, 1)))

@@ -1,15 +1,12 @@
-"""T5 encoder: sizes, buckets, masks, and what its loader says."""
+"""T5 encoder: sizes, buckets, masks, and what its loader says; goldens are in test_replay.py."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.checkpoints import files as weight_files
 from vtts_jax.checkpoints import source as source_files
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
@@ -23,7 +20,7 @@ SMALL = modeling.Config(
 
 
 def count(config):
-  return modules.size(modules.abstract(lambda: modeling.build(config))[1])
+  return modules.count_parameters(modules.abstract_module(lambda: modeling.build(config))[1])
 
 
 def decoder(c):
@@ -43,7 +40,7 @@ def decoder(c):
   ],
 )
 def test_released_sizes(name, encoder, whole):
-  config = modeling.RELEASED[name]
+  config = modeling.SIZES[name]
   assert count(config) == encoder
   assert encoder + decoder(config) == whole
 
@@ -56,8 +53,8 @@ def test_buckets_by_hand():
 
 
 def test_masked_tokens_are_not_seen():
-  graphdef, params = modules.split(modeling.build(SMALL))
-  model = jax.jit(lambda *args: modules.merge(graphdef, params)(*args))
+  graphdef, params = modules.split_module(modeling.build(SMALL))
+  model = jax.jit(lambda *args: modules.bind(graphdef, params)(*args))
   ids = np.arange(12).reshape(2, 6)
   mask = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
   base, other = model(ids, mask), model(np.where(mask, ids, 20), mask)
@@ -66,27 +63,15 @@ def test_masked_tokens_are_not_seen():
   assert np.abs(model(ids)[0, :3] - base[0, :3]).max() > 1e-3
 
 
-def test_flexar_text_encoder():
-  """The T5 inside the golden files of FlexAR, under its prefix there."""
-  paths = sorted(GOLDEN.parent.glob('flexar_[ac]*.npz'))
-  assert len(paths) == 2
-  prefix = 'params/models.text_encoder.t5_embedder.model.'
-  for path in paths:
-    with np.load(path) as file:
-      golden = {k: file[k] for k in file.files}
-    options = json.loads(str(golden['config']))['t5']
-    source = source_files.arrays(golden).part(prefix, options)
-    graphdef, params = convert.load(source)
-    encode = jax.jit(lambda p, *args, g=graphdef: modules.merge(g, p)(*args))
-    have = encode(params, golden['in/text_ids'], golden['in/text_mask'])
-    np.testing.assert_allclose(have, golden['out/t5_last_hidden'], atol=1e-4)
-    assert convert.config_of(source_files.arrays(golden), prefix) == convert.config_of(source)
-
-
 @pytest.fixture
 def tensors():
   with np.load(GOLDEN) as file:
     return {k[7:]: file[k] for k in file.files if k.startswith('params/')}
+
+
+def load(tensors, options=None):
+  source = source_files.arrays(tensors, options)
+  return convert.load(source, convert.config_of(source))
 
 
 def test_config_decides_then_keys(tensors):
@@ -102,27 +87,17 @@ def test_config_decides_then_keys(tensors):
 def test_tied_names(tensors):
   for gone in ('shared.weight', 'encoder.embed_tokens.weight'):
     tensors.setdefault('shared.weight', tensors['encoder.embed_tokens.weight'])
-    _, params = convert.load(source_files.arrays({k: v for k, v in tensors.items() if k != gone}))
+    params = load({k: v for k, v in tensors.items() if k != gone})
     np.testing.assert_array_equal(params['embed']['embedding'], tensors['shared.weight'])
   tensors['shared.weight'] = tensors['shared.weight'] + 1
   with pytest.raises(ValueError, match=r'both go to embed\.embedding and differ'):
-    convert.load(source_files.arrays(tensors))
-
-
-def test_prefix_and_target(tensors):
-  """The rules of a composite model: names under a prefix, parameters under a branch."""
-  _, template = modules.abstract(lambda: modeling.build(convert.config_of(source_files.arrays(tensors))))
-  source = source_files.arrays({f'text.model.{k}': v for k, v in tensors.items()})
-  both = conversion.convert(source, convert.rules('text.model.', 't5.'), {'t5': template})
-  alone = conversion.convert(source_files.arrays(tensors), convert.RULES, template)
-  for key, value in weight_files.flatten(alone).items():
-    np.testing.assert_array_equal(weight_files.flatten(both)[f't5.{key}'], value)
+    load(tensors)
 
 
 def test_what_is_wrong_is_said(tensors):
   with pytest.raises(ValueError, match='has no T5 encoder'):
-    convert.load(source_files.arrays({'x': np.zeros(1)}))
+    load({'x': np.zeros(1)})
   with pytest.raises(ConfigError, match="feed_forward_proj='gated-silu': allowed are gated-gelu"):
     convert.config_of(source_files.arrays(tensors), options={'feed_forward_proj': 'gated-silu'})
   with pytest.raises(ValueError, match=r'blocks\.2\.feed\.wo\.kernel'):
-    convert.load(source_files.arrays(tensors, {'num_layers': 3}))
+    load(tensors, {'num_layers': 3})

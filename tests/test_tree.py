@@ -12,6 +12,7 @@ from trees import KEY, QUIET, random_search, search
 
 from vtts_jax import core
 from vtts_jax.errors import ConfigError
+from vtts_jax.games import tic_tac_toe
 from vtts_jax.games import trees as games
 from vtts_jax.search.mcts import simulate, tree
 from vtts_jax.search.mcts.rules import DTS, PUCT, UCT, Gumbel
@@ -73,10 +74,10 @@ def test_rows_do_not_meet(rule):
 
 def test_noise_of_a_row_is_its_own_key():
   _, start = games.random_tree(KEY, 6, 4)
-  grown = tree.init(start.embedding, start.prior_logits, start.value, 3)
+  grown = tree.init_tree(start.embedding, start.prior_logits, start.value, 3)
   keys = core.prompt_keys(KEY, jnp.arange(6))
   for rule, field in ((PUCT(), 'logits'), (Gumbel(), 'noise')):
-    stir = jax.jit(lambda t, keys, r=rule, f=field: getattr(tree.stir(t, r, keys), f))
+    stir = jax.jit(lambda t, keys, r=rule, f=field: getattr(tree.add_root_noise(t, r, keys), f))
     whole = stir(grown, keys)
     last = jax.tree.map(lambda x: x[4:], grown)
     np.testing.assert_array_equal(stir(last, keys[4:]), whole[4:])
@@ -88,24 +89,25 @@ def grow(t, params, rule, simulations, leaves=1):
 
   def step(t, _):
     b = t.root.shape[0]
-    t, paths = tree.select(t, rule, leaves)
+    t, paths = tree.select_leaves(t, rule, leaves)
     flat = lambda x: x.reshape(b * leaves, *x.shape[2:])
     wide = lambda x: x.reshape(b, leaves, *x.shape[1:])
-    reply, state = games.random_step(params, None, flat(paths.action), flat(tree.parents(t, paths)))
+    above = flat(tree.parent_embeddings(t, paths))
+    reply, state = games.random_step(params, None, flat(paths.action), above)
     r = jax.tree.map(wide, reply)
-    t = tree.expand(t, paths, wide(state), r.prior_logits, r.value, r.reward, r.discount)
-    return tree.backup(t, rule, paths, tree.at(t.raw, paths.leaf)), paths
+    t = tree.expand_leaves(t, paths, wide(state), r.prior_logits, r.value, r.reward, r.discount)
+    return tree.back_up(t, rule, paths, tree.at_nodes(t.raw, paths.leaf)), paths
 
   return jax.lax.scan(step, t, None, length=simulations)
 
 
 def test_committing_keeps_what_is_below():
   params, start = games.random_tree(KEY, 4, 4)
-  t = tree.init(start.embedding, start.prior_logits, start.value, 64)
+  t = tree.init_tree(start.embedding, start.prior_logits, start.value, 64)
   go = jax.jit(grow, static_argnums=(2, 3, 4))
   t, _ = go(t, params, QUIET, 30)
   first = simulate.root_summary(t, QUIET)
-  moved = jax.jit(tree.commit)(t, first.action)
+  moved = jax.jit(tree.move_root)(t, first.action)
   root = np.asarray(moved.root)
   np.testing.assert_array_equal(root, t.child[jnp.arange(4), 0, first.action])
   had = simulate.root_summary(moved, QUIET)
@@ -118,7 +120,7 @@ def test_committing_keeps_what_is_below():
   )
   np.testing.assert_array_equal(on.visits[:, 0], t.visits[:, 0])
   # where the slot has no child the root stays
-  stay = jax.jit(tree.commit)(t, jnp.argmin(first.visits, -1))
+  stay = jax.jit(tree.move_root)(t, jnp.argmin(first.visits, -1))
   none = np.asarray(first.visits.min(-1)) == 0
   assert none.any() and (np.asarray(stay.root) == 0)[none].all()
 
@@ -126,7 +128,7 @@ def test_committing_keeps_what_is_below():
 def test_gumbel_plans_each_stage_anew():
   params, start = games.random_tree(KEY, 4, 8)
   rule = Gumbel(simulations=16, considered=4, scale=0.0)
-  t = tree.init(start.embedding, start.prior_logits, start.value, 64)
+  t = tree.init_tree(start.embedding, start.prior_logits, start.value, 64)
   go = jax.jit(grow, static_argnums=(2, 3, 4))
   for _ in range(2):
     before = simulate.root_summary(t, rule).visits
@@ -135,12 +137,12 @@ def test_gumbel_plans_each_stage_anew():
     spent = np.sort(np.asarray(found.visits - before), -1)[:, ::-1]
     # four slots get 2 visits each, then the better two 4 more each
     np.testing.assert_array_equal(spent, [[6, 6, 2, 2, 0, 0, 0, 0]] * 4)
-    t = tree.commit(t, found.action)
+    t = tree.move_root(t, found.action)
 
 
 def test_a_full_tree_goes_on_counting():
   params, start = games.random_tree(KEY, 3, 4)
-  t = tree.init(start.embedding, start.prior_logits, start.value, 9)
+  t = tree.init_tree(start.embedding, start.prior_logits, start.value, 9)
   t, paths = jax.jit(grow, static_argnums=(2, 3, 4))(t, params, QUIET, 10, 2)
   assert (t.used == 9).all()
   assert (t.visits[:, 0] == 21).all()
@@ -152,8 +154,8 @@ def test_leaves_of_a_step_differ():
   _, start = games.random_tree(KEY, 4, 16)
   even = jnp.zeros_like(start.prior_logits)
   for rule in (PUCT.alphago(), UCT(), DTS(sharpness=1.0, greedy=True)):
-    t = tree.init(start.embedding, even, start.value, 64)
-    _, paths = jax.jit(tree.select, static_argnums=(1, 2))(t, rule, 8)
+    t = tree.init_tree(start.embedding, even, start.value, 64)
+    _, paths = jax.jit(tree.select_leaves, static_argnums=(1, 2))(t, rule, 8)
     assert paths.fresh.all()
     np.testing.assert_array_equal(np.sort(paths.action, -1), [range(8)] * 4)
 
@@ -161,8 +163,9 @@ def test_leaves_of_a_step_differ():
 def test_closed_nodes_are_leaves_for_ever():
   boards = np.array([[1, 1, 0, -1, -1, 0, 0, 0, 0]], np.int8)  # a win at 2
   grown, found = search(
-    games.tictactoe(boards), (), KEY, recurrent=games.tictactoe_step, rule=QUIET, simulations=64
-  )
+    tic_tac_toe.start_game(boards), (), KEY, recurrent=tic_tac_toe.step_game, rule=QUIET,
+    simulations=64,
+  )  # fmt: skip
   won = int(grown.child[0, 0, 2])
   assert won > 0 and (grown.child[0, won] == -1).all()
   assert int(found.visits[0, 2]) > 32 and float(found.q[0, 2]) == 1.0
@@ -192,13 +195,13 @@ def test_depth_limit():
     (lambda: DTS(sharpness=0), 'sharpness'),
     (lambda: PUCT(widen=-1), 'widen'),
     (lambda: PUCT(widen_power=0), 'widen_power'),
-    (lambda: simulate.leaf_value(1.0, 0.0, mix=2), 'mix'),
-    (lambda: simulate.run(*_small(), QUIET, 10, KEY, leaves=3), 'leaves'),
-    (lambda: tree.select(_tree(), Gumbel()), 'simulations'),
-    (lambda: tree.select(_tree(), DTS()), 'keys'),
-    (lambda: tree.select(_tree(), QUIET, depth=0), 'depth'),
-    (lambda: tree.init((), jnp.zeros((1, 2)), jnp.zeros(1), 1), 'nodes'),
-    (lambda: tree.init(KEY[None], jnp.zeros((1, 2)), jnp.zeros(1), 4), 'embedding'),
+    (lambda: simulate.mix_values(1.0, 0.0, mix=2), 'mix'),
+    (lambda: simulate.run_search(*_small(), QUIET, 10, KEY, leaves=3), 'leaves'),
+    (lambda: tree.select_leaves(_tree(), Gumbel()), 'simulations'),
+    (lambda: tree.select_leaves(_tree(), DTS()), 'keys'),
+    (lambda: tree.select_leaves(_tree(), QUIET, depth=0), 'depth'),
+    (lambda: tree.init_tree((), jnp.zeros((1, 2)), jnp.zeros(1), 1), 'nodes'),
+    (lambda: tree.init_tree(KEY[None], jnp.zeros((1, 2)), jnp.zeros(1), 4), 'embedding'),
   ],
 )
 def test_bad_settings_say_which(make, name):
@@ -213,13 +216,13 @@ def _small():
 
 def _tree():
   start = _small()[0]
-  return tree.init(start.embedding, start.prior_logits, start.value, 8)
+  return tree.init_tree(start.embedding, start.prior_logits, start.value, 8)
 
 
 def test_presets_and_small_parts():
   assert PUCT.alphazero() == PUCT()
   assert dataclasses.replace(PUCT.alphago(), init=4.0) == PUCT.alphago(init=4.0)
-  assert float(simulate.leaf_value(jnp.float32(2.0), 4.0, mix=0.25)) == 2.5
+  assert float(simulate.mix_values(jnp.float32(2.0), 4.0, mix=0.25)) == 2.5
   grown = _tree()
   summary = simulate.root_summary(grown, PUCT(), KEY, temperature=0.0)
   assert summary.policy.shape == (2, 2) and float(summary.policy.sum()) == 2.0

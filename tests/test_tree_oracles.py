@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from trees import KEY, QUIET, adversary, random_search, search
 
+from vtts_jax.games import tic_tac_toe
 from vtts_jax.games import trees as games
 from vtts_jax.search.mcts import simulate
 from vtts_jax.search.mcts.rules import DTS, PUCT, UCT, Gumbel
@@ -101,7 +102,7 @@ class Plain:
     child = node['children'][a]
     return child['reward'] + 0.97 * child['value']
 
-  def choose(self, node):
+  def choose_slot(self, node):
     rule, pending = self.rule, node['pending']
     visits = np.array([node['children'][a]['n'] if a in node['children'] else 0 for a in self.all])
     q = {a: self.q(node, a) for a in self.all if visits[a]}
@@ -135,7 +136,7 @@ class Plain:
     for _ in range(leaves):
       path, node = [], self.root
       while not node['waiting']:
-        a = self.choose(node)
+        a = self.choose_slot(node)
         path.append((node, a))
         node['pending'][a] += 1
         if a not in node['children']:
@@ -247,7 +248,7 @@ def test_the_best_leaf_is_found(rule):
   grown, _ = search(
     games.leaf_tree(leaves), leaves, KEY, recurrent=games.leaf_step, rule=rule, simulations=600
   )
-  found = simulate.root_summary(grown, rule.planned(600))
+  found = simulate.root_summary(grown, rule.for_simulations(600))
   np.testing.assert_array_equal(found.action, best // 3)
 
 
@@ -261,15 +262,15 @@ def test_the_best_leaf_is_found(rule):
 )
 def test_tictactoe_is_played_perfectly(rule, leaves, simulations):
   """All openings of up to three stones, to symmetry: the move must keep the value of the game."""
-  boards = games.openings(3)
+  boards = tic_tac_toe.list_openings(3)
   assert len(boards) == 1 + 3 + 12 + 38
 
   def move(boards):
-    start = games.tictactoe(boards)
-    grown, _ = simulate.run(
-      start, games.tictactoe_step, rule, simulations, KEY, leaves=leaves, depth=9
+    start = tic_tac_toe.start_game(boards)
+    grown, _ = simulate.run_search(
+      start, tic_tac_toe.step_game, rule, simulations, KEY, leaves=leaves, depth=9
     )
-    return simulate.root_summary(grown, rule.planned(simulations)).action
+    return simulate.root_summary(grown, rule.for_simulations(simulations)).action
 
   for board, action in zip(boards, np.asarray(jax.jit(move)(np.array(boards, np.int8)))):
-    assert action in games.outcome(board)[1], f'{board}: {action}'
+    assert action in tic_tac_toe.solve_board(board)[1], f'{board}: {action}'

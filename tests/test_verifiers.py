@@ -7,37 +7,34 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
 
-from vtts_jax import components
-from vtts_jax.engine import search as run
+from vtts_jax import components, core
+from vtts_jax.engine import search as engine
 from vtts_jax.errors import ConfigError
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.testing import laws, toys
-from vtts_jax.verifiers import ensemble
+from vtts_jax.verifiers.ensemble import Ensemble
 from vtts_jax.verifiers.host import Host
 from vtts_jax.verifiers.likelihood import Likelihood
 
-KEY = jax.random.key(2)
 PROMPTS = ['a', 'bb', 'ccc']
 TOKENS, TARGET, BRIGHT = toys.Tokens(), toys.Target(), toys.Brightness()
 MEMBERS = {'t': TARGET, 'b': BRIGHT, 'p': Likelihood()}
 
 
-def params(ver):
-  return {'generator': {}, 'verifier': ver.load()}
+def search(algo, ver, gen=TOKENS, **options):
+  return engine.search(algo, gen, ver, PROMPTS, seed=2, **options)
 
 
 @pytest.mark.parametrize('mode', ['rank', 'minmax'])
 def test_ensembles_combine_as_written(mode):
-  ver = ensemble.build(members=MEMBERS, weights={'p': 0.0, 't': 2.0, 'b': 1.0}, mode=mode)
-  found = run.search(BestOfN(n=8), TOKENS, ver, params(ver), PROMPTS, KEY, trace=True)
+  ver = Ensemble(MEMBERS, weights={'p': 0.0, 't': 2.0, 'b': 1.0}, mode=mode)
+  found = search(BestOfN(n=8), ver)
   step = found.steps[0]
   assert set(step.scores) == {'t', 'b', 'p'}
   for row in range(3):
@@ -51,19 +48,17 @@ def test_ensembles_combine_as_written(mode):
 
 
 def test_a_member_of_weight_zero_is_measured_and_not_searched_on():
-  both = ensemble.build(members=MEMBERS, weights={'t': 1, 'b': 0, 'p': 0}, mode='minmax')
-  algo = Beam(width=2, branch=3)
-  a = run.search(algo, TOKENS, both, params(both), PROMPTS, KEY)
-  b = run.search(algo, TOKENS, TARGET, params(TARGET), PROMPTS, KEY)
-  laws.same(a.best.state, b.best.state, 'weight zero')
+  both = Ensemble(MEMBERS, weights={'t': 1, 'b': 0, 'p': 0}, mode='minmax')
+  a, b = (search(Beam(width=2, branch=3), ver) for ver in (both, TARGET))
+  laws.assert_same(a.best.state, b.best.state, 'weight zero')
   np.testing.assert_allclose(a.best.scores['b'], a.images.mean((1, 2, 3)), rtol=1e-5)
 
 
 def test_the_best_so_far_is_ranked_along():
   """Two rounds by rank: the winner is the better of the winner of round one and round two,
   jointly."""
-  ver = ensemble.build(members={'t': TARGET, 'b': BRIGHT}, mode='rank')
-  found = run.search(BestOfN(n=8, round=4), TOKENS, ver, params(ver), PROMPTS, KEY, trace=True)
+  ver = Ensemble({'t': TARGET, 'b': BRIGHT}, mode='rank')
+  found = search(BestOfN(n=8, round=4), ver)
   first, second = found.steps
   for row in range(3):
     best = int(first.totals[row].argmax())
@@ -73,15 +68,32 @@ def test_the_best_so_far_is_ranked_along():
     assert found.best.scores['t'][row] == pool['t'][winner]
 
 
+def test_ensembles_need_and_give_what_their_members_do():
+  ver = Ensemble(MEMBERS, weights={'t': 1, 'b': 1, 'p': 0}, mode='minmax')
+  assert ver.needs == {'image', 'log_prob', 'length'} and ver.gives == {'features', 'gradient'}
+  assert ver.features_of == 't' and components.load('verifiers.ensemble', members=MEMBERS).jittable
+  assert Ensemble({'b': BRIGHT, 't': TARGET}).gives == {'features'}  # ranks have no gradient
+  assert Ensemble({'b': BRIGHT}, mode='minmax').gives == {'gradient'}
+  assert Ensemble({'t': TARGET, 'p': Likelihood()}, mode='minmax').gives == {'features'}
+  images = np.random.default_rng(0).random((3, 2, 6, 8, 3), np.float32)
+  np.testing.assert_array_equal(
+    ver.embed_images(ver.load(), images), TARGET.embed_images({}, images)
+  )
+  with pytest.raises(ConfigError, match="Ensemble: does not give 'features'"):
+    Ensemble({'b': BRIGHT}).embed_images({'b': {}}, images)
+  log_prob = {'log_prob': -np.ones((3, 2), np.float32), 'length': np.full((3, 2), 6.0)}
+  laws.check_verifier(ver, PROMPTS, {'image': images, **log_prob})
+
+
 def test_likelihood_is_the_mean_log_probability():
   ver = Likelihood()
-  found = run.search(BestOfN(n=4), TOKENS, ver, params(ver), PROMPTS, KEY, trace=True)
-  shown = found.steps[0].shown
-  np.testing.assert_allclose(found.steps[0].totals, shown.logp / 6, rtol=1e-6)
-  cost = BestOfN(n=4).cost(TOKENS, ver)
-  assert cost.render == 0 and cost.verify == 4
-  with pytest.raises(ConfigError, match='needs log-probabilities, which Flow lacks'):
-    run.search(BestOfN(n=4), toys.Flow(), ver, params(ver), PROMPTS, KEY)
+  found = search(BestOfN(n=4), ver, collect=('states',))
+  step = found.steps[0]
+  np.testing.assert_allclose(step.totals, step.states.log_prob / 6, rtol=1e-6)
+  cost = sum(core.step_costs(BestOfN(n=4), TOKENS, ver), core.Cost())
+  assert cost.observe == 0 and cost.verify == 4
+  with pytest.raises(ConfigError, match='needs length, log_prob, which Flow does not show'):
+    search(BestOfN(n=4), ver, toys.Flow())
 
 
 @pytest.mark.parametrize(
@@ -104,19 +116,19 @@ def test_a_failing_member_fails_the_search():
   def broken(prompts, images):
     raise RuntimeError('the judge is ill')
 
-  ver = ensemble.build(members={'t': TARGET, 'h': Host(score_fn=broken)})
+  ver = Ensemble({'t': TARGET, 'h': Host(score_fn=broken)})
   with pytest.raises(RuntimeError, match='the judge is ill'):
-    run.search(BestOfN(n=2), TOKENS, ver, params(ver), PROMPTS, KEY, mode='stepped')
+    search(BestOfN(n=2), ver, mode='stepped')
 
 
 def test_ensembles_mix_compiled_and_host_members():
-  ver = ensemble.build(
-    members={'t': TARGET, 'h': Host(score_fn=lambda p, x: x.mean((1, 2, 3)))}, mode='minmax'
-  )
-  twin = ensemble.build(members={'t': TARGET, 'h': BRIGHT}, mode='minmax')
-  a = run.search(Beam(width=2, branch=3), TOKENS, ver, params(ver), PROMPTS, KEY, mode='stepped')
-  b = run.search(Beam(width=2, branch=3), TOKENS, twin, params(twin), PROMPTS, KEY)
-  laws.same(a.best.state, b.best.state, 'host member')
+  host = Host(score_fn=lambda prompts, images: images.mean((1, 2, 3)))
+  ver = Ensemble({'t': TARGET, 'h': host}, mode='minmax')
+  twin = Ensemble({'t': TARGET, 'h': BRIGHT}, mode='minmax')
+  assert not ver.jittable
+  a = search(Beam(width=2, branch=3), ver, mode='stepped')
+  b = search(Beam(width=2, branch=3), twin)
+  laws.assert_same(a.best.state, b.best.state, 'host member')
 
 
 @pytest.fixture
@@ -157,8 +169,8 @@ def test_an_endpoint_is_asked_in_batches_and_again_after_a_failure(endpoint):
   images = np.linspace(0, 1, 6, dtype=np.float32)[None, :, None, None, None] * np.ones(
     (1, 1, 4, 4, 3)
   )
-  vctx = ver.tokenize(['grüße'])
-  scores = ver.score({}, vctx, images)['host']
+  vctx = ver.tokenize([{'text': 'grüße'}])
+  scores = ver.score({}, vctx, {'image': images})['host']
   assert np.isnan(scores[0, 0])
   np.testing.assert_allclose(scores[0, 1:], np.rint(np.linspace(0, 1, 6)[1:] * 255), atol=1)
   assert [len(p) for p in log] == [4, 4, 2] and log[0][0] == 'grüße'
@@ -167,4 +179,4 @@ def test_an_endpoint_is_asked_in_batches_and_again_after_a_failure(endpoint):
 def test_a_dead_endpoint_is_one_clear_error():
   ver = Host(url='http://127.0.0.1:9', retries=1, backoff=0.0, timeout=1.0)
   with pytest.raises(RuntimeError, match=r'127.0.0.1:9 failed 2 times.*Raise verifier.retries'):
-    ver.score({}, ver.tokenize(['a']), jnp.zeros((1, 2, 4, 4, 3)))
+    ver.score({}, ver.tokenize([{'text': 'a'}]), {'image': np.zeros((1, 2, 4, 4, 3))})

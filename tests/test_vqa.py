@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtts_jax import components
+from vtts_jax import components, core
 from vtts_jax.checkpoints import source as source_files
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules, vit
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.clip_flant5 import convert, modeling
+from vtts_jax.models.pretrained import Pretrained
 from vtts_jax.models.t5 import decoder as t5_decoder
 from vtts_jax.models.t5 import modeling as t5
 from vtts_jax.testing import laws
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/clip_flant5.npz'
-PROMPTS = ['a red square', 'two blue dogs sit']
+PROMPTS = core.as_prompts(['a red square', 'two blue dogs sit'])
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -37,9 +38,10 @@ PROMPTS = ['a red square', 'two blue dogs sit']
 )
 def test_released_sizes(name, count, decoder):
   """The tower's last block and norm are not there: 12,598,272 parameters of the released file."""
-  _, params = modules.abstract(lambda: modeling.build(modeling.RELEASED[name]))
-  assert modules.size(params) == count and modules.size(params['decoder']) == decoder
-  assert modules.size(params['image']) + 12_598_272 == 303_507_456  # CLIP L/14 at 336, bare
+  _, params = modules.abstract_module(lambda: modeling.build(modeling.SIZES[name]))
+  size = modules.count_parameters
+  assert size(params) == count and size(params['decoder']) == decoder
+  assert size(params['image']) + 12_598_272 == 303_507_456  # CLIP L/14 at 336, bare
 
 
 def test_flops_are_what_xla_counts():
@@ -47,12 +49,12 @@ def test_flops_are_what_xla_counts():
   text = t5.Config(vocab_size=300, d_model=128, d_kv=16, d_ff=320, num_layers=1, num_heads=6)
   vision = clip.Config(vit.Config(96, 1, 2, 384), None, 1, image_size=32, patch=4)
   c = modeling.Config(vision, text, text)
-  graphdef, params = modules.abstract(lambda: modeling.build(c))
+  graphdef, params = modules.abstract_module(lambda: modeling.build(c))
   shape = lambda *s, dtype='float32': jax.ShapeDtypeStruct(s, jnp.dtype(dtype))
   words = shape(1, 9, 128), shape(1, 7, 128), shape(1, 7, dtype='int32')
   run = lambda p, pixels, before, after, mask, answer: (
-    lambda m: m.likelihood(before, m.look(pixels), after, mask, answer)
-  )(modules.merge(graphdef, p))
+    lambda m: m.likelihood(before, m.embed_images(pixels), after, mask, answer)
+  )(modules.bind(graphdef, p))
   lowered = jax.jit(run).lower(params, shape(1, 32, 32, 3), *words, shape(1, 2, dtype='int32'))
   counted = lowered.compile().cost_analysis()['flops']
   assert 1 <= counted / modeling.flops(c, 9, 7, 2) < 1.1
@@ -70,14 +72,14 @@ def test_pictures_are_squared_as_published(shape):
 
 def test_a_likelihood_is_over_the_words_of_the_tokenizer(params):
   """Over all answers of two tokens, P(first) P(second | first) sums to one."""
-  c = dataclasses.replace(modeling.TINY, words=12)
-  graphdef, _ = modules.abstract(lambda: modeling.build(c))
+  c = dataclasses.replace(modeling.SIZES['tiny'], words=12)
+  graphdef, _ = modules.abstract_module(lambda: modeling.build(c))
   answers = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2)
   states = np.random.default_rng(0).normal(size=(1, 7, 16)).astype(np.float32)
 
   @jax.jit
   def log_probs(answers):
-    model, rows = modules.merge(graphdef, params), len(answers)
+    model, rows = modules.bind(graphdef, params), len(answers)
     return model.log_probs(np.repeat(states, rows, 0), np.ones((rows, 7), bool), answers)
 
   found = np.asarray(log_probs(answers))
@@ -96,7 +98,11 @@ def tensors():
 
 def test_what_is_wrong_is_said(tensors):
   values, config = tensors
-  load = lambda values, config=config: convert.load(source_files.arrays(values, config))
+
+  def load(values, config=config):
+    source = convert.whole(source_files.arrays(values, config))
+    return convert.load(source, convert.config_of(source))
+
   load(values)
   towerless = {k: v for k, v in values.items() if not k.startswith('vision_tower.')}
   with pytest.raises(ValueError, match='has no vision_model: name a CLIP .*patch14-336'):
@@ -125,7 +131,8 @@ def pictures():
 
 @pytest.fixture(scope='module')
 def ver():
-  return components.load('verifiers.vqa_score', random='tiny', dtype='float32', length=24)
+  settings = {'weights': 'random:tiny', 'dtype': 'float32', 'length': 24}
+  return components.load('verifiers.vqa_score', **settings)
 
 
 @pytest.fixture(scope='module')
@@ -135,14 +142,18 @@ def params(ver):
 
 def test_conformance(ver, pictures):
   laws.check_verifier(ver, PROMPTS, pictures)
-  assert ver.names == ('vqa_score_tiny',)
+  assert ver.names == ('vqa_score_tiny_random',)
   released = components.load('verifiers.vqa_score')
   assert released.names == ('vqa_score_clip_flant5_xl',) and released.dtype == 'bfloat16'
 
 
 def test_a_bad_pixel_spoils_one_score_and_bfloat16_is_near(ver, params, pictures):
   prompt = ver.tokenize(PROMPTS)
-  score = jax.jit(lambda p, images: ver.score(p, ver.encode(p, prompt), images)[ver.names[0]])
+
+  @jax.jit
+  def score(p, images):
+    return ver.score(p, ver.encode(p, prompt), {'image': images})[ver.names[0]]
+
   spoiled = pictures.copy()
   spoiled[0, 1, 5, 5] = np.nan
   good, bad = (np.asarray(score(params, p)) for p in (pictures, spoiled))
@@ -174,9 +185,9 @@ def tokenizer(tmp_path):
 def test_what_t5_is_asked(ver, tokenizer, monkeypatch, caplog):
   """The words around the picture, an end before it and after the question, none of the question
   lost to a prompt that is too long."""
-  asked = dataclasses.replace(ver, random='', tokenizer_from=tokenizer, length=17)
-  monkeypatch.setattr(type(asked), 'config', modeling.TINY)
-  said = asked.tokenize(['red red', ' '.join(['a'] * 40)])
+  asked = dataclasses.replace(ver, weights='some/checkpoint', tokenizer=tokenizer, length=17)
+  monkeypatch.setattr(Pretrained, 'config', modeling.SIZES['tiny'])
+  said = asked.tokenize(core.as_prompts(['red red', ' '.join(['a'] * 40)]))
   assert said['before'].shape == (2, 25) and said['before'][0, -2:].tolist() == [3, 1]
   assert said['answer'].tolist() == [[5, 1]] * 2
   question = [2, 2, 2, 2, 9, 8, 8, 9, 2, 2, 2, 2, 6, 7, 4, 1]
@@ -187,7 +198,7 @@ def test_what_t5_is_asked(ver, tokenizer, monkeypatch, caplog):
   (record,) = caplog.records
   assert record.levelno == logging.WARNING and 'the first has 54' in record.getMessage()
   with pytest.raises(ConfigError, match="verifier.length=14: too few tokens for any of 'a"):
-    dataclasses.replace(asked, length=14).tokenize(['a a'])
+    dataclasses.replace(asked, length=14).tokenize(core.as_prompts(['a a']))
 
 
 def test_loading_with_the_tower_inside_or_apart(tensors, tmp_path):
@@ -205,23 +216,26 @@ def test_loading_with_the_tower_inside_or_apart(tensors, tmp_path):
     (tmp_path / name).mkdir()
     save_file(held, tmp_path / name / 'model.safetensors')
     (tmp_path / name / 'config.json').write_text(json.dumps(options))
-  make = lambda **given: components.load(
-    'verifiers.vqa_score', **{k: str(tmp_path / v) for k, v in given.items()}
-  )
-  inside = make(model_from='clip-flant5-xs')
-  apart = make(model_from='towerless', vision_from='clip')
+
+  def make(*names):
+    weights = '+'.join(str(tmp_path / name) for name in names)
+    return components.load('verifiers.vqa_score', weights=weights)
+
+  inside, apart = make('clip-flant5-xs'), make('towerless', 'clip')
   assert inside.names == ('vqa_score_clip_flant5_xs',)
-  assert inside.config == apart.config and inside.config.vision.image_size == 12
-  jax.tree.map(np.testing.assert_array_equal, inside.load(), apart.load())
-  assert {str(x.dtype) for x in jax.tree.leaves(inside.load())} == {'bfloat16'}
-  with pytest.raises(ValueError, match='has no vision_model'):
-    make(model_from='towerless').check()
+  config = inside.clip_flant5.config
+  assert config == apart.clip_flant5.config and config.vision.image_size == 12
+  params = inside.load()
+  jax.tree.map(np.testing.assert_array_equal, params, apart.load())
+  assert {str(x.dtype) for x in jax.tree.leaves(params)} == {'bfloat16'}
+  with pytest.raises(ConfigError, match='verifier.weights=.*has no vision_model'):
+    make('towerless').check()
 
 
 @pytest.mark.parametrize(
   ('given', 'said'),
   [
-    ({'random': 'huge'}, "verifier.random='huge': must be '' or one of tiny, clip_flant5_xl"),
+    ({'weights': 'random:huge'}, "verifier.weights='random:huge': must be .*random:clip_flant5_xl"),
     ({'dtype': 'int8'}, "verifier.dtype='int8'"),
     ({'question': 'Is it?'}, "verifier.question='Is it\\?': must have '{}' once"),
     ({'answer': ' '}, 'verifier.answer'),
@@ -235,4 +249,4 @@ def test_bad_settings(given, said):
 
 def test_an_empty_prompt(ver):
   with pytest.raises(ConfigError, match='prompt 1 is empty'):
-    ver.tokenize(['a', ' '])
+    ver.tokenize(core.as_prompts(['a', ' ']))

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtts_jax import components
+from vtts_jax import components, core
 from vtts_jax.errors import ConfigError
 from vtts_jax.testing import laws
-from vtts_jax.verifiers.vqa_endpoint import yes_of
+from vtts_jax.verifiers.vqa_endpoint import probability_of_yes
 
 KEY = 'sk-Th1s-1s-the-s3cret'
 
@@ -53,7 +53,7 @@ def endpoint(monkeypatch):
       pass
 
   server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
   thread.start()
   yield f'http://127.0.0.1:{server.server_port}/v1', plan, log
   server.shutdown()
@@ -66,8 +66,14 @@ def answer(probabilities):
   return {'choices': [{'logprobs': {'content': [{'token': 'x', 'top_logprobs': top}]}}]}
 
 
-def judge(url, **given):
-  return components.load('verifiers.vqa_endpoint', url=url, model='org/tiny-vl', backoff=0, **given)
+def chat_verifier(url, **given):
+  settings = {'chat_model': 'org/tiny-vl', 'backoff': 0, **given}
+  return components.load('verifiers.vqa_endpoint', url=url, **settings)
+
+
+def score(ver, texts, images):
+  prompts = ver.tokenize(core.as_prompts(texts))
+  return ver.score({}, ver.encode({}, prompts), {'image': images})
 
 
 def bright(*levels):
@@ -76,9 +82,9 @@ def bright(*levels):
 
 def test_an_endpoint_is_asked_once_a_picture(endpoint):
   url, _, log = endpoint
-  ver = judge(url, concurrency=3)
+  ver = chat_verifier(url, concurrency=3)
   images = np.concatenate([bright(0.2, 0.4, 0.6), bright(0.8, np.nan, 1.0)])
-  scores = ver.score({}, ver.tokenize(['grüße', 'b']), images)['vqa_score_tiny_vl']
+  scores = score(ver, ['grüße', 'b'], images)['vqa_score_tiny_vl']
   np.testing.assert_allclose(scores, [[0.2, 0.4, 0.6], [0.8, np.nan, 1.0]], atol=1e-6)
   assert len(log) == 5  # the one that is no picture is not sent
   for path, headers, body in log:
@@ -90,14 +96,15 @@ def test_an_endpoint_is_asked_once_a_picture(endpoint):
 
 
 def test_endpoint_conformance(endpoint):
-  laws.check_verifier(judge(endpoint[0]), ['a', 'b'], np.concatenate([bright(0.1, 0.5)] * 2))
+  images = np.concatenate([bright(0.1, 0.5)] * 2)
+  laws.check_verifier(chat_verifier(endpoint[0]), ['a', 'b'], images)
 
 
 def test_asked_again_when_there_were_too_many(endpoint):
   url, plan, log = endpoint
   plan += [429, 503]
-  ver = judge(url, retries=2)
-  scores = ver.score({}, ver.tokenize(['a']), bright(0.6))['vqa_score_tiny_vl']
+  ver = chat_verifier(url, retries=2)
+  scores = score(ver, ['a'], bright(0.6))['vqa_score_tiny_vl']
   np.testing.assert_allclose(scores, [[0.6]], atol=1e-6)
   assert len(log) == 3
 
@@ -108,7 +115,7 @@ def test_asked_again_when_there_were_too_many(endpoint):
     ([401], 'refused: 401 Unauthorized'),
     ([400], 'refused: 400 Bad Request'),
     ([500, 500], 'failed 2 times; the last: 500 Internal Server Error'),
-    ([{}], "verifier.model='org/tiny-vl': .* answers without logprobs"),
+    ([{}], "verifier.chat_model='org/tiny-vl': .* answers without logprobs"),
     ([{'choices': [{'logprobs': None}]}], 'answers without logprobs'),
     ([answer({})], 'answers without logprobs'),
   ],
@@ -116,9 +123,9 @@ def test_asked_again_when_there_were_too_many(endpoint):
 def test_failures_are_one_clear_error_without_the_key(endpoint, caplog, capsys, plan, said):
   url, todo, log = endpoint
   todo += plan
-  ver = judge(url, retries=1)
+  ver = chat_verifier(url, retries=1)
   with pytest.raises(RuntimeError, match=said) as failure:
-    ver.score({}, ver.tokenize(['a']), bright(0.5))
+    score(ver, ['a'], bright(0.5))
   assert len(log) == len(plan) and log[0][1]['Authorization'].endswith(KEY)  # it was there to leak
   shown = ''.join(traceback.format_exception(failure.value))
   settings = json.dumps(dataclasses.asdict(ver))
@@ -128,23 +135,23 @@ def test_failures_are_one_clear_error_without_the_key(endpoint, caplog, capsys, 
 
 def test_the_key_is_where_it_should_be_and_nowhere_else(endpoint, monkeypatch):
   url, _, log = endpoint
-  ver = judge(url)
+  ver = chat_verifier(url)
   for value, said in ((None, 'is not set'), (' ', 'is not set'), (KEY + '\nx', 'has characters')):
     monkeypatch.delenv('OPENAI_API_KEY')
     monkeypatch.setenv('OPENAI_API_KEY', value) if value else None
-    for call in (ver.check, lambda: ver.score({}, ver.tokenize(['a']), bright(0.5))):
+    for call in (ver.check, lambda: score(ver, ['a'], bright(0.5))):
       with pytest.raises(ConfigError, match=f"key_env='OPENAI_API_KEY'.*{said}") as failure:
         call()
       assert 's3cret' not in str(failure.value)
     monkeypatch.setenv('OPENAI_API_KEY', KEY)
-  free = judge(url, key_env='')
+  free = chat_verifier(url, key_env='')
   free.check()
-  free.score({}, free.tokenize(['a']), bright(0.5))
+  score(free, ['a'], bright(0.5))
   assert len(log) == 1 and 'Authorization' not in log[0][1]
   host = url.removeprefix('http://')
   for given in ({'key_env': KEY}, {'url': f'http://{KEY}@{host}'}, {'url': f'{url}?key={KEY}'}):
     with pytest.raises(ConfigError, match='verifier.(key_env|url): must') as failure:
-      judge(**({'url': url} | given))
+      chat_verifier(**({'url': url} | given))
     assert 's3cret' not in str(failure.value)
 
 
@@ -171,11 +178,11 @@ def test_a_redirection_does_not_take_the_key_along(monkeypatch):
       pass
 
   server = ThreadingHTTPServer(('127.0.0.1', 0), Elsewhere)
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
   thread.start()
-  ver = judge(f'http://127.0.0.1:{server.server_port}/v1', retries=0)
+  ver = chat_verifier(f'http://127.0.0.1:{server.server_port}/v1', retries=0)
   with pytest.raises(RuntimeError, match='answers without logprobs'):
-    ver.score({}, ver.tokenize(['a']), bright(0.5))
+    score(ver, ['a'], bright(0.5))
   server.shutdown()
   thread.join()
   server.server_close()
@@ -185,15 +192,16 @@ def test_a_redirection_does_not_take_the_key_along(monkeypatch):
 def test_yes_in_all_its_spellings():
   pairs = [('Yes', 0.2), (' yes', 0.1), ('YES.', 0.1), ('▁no', 0.1), ('Not', 0.4), ('"No', 0.0)]
   log = [(token, math.log(p) if p else -9999.0) for token, p in pairs]
-  assert yes_of(log) == pytest.approx(0.4 / 0.5)
-  assert math.isnan(yes_of([('Maybe', -0.1)])) and yes_of([('yes', -3.0)]) == 1
+  assert probability_of_yes(log) == pytest.approx(0.4 / 0.5)
+  assert math.isnan(probability_of_yes([('Maybe', -0.1)]))
+  assert probability_of_yes([('yes', -3.0)]) == 1
 
 
 @pytest.mark.parametrize(
   ('given', 'said'),
   [
     ({'url': 'localhost:8000'}, "verifier.url='localhost:8000': must start with http"),
-    ({'model': ''}, "verifier.model=''"),
+    ({'chat_model': ''}, "verifier.chat_model=''"),
     ({'question': '{} or {}?'}, "must have '{}' once"),
     ({'concurrency': 0}, 'verifier.concurrency=0: must be at least 1'),
     ({'timeout': -1.0}, 'verifier.timeout=-1.0'),

@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 from vtts_jax.checkpoints import cache as weight_cache
 from vtts_jax.checkpoints import convert as conversion
 from vtts_jax.checkpoints import files as weight_files
-from vtts_jax.checkpoints import source as checkpoints
 from vtts_jax.checkpoints import source as source_files
 from vtts_jax.models import modules
 
@@ -60,7 +59,7 @@ def tensors():
 
 @pytest.fixture(scope='module')
 def template():
-  return modules.abstract(lambda: Toy(nnx.Rngs(0)))[1]
+  return modules.abstract_module(lambda: Toy(nnx.Rngs(0)))[1]
 
 
 def shards(folder, values, stem='model'):
@@ -95,7 +94,8 @@ def test_shards_and_single_file_give_the_same(tmp_path, template):
   assert sorted(source.names()) == sorted(values) and source.config == {}
   check(conversion.convert(source, RULES, template), values)
   save_file(values, tmp_path / 'one.safetensors')
-  check(conversion.convert(source_files.open_source(tmp_path / 'one.safetensors'), RULES, template), values)
+  one = source_files.open_source(tmp_path / 'one.safetensors')
+  check(conversion.convert(one, RULES, template), values)
 
 
 def test_dtype_touches_floats_only(template):
@@ -122,7 +122,7 @@ def test_one_tensor_at_a_time(template):
     alive.append(weakref.ref(new))
     return new
 
-  source = checkpoints.Source('spy', source_files.arrays(values).header, read)
+  source = source_files.Source('spy', source_files.arrays(values).header, read)
   conversion.convert(source, RULES, template, jnp.bfloat16)
   assert len(alive) == len(values) - 1  # `train.step` is never read
   assert most <= 1
@@ -159,7 +159,7 @@ def test_what_does_not_fit(template, changes, say):
 
 def test_both_sides_are_listed_and_nothing_is_read(template):
   values = {'encoder.w': np.zeros(2), 'layer.0.bias': np.zeros(6)}
-  source = checkpoints.Source('other.safetensors', source_files.arrays(values).header, None)
+  source = source_files.Source('other.safetensors', source_files.arrays(values).header, None)
   with pytest.raises(ValueError, match='looks like another model') as error:
     conversion.convert(source, RULES, template)
   for name in ('other.safetensors', 'encoder.w', 'conv.kernel', 'table', 'layers.1.kernel'):
@@ -250,7 +250,7 @@ def test_config_beside_and_inside(tmp_path):
 def test_bad_config(tmp_path, name, text, say):
   (tmp_path / name).write_text(text)
   with pytest.raises(ValueError, match=say):
-    checkpoints.read_config(tmp_path)
+    source_files.read_config(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- hub
@@ -322,7 +322,7 @@ def test_cached_copy(tmp_path, template):
   check(weight_cache.cached(keep, source_files.open_source(path), RULES, template), values)
   assert len(os.listdir(keep)) == 1
   source = source_files.open_source(path)
-  blind = checkpoints.Source(source.where, source.header, None, identity=source.identity)
+  blind = source_files.Source(source.where, source.header, None, identity=source.identity)
   check(weight_cache.cached(keep, blind, RULES, template), values)  # nothing is read again
   half = weight_cache.cached(keep, source, RULES, template, jnp.bfloat16)
   assert half['table'].dtype == jnp.bfloat16 and len(os.listdir(keep)) == 2
@@ -340,13 +340,17 @@ from jax.sharding import PartitionSpec as P
 from flax import nnx
 sys.path.insert(0, sys.argv[1])
 import test_weights as t
-from vtts_jax import sharding, weights
-template = modules.abstract(lambda: t.Toy(nnx.Rngs(0)))[1]
+from vtts_jax.checkpoints import cache as weight_cache
+from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints import source as source_files
+from vtts_jax.engine import sharding
+from vtts_jax.models import modules
+template = modules.abstract_module(lambda: t.Toy(nnx.Rngs(0)))[1]
 values = t.tensors()
 source = source_files.open_source(sys.argv[2])
 for model in (2, 1):  # kept under one layout, loaded under two
   mesh = sharding.make_mesh(model)
-  places = sharding.place(template, mesh, [(r'layers/.*kernel', P('data', 'model'))])
+  places = modules.shardings_by_rule(template, mesh, [(r'layers/.*kernel', P('data', 'model'))])
   for new in (
     conversion.convert(source, t.RULES, template, sharding=places),
     weight_cache.cached(sys.argv[3], source, t.RULES, template, sharding=places),
@@ -371,7 +375,7 @@ def test_any_sharding(tmp_path):
 
 
 def test_save_and_load(tmp_path):
-  _, params = modules.split(Toy(nnx.Rngs(0)))
+  _, params = modules.split_module(Toy(nnx.Rngs(0)))
   path = str(tmp_path / 'x.safetensors')
   weight_files.save(path, params, {'config': {'a': 1}}, jnp.float16)
   assert weight_files.metadata(path) == {'config': '{"a": 1}'}

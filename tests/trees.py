@@ -14,7 +14,7 @@ QUIET = PUCT(fraction=0.0)
 
 @functools.partial(jax.jit, static_argnames=('recurrent', 'rule', 'simulations', 'leaves', 'depth'))
 def search(start, params, key, *, recurrent, rule, simulations, leaves=1, invalid=None, depth=None):
-  return simulate.run(
+  return simulate.run_search(
     start,
     recurrent,
     rule,

@@ -1,127 +1,220 @@
-"""Components by name: a module path and its settings, no registry.
+"""Components by name: a module path and its settings. There is no registry.
 
-A component is a module with a `build(**settings)`; the package's own are listed by reading their
-docstrings, so that `vtts list` imports nothing.
+A component is a module with one generator, verifier or algorithm: a frozen dataclass whose fields
+are its settings. A package stands for the class that it exports. Where a component must do more
+than take its settings, its module has a `build(**settings)`. Prompt sets (`prompts(**settings)`)
+and metrics (`grade(images, prompts)`) are named by their module in the same way.
+
+The package's own components are listed by reading their source: `vtts list` imports nothing.
 """
 
 import ast
 import dataclasses
 import importlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from vtts_jax.core import Algorithm, Generator, Verifier
 from vtts_jax.errors import ConfigError
 
 FOLDERS = ('generators', 'verifiers', 'search', 'scenes')
+ROLES = (Generator, Verifier, Algorithm)
+RENAMED = {  # what 0.1.0 called them
+  'generators.scenes_ar': 'scenes.ar',
+  'generators.scenes_flow': 'scenes.flow',
+  'generators.flextok_ar': 'generators.flextok',
+  'verifiers.scenes_clip': 'scenes.clip',
+  'verifiers.scenes_detector': 'scenes.detector',
+  'verifiers.scenes_quality': 'scenes.quality',
+  'verifiers.spatial': 'verifiers.geneval',
+  'data.scenes': 'scenes.world',
+  'metrics.scenes': 'scenes.oracle',
+}
 
 
 def load(name: str, **settings):
   """Builds a component by its module path, e.g. `load('search.beam', width=5)`.
 
+  A setting that is itself a mapping with a `name` is a component too, and is built first.
+
   Raises:
     ConfigError: unknown component, unknown setting or a value that the component refuses.
   """
-  return module(name, 'build').build(**settings)
+  module = find_module(name)
+  if hasattr(module, 'build'):
+    return module.build(**settings)
+  return build_component(component_class(module), **settings)
 
 
-def module(name: str, needs: str):
-  """The module of a component, which must define `needs` ('build', 'prompts' or 'score').
-
-  A name that starts with one of the package's folders is `vtts_jax.<name>`; any other is imported
-  as it stands, so a part of yours needs no registration: one module, found on the Python path.
+def build_component(cls, **settings):
+  """An instance of a settings dataclass; lists become tuples, mappings with a `name` components.
 
   Raises:
-    ConfigError: there is no such module, or it lacks what is needed.
+    ConfigError: an unknown setting, or a required one that is missing.
   """
+  fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+  where = cls.__module__.removeprefix('vtts_jax.')
+  for name, value in settings.items():
+    if name not in fields:
+      raise ConfigError(
+        f'{where}: unknown setting {name}={value!r}; allowed: {", ".join(fields)}'
+      )
+  missing = [name for name, field in fields.items() if _is_required(field) and name not in settings]
+  if missing:
+    raise ConfigError(f'{where}: {missing[0]} is missing')
+  return cls(**{name: _freeze_setting(value) for name, value in settings.items()})
+
+
+def _freeze_setting(value):
+  if isinstance(value, list | tuple):
+    return tuple(_freeze_setting(v) for v in value)
+  if isinstance(value, Mapping):
+    inner = {key: _freeze_setting(v) for key, v in value.items()}
+    return load(inner.pop('name'), **inner) if 'name' in inner else inner
+  return value
+
+
+# --------------------------------------------------------------------------------------- by name
+
+
+def find_module(name: str, needs: str = ''):
+  """The module of this name.
+
+  A name that starts with one of the package's folders is `vtts_jax.<name>`. Any other is imported
+  as it stands, so a part of yours needs no registration: one module, found on the Python path.
+
+  Args:
+    needs: a function that it must define: 'prompts' or 'grade'.
+
+  Raises:
+    ConfigError: there is no such module, it lacks what is needed, or it has been renamed.
+  """
+  if name in RENAMED:
+    raise ConfigError(f'component {name!r} is now called {RENAMED[name]!r}')
   inside = name.split('.')[0] in (*FOLDERS, 'data', 'metrics')
   path = f'vtts_jax.{name}' if inside else name
   try:
-    found = importlib.import_module(path)
+    module = importlib.import_module(path)
   except ModuleNotFoundError as err:
+    # a module that exists and misses an import of its own is another error
     if err.name and (path == err.name or path.startswith(err.name + '.')):
-      raise ConfigError(f'unknown component {name!r}; {_allowed(needs)}') from None
+      raise ConfigError(f'unknown component {name!r}; allowed: {_allowed_names(needs)}') from None
     raise
-  if not hasattr(found, needs):
-    raise ConfigError(f'component {name!r} has no {needs}(); {_allowed(needs)}')
-  return found
+  if needs and not hasattr(module, needs):
+    raise ConfigError(f'component {name!r} has no {needs}(); allowed: {_allowed_names(needs)}')
+  return module
 
 
-def _allowed(needs: str) -> str:
-  if needs != 'build':
-    return f'allowed: a module with a {needs}()'
-  return f'allowed: {", ".join(components())}, or a module of yours with a {needs}()'
+def _allowed_names(needs: str) -> str:
+  if needs:
+    return f'a module with a {needs}()'
+  return f'{", ".join(list_components())}, or a module of yours with one component'
 
 
-def components() -> dict[str, str]:
-  """Names of the package's own components, each with the first line of its docstring."""
-  root = pathlib.Path(__file__).parent
-  found = {}
-  for folder in FOLDERS:
-    for file in sorted((root / folder).glob('*.py')):
-      tree = ast.parse(file.read_text(encoding='utf-8'))
-      if any(
-        isinstance(node, ast.FunctionDef | ast.Assign) and _defines(node, 'build')
-        for node in tree.body
-      ):
-        found[f'{folder}.{file.stem}'] = (ast.get_docstring(tree) or '').split('\n')[0]
-  return found
+def component_class(module) -> type:
+  """The class of a component's module: the one that it defines, or that a package exports.
+
+  Raises:
+    ConfigError: there is none, or there are several.
+  """
+  own = lambda c: c.__module__ == module.__name__ or c.__module__.startswith(module.__name__ + '.')
+  public = [c for key, c in vars(module).items() if isinstance(c, type) and key[0] != '_']
+  found = [c for c in dict.fromkeys(public) if issubclass(c, ROLES) and own(c)]
+  # of a class and the base that it is derived from, the derived one is the component
+  found = [c for c in found if not any(c in other.__mro__[1:] for other in found)]
+  name = module.__name__.removeprefix('vtts_jax.')
+  if len(found) != 1:
+    said = ', '.join(c.__name__ for c in found) or 'none'
+    raise ConfigError(
+      f'component {name!r}: must define one Generator, Verifier or Algorithm, or a build(); it '
+      f'defines {said}'
+    )
+  return found[0]
 
 
-def _defines(node, name):
-  if isinstance(node, ast.FunctionDef):
-    return node.name == name
-  return any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+# -------------------------------------------------------------------------------------- settings
 
 
-def describe(name: str) -> str:
+def default_settings(name: str, **settings) -> dict[str, Any]:
+  """A config section for a component: its name, its defaults, and what `settings` change."""
+  defaults = _defaults_of(component_class(find_module(name)))
+  return {'name': name} | defaults | settings | {'name': name}  # a setting may be called so too
+
+
+def describe_component(name: str) -> str:
   """A component's docstring, its settings with their defaults, and what they mean."""
-  cls = _class_of(name)
-  lines = [module(name, 'build').__doc__ or '', 'Settings:']
-  lines += [f'  {key} = {value!r}' for key, value in settings_of(cls).items()]
-  lines += [f'  {f.name}: required' for f in dataclasses.fields(cls) if _required(f)]
+  module = find_module(name)
+  cls = component_class(module)
+  lines = [module.__doc__ or '', 'Settings:']
+  lines += [f'  {key} = {value!r}' for key, value in _defaults_of(cls).items()]
+  lines += [f'  {f.name}: required' for f in dataclasses.fields(cls) if f.init and _is_required(f)]
   return '\n'.join([*lines, '', cls.__doc__ or ''])
 
 
-def defaults(name: str, **settings) -> dict[str, Any]:
-  """A config section for a component: its name, its defaults, and what `settings` change."""
-  return {'name': name, **settings_of(_class_of(name)), **settings}
+def _defaults_of(cls) -> dict[str, Any]:
+  fields = [f for f in dataclasses.fields(cls) if f.init and not _is_required(f)]
+  made = lambda f: f.default_factory() if f.default is dataclasses.MISSING else f.default
+  return {f.name: made(f) for f in fields}
 
 
-def _class_of(name: str):
-  found = module(name, 'build')
-  roles = (Generator, Verifier, Algorithm)
-  return next(
-    c
-    for c in vars(found).values()
-    if isinstance(c, type) and issubclass(c, roles) and c.__module__ == found.__name__
-  )
+def _is_required(field) -> bool:
+  return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def settings_of(cls) -> dict[str, Any]:
-  """Names and defaults of a component's settings, those without a default left out."""
-  return {f.name: f.default for f in dataclasses.fields(cls) if not _required(f)}
+# --------------------------------------------------------------------------------------- listing
 
 
-def _required(field) -> bool:
-  return field.default is dataclasses.MISSING
+def list_components() -> dict[str, str]:
+  """Names of the package's own components, each with the first line of its docstring."""
+  root = pathlib.Path(__file__).parent
+  trees = {
+    path.relative_to(root): ast.parse(path.read_text(encoding='utf-8'))
+    for folder in FOLDERS
+    for path in sorted((root / folder).rglob('*.py'))
+  }
+  bases = {
+    node.name: [_last_name(base) for base in node.bases]
+    for tree in trees.values()
+    for node in tree.body
+    if isinstance(node, ast.ClassDef)
+  }
+  derived_from = {base for names in bases.values() for base in names}
+  found = {}
+  for path, tree in trees.items():
+    parts = path.with_suffix('').parts
+    if len(parts) == 2 and _holds_component(tree, bases):
+      found['.'.join(parts)] = (ast.get_docstring(tree) or '').split('\n')[0]
+    # a package is a component where it exports a class that is no base of others
+    elif len(parts) == 3 and parts[-1] == '__init__':
+      imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+      }
+      if any(_has_role(name, bases) for name in imported - derived_from):
+        found['.'.join(parts[:2])] = (ast.get_docstring(tree) or '').split('\n')[0]
+  return dict(sorted(found.items(), key=lambda item: FOLDERS.index(item[0].split('.')[0])))
 
 
-def build_dataclass(cls, **settings):
-  """A component from its settings; lists become tuples, an unknown setting is a `ConfigError`."""
-  known = [field.name for field in dataclasses.fields(cls)]
-  made = {}
-  for name, value in settings.items():
-    if name not in known:
-      raise ConfigError(
-        f'{cls.__module__.removeprefix("vtts_jax.")}: unknown setting {name}={value!r}; '
-        f'allowed: {", ".join(known)}'
-      )
-    made[name] = _frozen(value)
-  return cls(**made)
+def _holds_component(tree, bases) -> bool:
+  for node in tree.body:
+    if isinstance(node, ast.FunctionDef) and node.name == 'build':
+      return True
+    if isinstance(node, ast.ClassDef) and node.name[0] != '_' and _has_role(node.name, bases):
+      return True
+  return False
 
 
-def _frozen(value):
-  if isinstance(value, list | tuple):
-    return tuple(_frozen(v) for v in value)
-  return value
+def _has_role(name, bases, seen=()) -> bool:
+  """Whether a class of this name is derived from one of the roles."""
+  if name in seen:  # a class may have the name of its base
+    return False
+  roles = {role.__name__ for role in ROLES}
+  above = bases.get(name, [])
+  return any(base in roles or _has_role(base, bases, (*seen, name)) for base in above)
+
+
+def _last_name(node) -> str:
+  return getattr(node, 'attr', getattr(node, 'id', ''))

@@ -9,7 +9,6 @@ Letters: R rows of any shape, K draws, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-from vtts_jax.core import NEG_INF
 from vtts_jax.errors import ConfigError
 
 
@@ -35,12 +34,12 @@ def adjust(
   logits = logits / temperature
   if top_k:
     kth = jax.lax.top_k(logits, top_k)[0][..., -1:]
-    logits = jnp.where(logits < kth, NEG_INF, logits)
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
   if top_p < 1:
     ordered = -jnp.sort(-logits, axis=-1)
     before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
     cut = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-    logits = jnp.where(logits < cut, NEG_INF, logits)
+    logits = jnp.where(logits < cut, -jnp.inf, logits)
   return logits
 
 

@@ -17,8 +17,8 @@ largest N. On two cores a seed of `budget` takes about 15 minutes and one of `al
 
 from ml_collections import ConfigDict
 
-from vtts_jax.components import defaults
-from vtts_jax.study import sweep
+from vtts_jax.components import default_settings
+from vtts_jax.study.sweep import build_grid, vary_setting
 
 VERIFIERS = {
   'clip_a': {'name': 'scenes.clip', 'which': 'a'},
@@ -28,28 +28,28 @@ VERIFIERS = {
   'likelihood': {'name': 'verifiers.likelihood'},
 }
 ALGORITHMS = {  # a new one is a line here; the second argument is the setting that is its budget
-  'best-of-n': sweep.over('search.best_of_n', 'n', (64,)),
-  'beam': sweep.over('search.beam', 'width', (2, 4, 8), branch=8),
-  'lookahead': sweep.over('search.beam', 'width', (1, 2), branch=4, lookahead=-1),
-  'halving': sweep.over(
+  'best-of-n': vary_setting('search.best_of_n', 'n', (64,)),
+  'beam': vary_setting('search.beam', 'width', (2, 4, 8), branch=8),
+  'lookahead': vary_setting('search.beam', 'width', (1, 2), branch=4, lookahead=-1),
+  'halving': vary_setting(
     'search.halving',
     'inner.width',
     (1, 2),
     inner={'name': 'search.beam', 'branch': 4},
-    rungs=({'keep': 0.5}, {'look': -1}),
+    rungs=({'keep': 0.5}, {'lookahead': -1}),
     least=1,
   ),
-  'smc': sweep.over(
+  'smc': vary_setting(
     'search.smc', 'particles', (4, 8), preset='best', size=4, lookahead=-1, strength=2.0
   ),
-  'rollover': sweep.over('search.rollover', 'quota', (2, 4), size=4),
-  'mcts': sweep.over('search.mcts', 'simulations', (16, 32)),
+  'rollover': vary_setting('search.rollover', 'quota', (2, 4), size=4),
+  'mcts': vary_setting('search.mcts', 'simulations', (16, 32)),
 }
 AT_ONE = {  # for the sweep over verifiers: each algorithm at one budget
-  'best-of-n': sweep.over('search.best_of_n', 'n', (64,)),
-  'beam': sweep.over('search.beam', 'width', (4,), branch=8),
+  'best-of-n': vary_setting('search.best_of_n', 'n', (64,)),
+  'beam': vary_setting('search.beam', 'width', (4,), branch=8),
 }
-COLD = {  # greedy looks are part of most searches: what does a colder sampler buy by itself?
+COLD = {  # greedy lookahead is part of most searches: what does a colder sampler buy by itself?
   f'cold best-of-n t{round(10 * t)}': {
     'generator': {'temperature': t},
     'search': {'name': 'search.best_of_n', 'n': 16},
@@ -59,9 +59,9 @@ COLD = {  # greedy looks are part of most searches: what does a colder sampler b
 
 
 def alphago() -> dict:
-  """Leaves worth a value head, a rollout (of the policy or of the small one) or both, at about the
-  same FLOPs (AlphaGo's ablation, Silver et al. 2016, figure 4)."""
-  ahead = {'value_of': 'scenes_clip_a', 'rollout_policy': 'small'}
+  """Leaves worth a value head, a rollout (of the generator or of the small model) or both, at about
+  the same FLOPs (AlphaGo's ablation, Silver et al. 2016, figure 4)."""
+  ahead = {'value_of': 'scenes_clip_a', 'rollout_model': 'small'}
   tree = {'name': 'search.mcts'}
   arms = {
     'rollout': {'simulations': 32},
@@ -74,10 +74,10 @@ def alphago() -> dict:
 
 
 ARMS = {
-  'budget': lambda: sweep.grid(ALGORITHMS, {'clip_a': VERIFIERS['clip_a']}) | COLD,
-  'verifier': lambda: sweep.grid(AT_ONE, VERIFIERS),
+  'budget': lambda: build_grid(ALGORITHMS, {'clip_a': VERIFIERS['clip_a']}) | COLD,
+  'verifier': lambda: build_grid(AT_ONE, VERIFIERS),
   'alphago': alphago,
-  'all': lambda: sweep.grid(ALGORITHMS, VERIFIERS),
+  'all': lambda: build_grid(ALGORITHMS, VERIFIERS),
 }
 
 
@@ -95,17 +95,17 @@ def get_config(arg: str = 'budget') -> ConfigDict:
     'name': f'sweep-{what}-{order}',
     'workdir': 'runs',
     'prompts': {'name': 'scenes.world', 'split': 'held', 'count': 240, 'seed': 0},
-    'generator': defaults('scenes.ar', order=order),
+    'generator': default_settings('scenes.ar', order=order),
     'verifier': VERIFIERS['clip_a'],
     'measure': VERIFIERS,
     'metric': 'scenes.oracle',
-    'search': defaults('search.best_of_n', n=64),
+    'search': default_settings('search.best_of_n', n=64),
     'arms': ARMS[what](),
     'seeds': (0, 1, 2),
     'batch': 24,
     'render_chunk': 4,  # x 24 prompts: 96 pictures fit a core's cache
     'mode': 'fused',
-    'budget': {'generator': 0.0, 'render': 0.0, 'verify': 0.0, 'flops': 0.0},
+    'budget': {'generator': 0.0, 'observe': 0.0, 'verify': 0.0, 'flops': 0.0},
     'traces': 6,
   }
   if 'runlocal' in options:

@@ -125,9 +125,9 @@ class Reference:
     return found
 
 
-def resized(x, side, look):
+def resized(x, side, preprocessing):
   """Pictures `[R, 3, H, W]` in [0, 1] as the network sees them; TensorFlow's way in plain loops."""
-  if look == 'pytorch_fid':
+  if preprocessing == 'pytorch_fid':
     return 2 * F.interpolate(x, size=(side, side), mode='bilinear', align_corners=False) - 1
   out = 255 * x
   for axis in (2, 3):
@@ -176,7 +176,7 @@ def compare():
 
   made, pixels = Reference(seed=1), np.random.default_rng(0).integers(0, 256, (2, 200, 256, 3))
   x = torch.from_numpy(reference.nchw(pixels)).float() / 255
-  want = {look: made(resized(x, 299, look)) for look in modeling.LOOKS}
+  want = {how: made(resized(x, 299, how)) for how in modeling.PREPROCESSINGS}
   fid.load_state_dict_from_url = lambda *args, **options: made.state
   theirs = fid.InceptionV3().eval()
   with tempfile.TemporaryDirectory() as folder:
@@ -193,8 +193,9 @@ def compare():
   names = {k: v.shape for k, v in held.items() if 'num_batches' not in k}
   print(len(held), 'names, the same:', names == {k: v.shape for k, v in made.state.items()})
   source = source_files.arrays({k: v.numpy() for k, v in made.state.items()})
-  graphdef, params = convert.load(source)
-  run = jax.jit(lambda p, x: modules.merge(graphdef, p)(modeling.prepare(x)))
+  config = convert.config_of(source)
+  graphdef, params = modules.split_module(reference.bind_port(convert, modeling, source))
+  run = jax.jit(lambda p, x: modules.bind(graphdef, p)(modeling.preprocess(config, x)))
   shown = pixels.astype(np.float32) / 255
   print('ours', gap(run(params, shown), want['pytorch_fid']['features']))
   batch = np.random.default_rng(2).random((8, 299, 299, 3), np.float32)

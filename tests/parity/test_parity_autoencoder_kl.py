@@ -34,8 +34,8 @@ def pair(request):
     **options,
   )  # fmt: skip
   theirs = reference.randomise(theirs, 3)
-  ours = modules.merge(*convert.load(reference.source(theirs, dict(theirs.config))))
-  return theirs, ours
+  source = reference.source(theirs, dict(theirs.config))
+  return theirs, reference.bind_port(convert, modeling, source)
 
 
 def data(*shape, seed=0):
@@ -88,13 +88,13 @@ def test_whole(pair):
   with torch.no_grad():
     posterior = theirs.encode(torch.from_numpy(images)).latent_dist
     decoded = theirs.decode(torch.from_numpy(latents)).sample.numpy()
-  graphdef, params = modules.split(ours)
-  mean, spread = jax.jit(lambda p, x: modules.merge(graphdef, p).encode(x))(params, nhwc(images))
+  graphdef, params = modules.split_module(ours)
+  mean, spread = jax.jit(lambda p, x: modules.bind(graphdef, p).encode(x))(params, nhwc(images))
   np.testing.assert_allclose(nchw(mean), posterior.mean.numpy(), **CLOSE)
   np.testing.assert_allclose(nchw(spread), posterior.logvar.numpy(), **CLOSE)
   kl = modeling.divergence(mean, spread)
   np.testing.assert_allclose(kl, posterior.kl().numpy(), rtol=1e-4)
-  have = jax.jit(lambda p, x: modules.merge(graphdef, p).decode(x))(params, nhwc(latents))
+  have = jax.jit(lambda p, x: modules.bind(graphdef, p).decode(x))(params, nhwc(latents))
   np.testing.assert_allclose(nchw(have), decoded, **CLOSE)
   assert ours.config.scaling_factor == theirs.config.scaling_factor
   assert ours.config.shift_factor == (theirs.config.shift_factor or 0)
@@ -111,16 +111,16 @@ def test_old_attention_names(pair, as_convolution):
         value = value[:, :, None, None]
       name = name.replace(f'.{new}.', f'.{old}.')
     state[name] = value
-  _, params = convert.load(source_files.arrays(state, dict(theirs.config)))
-  jax.tree.map(np.testing.assert_array_equal, params, modules.split(ours)[1])
+  params = convert.load(source_files.arrays(state, dict(theirs.config)), ours.config)
+  jax.tree.map(np.testing.assert_array_equal, params, modules.split_module(ours)[1])
 
 
 def test_bfloat16_stays_near(pair):
   theirs, ours = pair
   latents = data(1, ours.config.latent_channels, 4, 4)
-  graphdef, params = modules.split(ours)
+  graphdef, params = modules.split_module(ours)
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  have = modules.merge(graphdef, half).decode(nhwc(latents).astype(jnp.bfloat16))
+  have = modules.bind(graphdef, half).decode(nhwc(latents).astype(jnp.bfloat16))
   assert have.dtype == jnp.bfloat16
   with torch.no_grad():
     want = theirs.decode(torch.from_numpy(latents)).sample.numpy()
@@ -131,7 +131,7 @@ def test_bfloat16_stays_near(pair):
 @pytest.mark.parametrize('name', ['sd1', 'sd3'])
 def test_released_configs(name):
   """As many parameters as diffusers' class on the meta device."""
-  c = modeling.RELEASED[name]
+  c = modeling.SIZES[name]
   with torch.device('meta'):
     theirs = diffusers.AutoencoderKL(
       down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4,
@@ -140,4 +140,4 @@ def test_released_configs(name):
       use_post_quant_conv=c.use_post_quant_conv,
     )  # fmt: skip
   count = sum(p.numel() for p in theirs.parameters())
-  assert modules.size(modules.abstract(lambda: modeling.build(c))[1]) == count
+  assert modules.count_parameters(modules.abstract_module(lambda: modeling.build(c))[1]) == count

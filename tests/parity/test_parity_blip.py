@@ -12,7 +12,7 @@ from PIL import Image
 from reference import torch, transformers
 from safetensors.numpy import save_file
 
-from vtts_jax import components
+from vtts_jax import components, core
 from vtts_jax.checkpoints import files as weight_files
 from vtts_jax.checkpoints import source as checkpoints
 from vtts_jax.checkpoints import source as source_files
@@ -42,7 +42,7 @@ def ours(theirs, request):
   if request.param == 'image_reward':
     found, options, settings = golden.renamed(found), golden.OPTIONS, {}
   source = source_files.arrays(found, settings)
-  return modules.merge(*convert.load(source, convert.config_of(source, **options)))
+  return reference.bind_port(convert, modeling, source, **options)
 
 
 def test_every_stage(theirs, ours):
@@ -80,8 +80,9 @@ def test_released_names_and_counts():
   header = {k: (s, 'float32') for k, s in shapes.items()}
   header['blip.text_encoder.embeddings.position_ids'] = ((1, 512), 'int64')
   source = checkpoints.Source('released', header, lambda name: None)
-  assert convert.config_of(source) == modeling.RELEASED['image_reward']
-  want = weight_files.flatten(modules.abstract(lambda: modeling.build(convert.config_of(source)))[1])
+  assert convert.config_of(source) == modeling.SIZES['image_reward']
+  _, template = modules.abstract_module(lambda: modeling.build(convert.config_of(source)))
+  want = weight_files.flatten(template)
   found, left = set(), set()
   for name in convert.paired(source).names():
     rule = next(r for r in convert.RULES if re.fullmatch(r[0], name))
@@ -104,7 +105,7 @@ def test_preprocessing_is_that_of_torchvision_on_pil(shape):
   left, top = (round((n - 224) / 2) for n in (width, height))
   want = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
   want = np.asarray(want.crop((left, top, left + 224, top + 224))) / 255
-  have = image_reward.prepare(pixels.astype(np.float32) / 255, 224)
+  have = image_reward.preprocess_pictures(pixels.astype(np.float32) / 255, 224)
   have = have * np.array(clip.STD) + np.array(clip.MEAN)
   np.testing.assert_allclose(have, want, atol=1 / 255 + 1e-5)
 
@@ -118,17 +119,18 @@ def test_verifier_from_files(theirs, tmp_path):
   bert.add_special_tokens({'bos_token': '[DEC]', 'additional_special_tokens': ['[ENC]']})
   bert.save_pretrained(tmp_path / 'words')
   ver = components.load(
-    'verifiers.image_reward', model_from=str(tmp_path), tokenizer_from=str(tmp_path / 'words')
+    'verifiers.image_reward', weights=str(tmp_path), tokenizer=str(tmp_path / 'words')
   )
-  prompts = ['A red cat sits', 'a dog']
-  told = bert(prompts, padding='max_length', truncation=True, max_length=14, return_tensors='np')
-  prompt = ver.tokenize(prompts)
+  texts = ['A red cat sits', 'a dog']
+  told = bert(texts, padding='max_length', truncation=True, max_length=14, return_tensors='np')
+  prompt = ver.tokenize(core.as_prompts(texts))
   np.testing.assert_array_equal(prompt['ids'], told['input_ids'])
   np.testing.assert_array_equal(prompt['mask'], told['attention_mask'])
   images = np.random.default_rng(5).random((2, 2, 20, 16, 3), np.float32)
   params = ver.load()
-  have = jax.jit(ver.score)(params, ver.encode(params, prompt), images)[ver.names[0]]
-  flat = reference.nchw(image_reward.prepare(images.reshape(4, 20, 16, 3), 16))
+  vctx = ver.encode(params, prompt)
+  have = jax.jit(ver.score)(params, vctx, {'image': images})[ver.names[0]]
+  flat = reference.nchw(image_reward.preprocess_pictures(images.reshape(4, 20, 16, 3), 16))
   twice = (np.repeat(told[k], 2, 0) for k in ('input_ids', 'attention_mask'))
   want = golden.stages(theirs, flat, *twice)['reward'].reshape(2, 2)
   np.testing.assert_allclose(have, want, **CLOSE)

@@ -3,7 +3,6 @@
 The golden file of open_clip itself (make_golden_clip.py) holds that these names are its own.
 """
 
-import dataclasses
 import pathlib
 
 import jax
@@ -20,7 +19,6 @@ from vtts_jax.checkpoints import files as weight_files
 from vtts_jax.checkpoints import source as source_files
 from vtts_jax.models import modules
 from vtts_jax.models.clip import convert, modeling
-from vtts_jax.verifiers import aesthetic
 
 transformers.CLIPModel, transformers.CLIPImageProcessorPil  # noqa: B018, loaded as they are named
 CLOSE = {'atol': 1e-4, 'rtol': 1e-4}
@@ -47,8 +45,8 @@ def pair(request):
   theirs = reference.randomise(transformers.CLIPModel(config(*request.param)), 1)
   with torch.no_grad():
     theirs.logit_scale.fill_(1.5)
-  ours = modules.merge(*convert.load(reference.source(theirs, theirs.config.to_dict())))
-  return theirs, ours
+  source = reference.source(theirs, theirs.config.to_dict())
+  return theirs, reference.bind_port(convert, modeling, source)
 
 
 def data(*shape, seed=0):
@@ -94,7 +92,7 @@ def test_scores(pair):
   x = data(3, 20, 20, 3, seed=1)
   with torch.no_grad():
     out = theirs(torch.from_numpy(IDS), torch.from_numpy(nchw(x)))
-  image, text = ours.embed_image(x), ours.embed_text(IDS)
+  image, text = ours.embed_images(x), ours.embed_texts(IDS)
   np.testing.assert_allclose(image, out.image_embeds.numpy(), **CLOSE)
   np.testing.assert_allclose(text, out.text_embeds.numpy(), **CLOSE)
   np.testing.assert_allclose(ours.logits(image @ text.T), out.logits_per_image.numpy(), **CLOSE)
@@ -103,10 +101,11 @@ def test_scores(pair):
 def test_bfloat16_stays_near(pair):
   theirs, ours = pair
   source = reference.source(theirs, theirs.config.to_dict())
-  half = modules.merge(*convert.load(source, jnp.bfloat16))
+  params = convert.load(source, ours.config, dtype=jnp.bfloat16)
+  half = modules.bind_module(modeling.build, ours.config, params)
   assert half.scale.dtype == jnp.float32 and half.image.cls.dtype == jnp.bfloat16
   x = data(8, 20, 20, 3, seed=2)
-  cosines = [(m.embed_image(x) @ m.embed_text(IDS).T) for m in (ours, half)]
+  cosines = [(m.embed_images(x) @ m.embed_texts(IDS).T) for m in (ours, half)]
   assert cosines[1].dtype == jnp.float32
   assert np.abs(cosines[0] - cosines[1]).max() < 0.03
 
@@ -182,8 +181,9 @@ def test_open_clip_layout(pair):
     mine = {
       n if n.startswith('visual.') or n == 'logit_scale' else lead + n: v for n, v in state.items()
     }
-    _, params = convert.load(source_files.arrays(mine, options))
-    jax.tree.map(np.testing.assert_array_equal, params, modules.split(ours)[1])
+    source = source_files.arrays(mine, options)
+    params = convert.load(source, convert.config_of(source))
+    jax.tree.map(np.testing.assert_array_equal, params, modules.split_module(ours)[1])
   mine |= {'input_resolution': np.array(20), 'context_length': np.array(7)}
   assert convert.config_of(source_files.arrays(mine)).image.act == 'quick_gelu'
   assert convert.config_of(source_files.arrays(state)).image.act == 'gelu'
@@ -192,22 +192,25 @@ def test_open_clip_layout(pair):
 def test_a_tower_alone(pair):
   theirs, ours = pair
   source = reference.source(theirs, theirs.config.to_dict())
-  _, whole = modules.split(ours)
-  for tower in ('image', 'text'):
-    _, params = convert.load(source, towers=tower)
+  _, whole = modules.split_module(ours)
+  for tower in modeling.PARTS:
+    config = convert.config_of(source, tower)
+    params = convert.load(source, config)
+    assert config == modeling.part_of(ours.config, tower)
     assert set(params) == {tower}
     jax.tree.map(np.testing.assert_array_equal, params[tower], whole[tower])
   options = theirs.config.vision_config.to_dict() | {'projection_dim': 12}
   alone = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**options))
   alone = reference.source(alone, options)
-  assert convert.config_of(alone, 'image') == convert.config_of(source, 'image')
-  convert.load(alone, towers='image')
+  config = convert.config_of(source, 'image')
+  assert convert.config_of(alone, 'image') == config
+  convert.load(alone, config)
 
 
-@pytest.mark.parametrize('name', modeling.RELEASED)
+@pytest.mark.parametrize('name', [name for name in modeling.SIZES if name != 'tiny'])
 def test_released_sizes_are_theirs(name):
   """On the meta device: the counts, the configs from headers, and every key of both layouts."""
-  c = modeling.RELEASED[name]
+  c = modeling.SIZES[name]
   trunk = lambda t: (t.width, t.layers, t.heads, t.hidden)
   released = config(
     c.image.act, image=trunk(c.image), text=trunk(c.text), image_size=c.image_size,
@@ -215,14 +218,14 @@ def test_released_sizes_are_theirs(name):
   )  # fmt: skip
   with torch.device('meta'):
     theirs = transformers.CLIPModel(released)
-  _, template = modules.abstract(lambda: modeling.build(c))
-  assert modules.size(template) == sum(p.numel() for p in theirs.parameters())
+  _, template = modules.abstract_module(lambda: modeling.build(c))
+  assert modules.count_parameters(template) == sum(p.numel() for p in theirs.parameters())
   old = {f'{side}_model.embeddings.position_ids': torch.empty(9) for side in ('text', 'vision')}
   layouts = (theirs.state_dict() | old, open_names(theirs.state_dict()))
   for state, options in zip(layouts, ({}, {'quick_gelu': c.image.act == 'quick_gelu'})):
     source = header(state, options or released.to_dict())
     assert convert.config_of(source) == c
-    assert convert.config_of(source, 'image') == dataclasses.replace(c, text=None)
+    assert convert.config_of(source, 'image') == modeling.part_of(c, 'image')
     check_table(source, template)
 
 
@@ -230,7 +233,7 @@ def header(state, options):
   """A `Source` that knows names and shapes, and reads zeros without memory."""
   shapes = {k: (tuple(v.shape), 'float32') for k, v in state.items()}
   read = lambda name: np.broadcast_to(np.float32(0), shapes[name][0])
-  return convert.weights.checkpoints.Source('meta', shapes, read, options)
+  return source_files.Source('meta', shapes, read, options)
 
 
 def check_table(source, template):
@@ -244,7 +247,7 @@ def check_table(source, template):
 @pytest.mark.parametrize('shape', [(64, 64), (300, 301), (512, 380), (33, 47)])
 def test_hpsv2_s_own_preprocessing(shape):
   """hpsv2's transform: floats, the longer side to S with antialiasing, black around, normalised."""
-  ver = components.load('verifiers.hpsv2', random='b32')  # S = 224, as H/14
+  ver = components.load('verifiers.hpsv2', weights='random:b32')  # S = 224, as H/14
   picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
   x = torch.from_numpy(nchw(picture[None] / np.float32(255)))
   scale = 224 / float(max(shape))
@@ -255,7 +258,7 @@ def test_hpsv2_s_own_preprocessing(shape):
     x, (rest[1] // 2, rest[1] - rest[1] // 2, rest[0] // 2, rest[0] - rest[0] // 2)
   )
   mean, std = (torch.tensor(v)[:, None, None] for v in (modeling.MEAN, modeling.STD))
-  have = ver.prepare(picture[None] / np.float32(255))
+  have = ver.preprocess(picture[None] / np.float32(255))
   np.testing.assert_allclose(nchw(have), ((x - mean) / std).numpy(), atol=1e-4)
 
 
@@ -266,12 +269,11 @@ def test_aesthetic_head_is_the_published_module(tmp_path):
   theirs = torch.nn.ModuleDict({'layers': torch.nn.Sequential(*made)}).eval()
   state = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
   weight_files.save(tmp_path / 'head.safetensors', state)
-  ver = components.load('verifiers.aesthetic', random='tiny')
+  place = str(tmp_path / 'head.safetensors')
+  ver = components.load('verifiers.aesthetic', weights='random:tiny', head_weights=place)
   params = ver.load()
-  params['head'] = aesthetic.read_head(
-    str(tmp_path / 'head.safetensors'), 'mlp', aesthetic._shapes('mlp', 12)
-  )
+  params['head'] = ver._read_head(ver._head_shapes())
   pictures = np.random.default_rng(0).random((1, 3, 32, 32, 3), np.float32)
-  want = theirs['layers'](torch.from_numpy(np.array(ver.features(params, pictures))))
-  have = ver.score(params, {}, pictures)['aesthetic_tiny_random']
+  want = theirs['layers'](torch.from_numpy(np.array(ver.embed_images(params, pictures))))
+  have = ver.score(params, {}, {'image': pictures})['aesthetic_tiny_random']
   np.testing.assert_allclose(have, want.detach().numpy()[..., 0], **CLOSE)

@@ -31,7 +31,8 @@ def theirs():
 
 @pytest.fixture(scope='module')
 def ours(theirs):
-  return modules.merge(*convert.load(reference.source(theirs, OPTIONS)))
+  source = convert.whole(reference.source(theirs, OPTIONS))
+  return reference.bind_port(convert, modeling, source)
 
 
 @pytest.mark.parametrize('words', [20, 14], ids=['all', 'fewer'])
@@ -41,9 +42,9 @@ def test_every_stage(theirs, ours, words):
   with torch.no_grad():
     want = {k: v.numpy() for k, v in theirs.stages(**torches(inputs), words=words).items()}
   config = dataclasses.replace(ours.config, words=words)
-  graphdef, _ = modules.abstract(lambda: modeling.build(config))
-  ours = modules.merge(graphdef, modules.split(ours)[1])
-  embed, shown = ours.encoder.embed, ours.look(inputs['pixels'])
+  graphdef, _ = modules.abstract_module(lambda: modeling.build(config))
+  ours = modules.bind(graphdef, modules.split_module(ours)[1])
+  embed, shown = ours.encoder.embed, ours.embed_images(inputs['pixels'])
   read = embed(inputs['before']), shown, embed(inputs['after']), inputs['mask']
   states, mask = ours.read(*read)
   have = {
@@ -67,23 +68,24 @@ def test_other_places_of_the_same_weights(theirs, ours):
     'text_model.x': np.zeros(2), 'visual_projection.weight': np.zeros((2, 2)),
     'logit_scale': np.zeros(()),
   }  # fmt: skip
-  apart = convert.load(
+  apart = convert.whole(
     source_files.arrays(text, SIZES), source_files.arrays(whole_clip, {'vision_config': TOWER})
   )
   other = {f't5.{k}' if not k.startswith('mm_') else k: v for k, v in text.items()}
   for name in ('shared', 'encoder.embed_tokens', 'embed_tokens'):  # as safetensors keeps one
     other.pop(f't5.{name}.weight')
   other |= {f'v.{k}': v for k, v in vision.items()}
-  renamed = convert.load(source_files.arrays(other, OPTIONS))
-  want = modules.split(ours)[1]
-  for _, params in (apart, renamed):
+  renamed = convert.whole(source_files.arrays(other, OPTIONS))
+  want = modules.split_module(ours)[1]
+  for source in (apart, renamed):
+    params = convert.load(source, convert.config_of(source))
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
 @pytest.mark.parametrize('shape', [(40, 40), (33, 50), (50, 33), (512, 377), (300, 640), (336, 1)])
 def test_pictures_are_the_published_code_s(shape):
   """Squared, then resized by transformers' own processor: the same 8 bit picture."""
-  c = modeling.RELEASED['clip_flant5_xl']
+  c = modeling.SIZES['clip_flant5_xl']
   picture = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
   side, (height, width) = max(shape), shape
   canvas = Image.new('RGB', (side, side), tuple(int(x * 255) for x in clip.MEAN))
@@ -100,7 +102,7 @@ def test_pictures_are_the_published_code_s(shape):
 def test_released_sizes(name, count):
   """The released file's names, from the classes on meta; the tower's last block and norm are
   knowingly left."""
-  config = modeling.RELEASED[f'clip_flant5_{name}']
+  config = modeling.SIZES[f'clip_flant5_{name}']
   text = dataclasses.asdict(config.encoder) | {'num_decoder_layers': config.decoder.num_layers}
   tower = transformers.CLIPVisionConfig(
     hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
@@ -111,8 +113,8 @@ def test_released_sizes(name, count):
   buffer = 'vision_tower.vision_tower.vision_model.embeddings.position_ids'  # in old files
   source = convert.whole(header(theirs, convert.SETTINGS, also=(buffer,)))
   assert convert.config_of(source) == config
-  _, template = modules.abstract(lambda: modeling.build(config))
+  _, template = modules.abstract_module(lambda: modeling.build(config))
   check_table(convert.prepared(source), convert.RULES, template)
   own = {id(p): p.numel() for p in theirs.parameters()}
   last = sum(p.numel() for p in theirs.vision_tower.vision_tower.encoder.layers[-1].parameters())
-  assert sum(own.values()) == count == modules.size(template) + last + 2 * 1024
+  assert sum(own.values()) == count == modules.count_parameters(template) + last + 2 * 1024

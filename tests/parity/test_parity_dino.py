@@ -48,7 +48,7 @@ def data(*shape, seed=0):
 def pair(request):
   theirs = reference.randomise(MODELS[request.param](), 3)
   source = reference.source(theirs, theirs.config.to_dict())
-  return theirs, modules.merge(*convert.load(source))
+  return theirs, reference.bind_port(convert, modeling, source)
 
 
 def encoder(theirs):
@@ -84,8 +84,8 @@ def test_names_of_files(pair):
   files = on_disk(theirs)
   assert {k: v.shape for k, v in files.items()} == {k: v.shape for k, v in saved(theirs).items()}
   config = theirs.config.to_dict()
-  _, params = convert.load(source_files.arrays(files, config))
-  jax.tree.map(np.testing.assert_array_equal, params, modules.split(ours)[1])
+  params = convert.load(source_files.arrays(files, config), ours.config)
+  jax.tree.map(np.testing.assert_array_equal, params, modules.split_module(ours)[1])
 
 
 def test_original_layout():
@@ -93,7 +93,7 @@ def test_original_layout():
   theirs = transformers.ViTModel(transformers.ViTConfig(**SMALL, layer_norm_eps=1e-6))
   theirs = original_positions(reference.randomise(theirs, 4))
   source = source_files.arrays(original(theirs), {'num_attention_heads': 2})
-  ours = modules.merge(*convert.load(source))
+  ours = reference.bind_port(convert, modeling, source)
   assert ours.config.offset == 0.1
   for size in SIZES:
     x = data(2, *size, 3)
@@ -123,7 +123,7 @@ def test_resizing(old, new):
 
 def test_preprocessing():
   """BitImageProcessor with the settings on the hub. Where 224 is cut from an odd rest it may round
-  the other way than torchvision, which the original evaluations (and `prepare`) use."""
+  the other way than torchvision, which the original evaluations (and `preprocess`) use."""
   processor = transformers.models.bit.image_processing_pil_bit.BitImageProcessorPil(
     size={'shortest_edge': 256}, crop_size={'height': 224, 'width': 224},
     image_mean=modeling.MEAN, image_std=modeling.STD,
@@ -133,14 +133,14 @@ def test_preprocessing():
     picture = rng.integers(0, 256, (*size, 3), np.uint8)
     want = processor(picture, return_tensors='np', input_data_format='channels_last')
     want = want['pixel_values'][0].transpose(1, 2, 0)
-    have = modeling.prepare(picture[None].astype(np.float32) / 255)[0]
+    have = modeling.preprocess(None, picture[None].astype(np.float32) / 255)[0]
     assert (np.abs(have - want) * modeling.STD).max() < 1.001 / 255
 
 
-@pytest.mark.parametrize('name', modeling.RELEASED)
+@pytest.mark.parametrize('name', [name for name in modeling.SIZES if name != 'tiny'])
 def test_released(name):
   """As many parameters as the class on the meta device, and every tensor of its file known."""
-  c = modeling.RELEASED[name]
+  c = modeling.SIZES[name]
   sizes = {
     'hidden_size': c.width, 'num_hidden_layers': c.layers, 'num_attention_heads': c.heads,
     'patch_size': c.patch, 'image_size': c.patch * c.grid,
@@ -157,8 +157,8 @@ def test_released(name):
       theirs = getattr(transformers, kind + ('ForImageClassification' if c.classes else 'Model'))
       theirs = theirs(config)
   count = sum(p.numel() for n, p in theirs.named_parameters() if not n.endswith('mask_token'))
-  _, template = modules.abstract(lambda: modeling.build(c))
-  assert modules.size(template) == count
+  _, template = modules.abstract_module(lambda: modeling.build(c))
+  assert modules.count_parameters(template) == count
   for tensors in (saved(theirs), None):
     source = source_files.arrays(tensors, config.to_dict()) if tensors else header(theirs)
     if tensors:
@@ -180,13 +180,14 @@ def test_dreamsim():
       merge(model, low_rank, i, 0.5 / 16)
     parts, whole = embedding(theirs, images)
   found = dreamsim_convert.merged(bases, source_files.arrays(low_rank), 0.5 / 16)
-  config = dreamsim_convert.config_of(found, heads=2)
-  ours = modules.merge(*dreamsim_convert.load(found, config))
+  source = dreamsim_convert.joined(found)
+  ours = reference.bind_port(dreamsim_convert, dreamsim, source, heads=2)
   for branch, part in zip(ours.branches, parts, strict=True):
     np.testing.assert_allclose(dreamsim.feature(branch, images), part.numpy(), **CLOSE)
-  np.testing.assert_allclose(ours(images), whole.numpy(), **CLOSE)
-  plain = modules.merge(*dreamsim_convert.load(bases, config))
-  assert np.abs(plain(images) - whole.numpy()).max() > 1e-3
+  np.testing.assert_allclose(ours.embed_images(images), whole.numpy(), **CLOSE)
+  source = dreamsim_convert.joined(bases)
+  plain = reference.bind_port(dreamsim_convert, dreamsim, source, heads=2)
+  assert np.abs(plain.embed_images(images) - whole.numpy()).max() > 1e-3
 
 
 @pytest.mark.parametrize('name', dreamsim.BRANCHES)
@@ -209,7 +210,7 @@ def test_dreamsim_branches(name):
   source = source_files.arrays(tensors)
   found = convert.config_of(source, act=c.act, eps=c.eps, offset=c.offset)
   assert found == c
-  _, template = modules.abstract(lambda: modeling.build(c))
+  _, template = modules.abstract_module(lambda: modeling.build(c))
   check_table(convert.joined(source), convert.RULES, template)
   left = sum(v.size for k, v in tensors.items() if 'mask_token' in k)
-  assert modules.size(template) == sum(v.size for v in tensors.values()) - left
+  assert modules.count_parameters(template) == sum(v.size for v in tensors.values()) - left

@@ -23,13 +23,13 @@ def test_every_stage():
   x = np.random.default_rng(0).normal(size=(3, 155, 155, 3)).astype(np.float32)
   want = theirs(torch.from_numpy(reference.nchw(x)))
   source = source_files.arrays({k: v.numpy() for k, v in theirs.state.items()})
-  graphdef, params = convert.load(source, convert.config_of(source, side=155))
-  have = jax.jit(lambda p, x: modules.merge(graphdef, p).grids(x))(params, x)
+  model = reference.bind_port(convert, modeling, source, side=155)
+  graphdef, params = modules.split_module(model)
+  have = jax.jit(lambda p, x: modules.bind(graphdef, p).grids(x))(params, x)
   assert set(have) | {'features', 'logits'} == set(want)
   for name, grid in have.items():
     print(name, np.abs(reference.nchw(grid) - want[name].numpy()).max(), want[name].std().item())
     np.testing.assert_allclose(reference.nchw(grid), want[name], **CLOSE, err_msg=name)
-  model = modules.merge(graphdef, params)
   features = model(x)
   np.testing.assert_allclose(features, want['features'], **CLOSE)
   np.testing.assert_allclose(model.logits(features), want['logits'], **CLOSE)
@@ -43,11 +43,12 @@ def test_released_names_and_counts():
   norms = [n.removesuffix('.weight') for n in header if n.endswith('.bn.weight')]
   assert len(norms) == 94
   source = checkpoints.Source('released', header, lambda name: None)
-  assert convert.config_of(source) == modeling.RELEASED['inception_2015_12_05']
+  assert convert.config_of(source) == modeling.SIZES['inception_2015_12_05']
   counters = {f'{n}.num_batches_tracked': ((), 'int64') for n in norms}
   source = checkpoints.Source('released', header | counters, lambda name: None)
   whole = convert.folded(source)
-  want = weight_files.flatten(modules.abstract(lambda: modeling.build(modeling.Config()))[1])
+  _, template = modules.abstract_module(lambda: modeling.build(modeling.Config()))
+  want = weight_files.flatten(template)
   found = {}
   for name in whole.names():
     pattern, target, op = next(r for r in convert.RULES if re.fullmatch(r[0], name))
@@ -61,11 +62,11 @@ def test_released_names_and_counts():
   assert sum(int(np.prod(v.shape)) for v in want.values()) == count - shifts
 
 
-@pytest.mark.parametrize('look', modeling.LOOKS)
+@pytest.mark.parametrize('preprocessing', modeling.PREPROCESSINGS)
 @pytest.mark.parametrize('shape', [(64, 64), (299, 299), (400, 256), (150, 301)])
-def test_preprocessing(shape, look):
+def test_preprocessing(shape, preprocessing):
   pixels = np.random.default_rng(1).integers(0, 256, (2, *shape, 3), np.uint8)
   x = torch.from_numpy(reference.nchw(pixels)).float() / 255
-  want = reference.nhwc(golden.resized(x, 299, look))
-  have = modeling.prepare(pixels.astype(np.float32) / 255, 299, look)
+  want = reference.nhwc(golden.resized(x, 299, preprocessing))
+  have = modeling.preprocess(modeling.Config(), pixels.astype(np.float32) / 255, preprocessing)
   np.testing.assert_allclose(have, want, atol=1e-4)

@@ -35,7 +35,7 @@ def classes(v2):
 def pair(request):
   config, model = classes(request.param)
   theirs = reference.randomise(model(config(**SIZES)), 1)
-  ours = modules.merge(*convert.load(reference.source(theirs, SIZES)))
+  ours = reference.bind_port(convert, modeling, reference.source(theirs, SIZES))
   return theirs, ours
 
 
@@ -100,11 +100,11 @@ def test_heads(pair, inputs, outputs):
 
 
 def test_whole(pair, inputs, outputs):
-  graphdef, params = modules.split(pair[1])
+  graphdef, params = modules.split_module(pair[1])
 
   @jax.jit
   def run(params, images, ids):
-    model = modules.merge(graphdef, params)
+    model = modules.bind(graphdef, params)
     x, queries = model.features(images), model.text(ids).reshape(R, Q, -1)
     return model.logits(x, queries), model.boxes(x)
 
@@ -143,7 +143,7 @@ def test_owlvit_preprocessing(old):
   found = picture(*old)
   processor = OwlViTImageProcessorPil(size={'height': 96, 'width': 96}, do_normalize=False)
   want = processor(Image.fromarray(found), return_tensors='np').pixel_values[0]
-  have = modeling.prepare(config, found[None] / np.float32(255))[0]
+  have = modeling.preprocess(config, found[None] / np.float32(255))[0]
   have = np.asarray(have) * modeling.STD + modeling.MEAN
   assert np.abs(have - want.transpose(1, 2, 0)).max() <= 1.001 / 255
 
@@ -160,14 +160,14 @@ def test_owlv2_preprocessing(old):
     image, ((0, 0), (0, max(old) - old[0]), (0, max(old) - old[1])), constant_values=0.5
   )
   want = processor(Image.fromarray(found), return_tensors='np').pixel_values[0]
-  have = modeling.prepare(config, found[None] / np.float32(255))[0]
+  have = modeling.preprocess(config, found[None] / np.float32(255))[0]
   np.testing.assert_allclose(have, want.transpose(1, 2, 0), atol=2e-5)
 
 
-@pytest.mark.parametrize('name', modeling.RELEASED)
+@pytest.mark.parametrize('name', [n for n in modeling.SIZES if not n.startswith('tiny')])
 def test_released_sizes_and_keys(name):
   """Every key of the full-size state dict is read or knowingly left, every parameter filled."""
-  c = modeling.RELEASED[name]
+  c = modeling.SIZES[name]
   tower = lambda t: {
     'hidden_size': t.width, 'intermediate_size': t.hidden, 'num_hidden_layers': t.layers,
     'num_attention_heads': t.heads,
@@ -183,12 +183,12 @@ def test_released_sizes_and_keys(name):
   old = [f'{lead}.{part}_model.embeddings.position_ids' for part in ('text', 'vision')]
   source = full_size.header(theirs, sizes, [*old, 'box_bias'])
   assert convert.config_of(source) == c
-  _, template = modules.abstract(lambda: modeling.build(c))
+  _, template = modules.abstract_module(lambda: modeling.build(c))
   full_size.check_table(fused(stacked(source, 'layers')), convert.RULES, template)
   left = c.vision.width * c.embed + 1  # visual_projection, logit_scale
   count = sum(p.numel() for p in theirs.parameters())
-  assert modules.size(template) + left == count
-  print(name, modules.size(template), count)
+  assert modules.count_parameters(template) + left == count
+  print(name, modules.count_parameters(template), count)
 
 
 @pytest.mark.parametrize('v2', [False, True])

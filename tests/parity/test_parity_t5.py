@@ -23,8 +23,8 @@ def pair(request):
     feed_forward_proj=request.param, dropout_rate=0.0,
   )  # fmt: skip
   theirs = reference.randomise(transformers.T5EncoderModel(config), 1)
-  ours = modules.merge(*convert.load(reference.source(theirs, config.to_dict())))
-  return theirs, ours
+  source = reference.source(theirs, config.to_dict())
+  return theirs, reference.bind_port(convert, modeling, source)
 
 
 def data(*shape, seed=0):
@@ -82,8 +82,8 @@ def test_encoder(pair, lengths):
   options = {} if mask is None else {'attention_mask': torch.from_numpy(mask)}
   with torch.no_grad():
     want = theirs(torch.from_numpy(ids), **options).last_hidden_state.numpy()
-  graphdef, params = modules.split(ours)
-  have = jax.jit(lambda p, i, m: modules.merge(graphdef, p)(i, m))(params, ids, mask)
+  graphdef, params = modules.split_module(ours)
+  have = jax.jit(lambda p, i, m: modules.bind(graphdef, p)(i, m))(params, ids, mask)
   np.testing.assert_allclose(have, want, **CLOSE)
 
 
@@ -92,15 +92,17 @@ def test_whole_model_files_load(pair):
   whole = transformers.T5ForConditionalGeneration(theirs.config)
   whole.encoder.load_state_dict(theirs.encoder.state_dict())
   whole.shared.load_state_dict(theirs.shared.state_dict())
-  _, params = convert.load(reference.source(whole))
-  jax.tree.map(np.testing.assert_array_equal, params, modules.split(ours)[1])
+  source = reference.source(whole)
+  params = convert.load(source, convert.config_of(source))
+  jax.tree.map(np.testing.assert_array_equal, params, modules.split_module(ours)[1])
 
 
 def test_released_configs():
   """The released sizes have as many parameters as transformers' class on the meta device."""
-  for config in modeling.RELEASED.values():
+  for config in modeling.SIZES.values():
     sizes = dataclasses.asdict(config)
     with torch.device('meta'):
       theirs = transformers.T5EncoderModel(transformers.T5Config(**sizes))
     count = sum(p.numel() for p in theirs.parameters())
-    assert modules.size(modules.abstract(lambda c=config: modeling.build(c))[1]) == count
+    _, params = modules.abstract_module(lambda c=config: modeling.build(c))
+    assert modules.count_parameters(params) == count

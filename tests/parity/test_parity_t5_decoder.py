@@ -28,9 +28,9 @@ def untied(config):
 def load(theirs, encoder):
   source = reference.source(theirs, theirs.config.to_dict())
   config = decoder.config_of(source, encoder)
-  graphdef, template = modules.abstract(lambda: decoder.build(config))
+  graphdef, template = modules.abstract_module(lambda: decoder.build(config))
   table = [*decoder.RULES, (r'(encoder|shared|decoder\.embed_tokens)\..*', None, '')]
-  return modules.merge(graphdef, conversion.convert(decoder.layered(source), table, template))
+  return modules.bind(graphdef, conversion.convert(decoder.layered(source), table, template))
 
 
 @pytest.fixture(scope='module', params=['gated-gelu', 'relu'])
@@ -88,13 +88,13 @@ def test_every_part(pair, lengths):
   x, states = data(R, A, D), data(R, W, D, seed=1)
   mask = None if lengths is None else (np.arange(W) < np.array(lengths)[:, None]).astype(np.int64)
   seen, last, logits = run(theirs, x, states, mask)
-  graphdef, params = modules.split(ours.blocks)
+  graphdef, params = modules.split_module(ours.blocks)
   bias = theirs.decoder.block[0].layer[0].SelfAttention.compute_bias(A, A).detach().numpy()
   have, lower = np.asarray(ours.bias(A)), np.tri(A, dtype=bool)
   np.testing.assert_allclose(have[:, :, lower], bias[:, :, lower], **CLOSE)
   assert (have[:, :, ~lower] < -1e38).all()
   for i in range(3):
-    block = modules.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], params))
+    block = modules.bind(graphdef, jax.tree.map(lambda a, i=i: a[i], params))
     for name, part in {
       'layer.0.layer_norm': block.attention_norm,
       'layer.0.SelfAttention': lambda y, b=block: b.attention(y, have),
@@ -121,7 +121,8 @@ def test_whole_model(pair):
   with torch.no_grad():
     args = (torch.from_numpy(v) for v in (ids, mask, answer))
     want = theirs(**dict(zip(('input_ids', 'attention_mask', 'labels'), args))).logits.numpy()
-  encoder = modules.merge(*convert.load(reference.source(theirs, theirs.config.to_dict())))
+  source = reference.source(theirs, theirs.config.to_dict())
+  encoder = reference.bind_port(convert, modeling, source)
   embedded = encoder.embed(decoder.shifted(answer))
   np.testing.assert_allclose(ours(embedded, encoder(ids, mask), mask), want, **CLOSE)
 
@@ -131,13 +132,14 @@ def test_whole_model(pair):
 )
 def test_released_sizes(name, count):
   """Keys and parameters of the decoder with its head, from transformers' class on meta."""
-  config = modeling.RELEASED[name]
+  config = modeling.SIZES[name]
   with torch.device('meta'):
     theirs = untied(transformers.T5Config(**dataclasses.asdict(config), tie_word_embeddings=False))
   source = header(theirs)
   assert decoder.config_of(source, config) == config
-  _, template = modules.abstract(lambda: decoder.build(config))
+  _, template = modules.abstract_module(lambda: decoder.build(config))
   own = [n for n in source.names() if n.startswith(('decoder.block', 'decoder.final', 'lm_head'))]
-  assert modules.size(template) == count == sum(int(np.prod(source.shape(n))) for n in own)
+  theirs = sum(int(np.prod(source.shape(n))) for n in own)
+  assert modules.count_parameters(template) == count == theirs
   table = [*decoder.RULES, (r'(encoder|shared|decoder\.embed_tokens)\..*', None, '')]
   check_table(decoder.layered(source), table, template)

@@ -8,7 +8,7 @@ import reference
 from PIL import Image
 from reference import torch, transformers
 
-from vtts_jax.models import modules
+from vtts_jax.models import modules, vit
 from vtts_jax.models.stacked import fused, stacked
 from vtts_jax.models.yolos import convert, modeling
 
@@ -26,7 +26,7 @@ def pair(request):
   sizes['use_mid_position_embeddings'] = request.param
   theirs = transformers.YolosForObjectDetection(transformers.YolosConfig(**sizes, num_labels=6))
   theirs = reference.randomise(theirs, 1)
-  return theirs, modules.merge(*convert.load(reference.source(theirs, sizes)))
+  return theirs, reference.bind_port(convert, modeling, reference.source(theirs, sizes))
 
 
 @pytest.mark.parametrize('size', [(24, 40), (40, 40)])  # the grid's own, and one to resize to
@@ -50,8 +50,8 @@ def test_every_stage(pair, size):
   for have, block in zip(blocks, seen):
     np.testing.assert_allclose(have, block, atol=5e-5, rtol=1e-5)
   np.testing.assert_allclose(ours.norm(last), want.last_hidden_state.numpy(), atol=5e-5, rtol=1e-5)
-  graphdef, params = modules.split(ours)
-  logits, boxes = jax.jit(lambda p, x: modules.merge(graphdef, p)(x))(params, images)
+  graphdef, params = modules.split_module(ours)
+  logits, boxes = jax.jit(lambda p, x: modules.bind(graphdef, p)(x))(params, images)
   np.testing.assert_allclose(logits, want.logits.numpy(), atol=1e-4, rtol=1e-5)
   np.testing.assert_allclose(boxes, want.pred_boxes.numpy(), atol=1e-4)
 
@@ -72,14 +72,14 @@ def test_positions_are_resized_as_torch_does(new):
 def test_preprocessing(old, monkeypatch):
   from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
-  config = modeling.Config(modeling._vit(8, 1, 1), (64, 64), shortest=64)
+  config = modeling.Config(vit.Config(8, 1, 1, 32, eps=1e-12), (64, 64), shortest=64)
   monkeypatch.setattr(modeling, 'LONGEST', 107)
   picture = np.random.default_rng(2).integers(0, 256, (*old, 3), np.uint8)
   processor = YolosImageProcessorPil(
     size={'shortest_edge': 64, 'longest_edge': 107}, do_normalize=False, do_pad=False
   )
   want = processor(Image.fromarray(picture), return_tensors='np').pixel_values[0]
-  have = modeling.prepare(config, picture[None] / np.float32(255))[0]
+  have = modeling.preprocess(config, picture[None] / np.float32(255))[0]
   assert have.shape == want.transpose(1, 2, 0).shape
   have = np.asarray(have) * modeling.STD + modeling.MEAN
   assert np.abs(have - want.transpose(1, 2, 0)).max() <= 1.001 / 255
@@ -89,16 +89,16 @@ def test_side_is_the_processors_for_every_size():
   from transformers.models.yolos.image_processing_pil_yolos import get_size_with_aspect_ratio_yolos
 
   for name, shortest in (('yolos_tiny', 512), ('yolos_small', 800), ('yolos_base', 800)):
-    config = modeling.RELEASED[name]
+    config = modeling.SIZES[name]
     for height in (64, 333, 512, 768, 800, 1024, 1333):
       for width in (64, 256, 511, 512, 800, 1000, 1344):
         want = get_size_with_aspect_ratio_yolos((height, width), shortest, 1333)
         assert modeling.side(config, height, width) == want, (name, height, width)
 
 
-@pytest.mark.parametrize('name', modeling.RELEASED)
+@pytest.mark.parametrize('name', [n for n in modeling.SIZES if n != 'tiny'])
 def test_released_sizes_and_keys(name):
-  c = modeling.RELEASED[name]
+  c = modeling.SIZES[name]
   sizes = {
     'hidden_size': c.trunk.width, 'intermediate_size': c.trunk.hidden,
     'num_hidden_layers': c.trunk.layers, 'num_attention_heads': c.trunk.heads,
@@ -108,11 +108,11 @@ def test_released_sizes_and_keys(name):
     theirs = transformers.YolosForObjectDetection(transformers.YolosConfig(**sizes, num_labels=91))
   source = full_size.header(theirs, sizes)
   assert convert.config_of(source) == c
-  _, template = modules.abstract(lambda: modeling.build(c))
+  _, template = modules.abstract_module(lambda: modeling.build(c))
   whole = fused(stacked(source, 'layer'), ('query', 'key', 'value'))
   full_size.check_table(whole, convert.RULES, template)
-  assert modules.size(template) == sum(p.numel() for p in theirs.parameters())
-  print(name, modules.size(template))
+  assert modules.count_parameters(template) == sum(p.numel() for p in theirs.parameters())
+  print(name, modules.count_parameters(template))
 
 
 def test_flops_are_what_torch_counts():

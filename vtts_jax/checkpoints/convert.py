@@ -30,9 +30,10 @@ def convert(source, rules: Sequence[Rule], template, dtype=None, sharding=None):
       path of `template` with `\\1` groups, or None for a tensor that is knowingly not used; `op` is
       a key of `OPS` or a function of a numpy array. Two names may feed one target (tied weights) if
       their values are equal.
-    template: nested dict of ShapeDtypeStructs, from `abstract`.
+    template: nested dict of ShapeDtypeStructs, from `modules.abstract_module`.
     dtype: of the floating leaves; the template's by default.
-    sharding: one `jax.sharding.Sharding`, or a tree of them like `template` (`sharding.place`).
+    sharding: one `jax.sharding.Sharding`, or a tree of them like `template`, as from
+      `modules.shardings_by_rule`.
 
   Raises:
     ValueError: names missing from the source or unused by the model, a wrong shape, floats where

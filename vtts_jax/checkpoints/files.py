@@ -6,13 +6,13 @@ that names both sides.
 
 import json
 import os
-import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.checkpoints import source
+from vtts_jax.media.files import atomic_path
 
 
 def flatten(params):
@@ -22,7 +22,7 @@ def flatten(params):
 
 
 def save(path, params, metadata=None, dtype=None):
-  """Writes `params` (nested dict) to a safetensors file, through a temporary file and a rename.
+  """Writes `params` (nested dict) to a safetensors file, whole or not at all.
 
   `metadata` maps names to strings (anything else becomes JSON); `dtype` rounds floating leaves, for
   example `jnp.float16`.
@@ -36,17 +36,8 @@ def save(path, params, metadata=None, dtype=None):
       array = array.astype(dtype)
     plain[key] = np.asarray(array, order='C')  # keeps 0-d
   text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
-  folder = os.path.dirname(os.path.abspath(path))
-  os.makedirs(folder, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
-  os.close(handle)
-  try:
-    save_file(plain, temporary, metadata=text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  with atomic_path(path) as temporary:
+    save_file(plain, os.fspath(temporary), metadata=text)
 
 
 def metadata(path):

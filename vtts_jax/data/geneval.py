@@ -1,15 +1,17 @@
-"""GenEval's prompts: what they ask for, read off the sentence; its classes and colours.
+"""GenEval's prompts: what they ask for, its classes, colours and relations.
 
-The benchmark's prompts are a closed grammar of six templates (Ghosh et al. 2023, arXiv 2310.11513;
-github.com/djghosh13/geneval, MIT licence), so its metadata can be read off them: `parse` gives what
-`evaluation_metadata.jsonl` says in each of its 553 rows. Classes are COCO's in GenEval's words.
+Metadata says what a prompt asks for: `include` lists objects with their class, count and perhaps
+colour and position, `exclude` lists what must not be there, `tag` is the category. A prompt row
+that has them brings its own; else the sentence is read. The benchmark's sentences are a
+closed grammar of six templates (Ghosh et al. 2023, arXiv 2310.11513; github.com/djghosh13/geneval,
+MIT licence), so `parse_prompt` gives what `evaluation_metadata.jsonl` says in each of its 553 rows.
+Classes are COCO's in GenEval's words.
 """
 
-import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vtts_jax.data import prompts
 from vtts_jax.errors import ConfigError
 
 COLOURS = (
@@ -41,54 +43,70 @@ FORMS = (
 )
 
 
-def article(words: str) -> str:
+def with_article(words: str) -> str:
   """'a dog', 'an orange'."""
   return f'an {words}' if words[0] in 'aeiou' else f'a {words}'
 
 
-def plural(name: str) -> str:
+def plural_of(name: str) -> str:
   """As GenEval writes it: 'buses', and also 'benchs'."""
   return f'{name}es' if name.endswith('s') else f'{name}s'
 
 
-_THINGS = {article(name): (name, None) for name in CLASSES} | {
-  article(f'{colour} {name}'): (name, colour) for colour in COLOURS for name in CLASSES
+# every noun phrase of the grammar -> (class, colour or None)
+_PHRASES = {with_article(name): (name, None) for name in CLASSES} | {
+  with_article(f'{colour} {name}'): (name, colour) for colour in COLOURS for name in CLASSES
 }
-_PLURALS = {plural(name): name for name in CLASSES}
-_JOINT = re.compile(f'(.+?) (and|{"|".join(RELATIONS)}) (.+)')
+_PLURALS = {plural_of(name): name for name in CLASSES}
+_TWO_PHRASES = re.compile(f'(.+?) (and|{"|".join(RELATIONS)}) (.+)')
 
 
-def parse(text: str) -> dict:
-  """A prompt's row of metadata: {'tag', 'include', 'exclude' where counted, 'prompt'}.
+def metadata_of(prompts: Sequence[Mapping[str, Any]]) -> list[dict]:
+  """The metadata of each prompt row: its own where it has 'include' or 'exclude', else read off
+  its text.
+
+  Raises:
+    ConfigError: a prompt without either.
+  """
+  brings_own = lambda row: row.get('include') or row.get('exclude')
+  return [dict(row) if brings_own(row) else parse_prompt(row.get('text', '')) for row in prompts]
+
+
+def parse_prompt(text: str) -> dict:
+  """A prompt's row of metadata: {'tag', 'include', 'exclude' where counted, 'text'}.
 
   Raises:
     ConfigError: a prompt of another form.
   """
   found = re.fullmatch('a photo of (.+)', text)
-  said = _read(found[1]) if found else None
-  if said is None:
-    raise ConfigError(f'prompts: {text!r} is no prompt of GenEval; it must read like {FORMS}')
-  tag, include, *exclude = said
-  return {'tag': tag, 'include': include, **({'exclude': exclude} if exclude else {}),
-          'prompt': text}  # fmt: skip
+  parsed = _parse_phrase(found[1]) if found else None
+  if parsed is None:
+    raise ConfigError(
+      f'prompts: {text!r} is no prompt of GenEval; it must read like {FORMS}, or its row must have '
+      "an 'include'"
+    )
+  tag, include, *exclude = parsed
+  return {'tag': tag, 'include': include, **({'exclude': exclude} if exclude else {}), 'text': text}
 
 
-def _read(words):
-  """(tag, include, what is excluded ...), None if it is no such sentence."""
+def _parse_phrase(words):
+  """(tag, include, what is excluded ...) of what is photographed; None if it is no such phrase."""
   number, _, many = words.partition(' ')
   if number in NUMBERS and many in _PLURALS:
+    # 'three dogs' asks for three and forbids four
     name, count = _PLURALS[many], NUMBERS.index(number) + 2
     return 'counting', [_entry(name, None, count)], _entry(name, None, count + 1)
-  if words in _THINGS:
-    name, colour = _THINGS[words]
+  if words in _PHRASES:
+    name, colour = _PHRASES[words]
     return 'colors' if colour else 'single_object', [_entry(name, colour)]
-  found = _JOINT.fullmatch(words)
-  if not found or found[1] not in _THINGS or found[3] not in _THINGS:
+  found = _TWO_PHRASES.fullmatch(words)
+  if not found or found[1] not in _PHRASES or found[3] not in _PHRASES:
     return None
-  (a, colour_a), (b, colour_b) = _THINGS[found[1]], _THINGS[found[3]]
+  (a, colour_a), (b, colour_b) = _PHRASES[found[1]], _PHRASES[found[3]]
   if found[2] != 'and':
     if colour_a or colour_b:
       return None
+    # 'a cup left of a cow': the cow is entry 0, to which the cup's position refers
     return 'position', [_entry(b), {**_entry(a), 'position': [found[2], 0]}]
   if bool(colour_a) != bool(colour_b):
     return None
@@ -97,29 +115,3 @@ def _read(words):
 
 def _entry(name, colour=None, count=1):
   return {'class': name, 'count': count, **({'color': colour} if colour else {})}
-
-
-@functools.cache
-def _rows(path):
-  return {row['prompt']: row for row in prompts.prompts(path)}
-
-
-def metadata(texts: Sequence[str], path: str = '') -> list[dict]:
-  """A row of metadata for each prompt: from the file `path` in GenEval's format, or by `parse`.
-
-  Raises:
-    ConfigError: no such file, a row without 'include', a prompt that the file or the grammar does
-      not have.
-  """
-  if not path:
-    return [parse(text) for text in texts]
-  try:
-    rows = _rows(path)
-  except ValueError as error:
-    raise ConfigError(f'verifier.metadata: {error}') from None
-  for text in texts:
-    if not rows.get(text, {}).get('include'):
-      raise ConfigError(
-        f'verifier.metadata={path!r}: has no row with an include for the prompt {text!r}'
-      )
-  return [rows[text] for text in texts]

@@ -1,4 +1,7 @@
-"""Prompts as text towers read them: token ids and masks, padded, and cut with a warning."""
+"""Texts as networks read them: token ids and masks, padded, and cut or refused where too long.
+
+Letters: B texts · W tokens of a text.
+"""
 
 import bisect
 import functools
@@ -11,55 +14,71 @@ from absl import logging
 from vtts_jax.errors import ConfigError
 
 
-def tokens(
-  texts: Sequence[str], place: str, length: int, vocab: int, template: str = '{}'
-) -> tuple:
-  """Ids and mask `[B, length]` int32 of the texts, padded as the tokenizer pads.
+def tokenize_texts(
+  texts: Sequence[str],
+  tokenizer: str,
+  width: int,
+  vocab: int,
+  template: str = '{}',
+  *,
+  longer: str = 'cut',
+  allow_empty: bool = False,
+  setting: str = 'verifier.length',
+) -> tuple[np.ndarray, np.ndarray]:
+  """Ids and mask `[B, W]` int32 of texts, padded to `width` as the tokenizer pads.
 
   Args:
-    texts: prompts, none of them empty.
-    place: folder or repository (`owner/name@revision`) with a tokenizer of transformers, or '' for
-      random weights: words are hashed to 1 .. vocab - 3 between a start (vocab - 2) and an end
-      (vocab - 1), and 0 pads.
-    length: of the context. What is longer is cut, and one warning names the first such prompt.
-    template: what a prompt is put into, at its '{}'. It is never cut itself: of a long prompt the
-      end is left out.
+    tokenizer: folder or repository (`owner/name@revision`) with a tokenizer of transformers, or ''
+      for random weights, which know no words (`hash_words`).
+    width: W.
+    vocab: of the network; only the hashed ids depend on it.
+    template: what a text is put into, at its '{}'. It is never cut itself: of a long text the end
+      is left out.
+    longer: what becomes of a text of more than W tokens: 'cut', with one warning that names the
+      first, or 'error'.
+    allow_empty: whether a text may have no words (the null prompt of guidance has none).
+    setting: what says W, for errors.
 
   Raises:
-    ConfigError: an empty prompt, or a template without room for any.
+    ConfigError: an empty text, a template without room for any, a text that is too long.
   """
   empty = [i for i, text in enumerate(texts) if not text.strip()]
-  if empty:
+  if empty and not allow_empty:
     raise ConfigError(f'prompts: prompt {empty[0]} is empty; a text verifier must have words')
-  split = _pretrained(place) if place else functools.partial(_hashed, vocab=vocab)
-  read = lambda text: split(template.replace('{}', text), length)
+  split = _pretrained(tokenizer) if tokenizer else functools.partial(hash_words, vocab=vocab)
+  read = lambda text: split(template.replace('{}', text), width)
   rows = [read(text) for text in texts]
-  long = [(text, whole) for text, (_, _, whole) in zip(texts, rows) if whole > length]
+  long = [(text, length) for text, (_, _, length) in zip(texts, rows) if length > width]
+  if long and longer == 'error':
+    raise ConfigError(f'{setting}={width}: {long[0][0]!r} has {long[0][1]} tokens')
   if long:
     logging.warning(
-      'prompts: %d of %d are longer than the %d tokens that the verifier reads and are cut; the '
-      'first has %d: %r', len(long), len(texts), length, long[0][1], long[0][0],
+      'prompts: %d of %d are longer than the %d tokens that are read and are cut; the first has '
+      '%d: %r', len(long), len(texts), width, long[0][1], long[0][0],
     )  # fmt: skip
-  if template != '{}':
+  if long and template != '{}':
     rows = [
-      r if r[2] <= length else read(_head(text, read, length)) for text, r in zip(texts, rows)
+      row if row[2] <= width else read(_longest_head(text, read, width, setting))
+      for text, row in zip(texts, rows)
     ]
-  return tuple(np.array([row[i] for row in rows], np.int32) for i in range(2))
+  return tuple(np.array([row[i] for row in rows], np.int32).reshape(-1, width) for i in range(2))
 
 
-def _head(text, read, length):
+def _longest_head(text, read, width, setting):
   """As much of the text's beginning as fits."""
-  end = bisect.bisect_right(range(len(text)), length, key=lambda n: read(text[:n])[2]) - 1
+  end = bisect.bisect_right(range(len(text)), width, key=lambda n: read(text[:n])[2]) - 1
   if end < 1:
-    raise ConfigError(f'verifier.length={length}: too few tokens for any of {text!r}')
+    raise ConfigError(f'{setting}={width}: too few tokens for any of {text!r}')
   return text[:end]
 
 
-def _hashed(text, length, vocab):
-  found = [1 + zlib.crc32(word.encode()) % (vocab - 3) for word in text.split()]
-  whole, kept = len(found) + 2, found[: length - 2]
-  ids, pad = [vocab - 2, *kept, vocab - 1], length - 2 - len(kept)
-  return ids + [0] * pad, [1] * len(ids) + [0] * pad, whole
+def hash_words(text: str, width: int, vocab: int) -> tuple[list[int], list[int], int]:
+  """(ids, mask, tokens before the cut) by a hash of each word: 1 .. vocab - 3 between a start
+  (vocab - 2) and an end (vocab - 1); 0 pads."""
+  words = [1 + zlib.crc32(word.encode()) % (vocab - 3) for word in text.split()]
+  kept = words[: width - 2]
+  ids, padding = [vocab - 2, *kept, vocab - 1], [0] * (width - 2 - len(kept))
+  return ids + padding, [1] * len(ids) + padding, len(words) + 2
 
 
 @functools.cache
@@ -69,10 +88,10 @@ def _pretrained(place):
   name, _, revision = place.partition('@')
   tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
 
-  def split(text, length):
-    whole = len(tokenizer(text, verbose=False).input_ids)
-    row = tokenizer(text, truncation=True, max_length=length, padding='max_length')
+  def split(text, width):
+    length = len(tokenizer(text, verbose=False).input_ids)
+    row = tokenizer(text, truncation=True, max_length=width, padding='max_length')
     mask = row.get('attention_mask', [int(i != tokenizer.pad_token_id) for i in row.input_ids])
-    return row.input_ids, mask, whole
+    return row.input_ids, mask, length
 
   return split

@@ -1,12 +1,13 @@
-"""`search`: prompts in, the best picture of each out, and the bill before anything runs.
+"""`search`: prompts in, the best candidate of each out, and the bill before anything runs.
 
 Prompts are processed in batches of one shape, padded, so that nothing is compiled twice; on a mesh
-each device has its own prompts (`shard_map`), and a candidate's keys depend on (seed, prompt id,
-candidate id, stage) alone.
+each group of devices along 'data' has its own prompts, and a candidate's keys depend on (seed,
+prompt id, candidate id, stage) alone.
 Letters: P prompts in all, B in a batch, M candidates of a step, N kept.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,58 +15,259 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vtts_jax.core import Algorithm, Best, Cost, Generator, Verifier
-from vtts_jax.engine import drivers
-from vtts_jax.engine.drivers import Program
-from vtts_jax.engine.step import Job, StepTrace
+from vtts_jax import core
+from vtts_jax.core import Algorithm, Cost, Generator, Verifier
+from vtts_jax.engine import fused, stepped
+from vtts_jax.engine.checkpoint import SearchCheckpoint
+from vtts_jax.engine.compilation import compile_log
+from vtts_jax.engine.program import COLLECT, SearchProgram
+from vtts_jax.engine.result import SearchResult
 from vtts_jax.errors import ConfigError
 
+INFINITY = float('inf')
 
-@dataclasses.dataclass
-class SearchResult:
-  """What a search found, as numpy arrays over P prompts.
+
+def search(
+  algo: Algorithm,
+  gen: Generator,
+  ver: Verifier,
+  prompts: Sequence[str | core.Prompt],
+  *,
+  seed: int | jax.Array = 0,
+  budget: Mapping[str, float] | None = None,
+  **options,
+) -> SearchResult:
+  """Searches the best candidate for each prompt.
+
+  Args:
+    algo, gen, ver: what `load` returns.
+    prompts: P texts, or mappings with 'text', 'label', 'reference' ...
+    seed: an integer, or a key (`jax.random.key(seed)`).
+    budget: limits per prompt, by the names of `Cost`; a search above one is refused before
+      anything is compiled.
+    options: see `prepare_search`.
+
+  Raises:
+    ConfigError: settings that do not fit, before any compile.
+  """
+  return prepare_search(algo, gen, ver, prompts, budget=budget, **options).run(seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSearch:
+  """A search whose parts are checked, whose prompts are tokenized and whose weights are placed.
 
   Attributes:
-    prompts, ids: P texts and their global ids `[P]`.
-    images: `[P, H, W, 3]`, float32 in [0, 1], of the best candidates.
-    best: slim states `[P, ...]`, stages done `[P]`, scores `{name: [P]}` and total `[P]`. A prompt
-      none of whose candidates had finite scores has total -inf; `failed` lists them.
-    steps: one `StepTrace` a step.
-    costs: cost per prompt of each step; the last entry also has the final render.
-    seconds: 'compile' and 'run', summed over the batches; 'prompts' counts what was run, padding
-      included.
+    program: what is compiled.
+    prompts, ids: P prompt rows and their global ids `[P]`.
+    arrays: tokenized prompts, `[P, ...]`.
+    params: `{'generator': .., 'verifier': .., 'measure': ..}`, placed.
+    initial: given tokens `[P, t]`.
+    costs: the bill of each step.
+    mesh, mode, batch: see `prepare_search`; `batch` is rounded up to the mesh.
   """
 
-  prompts: list[str]
+  program: SearchProgram
+  prompts: list[dict]
   ids: np.ndarray
-  images: np.ndarray
-  best: Best
-  steps: tuple[StepTrace, ...]
+  arrays: Any
+  params: Any
+  initial: np.ndarray
   costs: tuple[Cost, ...]
-  seconds: dict[str, float]
+  mesh: Mesh | None
+  mode: str
+  batch: int
+  on_step: Callable | None = None
+  checkpoint: Any = None
+  every: int = 0
 
-  @property
-  def failed(self) -> list[int]:
-    return [int(i) for i, total in zip(self.ids, self.best.total) if not np.isfinite(total)]
+  def run(self, rows: Sequence[int] | None = None, seed: int | jax.Array = 0) -> SearchResult:
+    """Searches the prompts at `rows` (all by default) in batches."""
+    rows = np.arange(len(self.prompts)) if rows is None else np.asarray(rows)
+    root = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
+    log = compile_log()
+    compiled = log.seconds
 
-  def spent(self) -> np.ndarray:
-    """What each prompt spent up to and with each step, `[P, S, 4]` in the order of `Cost`: steps
-    that a prompt did not need are not on its bill; the final render is in the last."""
-    steps = np.array([dataclasses.astuple(cost) for cost in self.costs])
-    active = np.stack([step.active for step in self.steps], axis=1)
-    return np.cumsum(steps * active[..., None], axis=1)
+    def one_batch(low):
+      """One batch, and its seconds without compiling."""
+      mine = rows[low : low + self.batch]
+      start, before = time.perf_counter(), log.seconds
+      out = jax.tree.map(np.asarray, self._run_batch(mine, root))
+      ran = time.perf_counter() - start - (log.seconds - before)
+      return jax.tree.map(lambda x: x[: len(mine)], out), ran
 
-  @property
-  def bad(self) -> dict[str, np.ndarray]:
-    """`{name: [P]}`: NaN or infinite scores met on the way."""
-    return {name: sum(step.bad[name] for step in self.steps) for name in self.steps[0].bad}
+    batches = range(0, len(rows), self.batch)
+    parts, ran = zip(*overlapped(one_batch, batches, self.program.ver))
+    best, outputs, traces = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    seconds = {
+      'compile': log.seconds - compiled,
+      'run': sum(ran),  # of batches that ran side by side, of each
+      'prompts': float(len(parts) * self.batch),
+    }
+    prompts = [self.prompts[i] for i in rows]
+    kinds = dict(self.program.gen.outputs)
+    return SearchResult(prompts, self.ids[rows], outputs, best, traces, self.costs, seconds, kinds)
+
+  def _run_batch(self, rows, root):
+    """(best, outputs, traces) of the prompts at `rows`, padded with the last of them."""
+    padded = rows[np.minimum(np.arange(self.batch), len(rows) - 1)]
+    local = (self.arrays, self.ids.astype(np.uint32), self.initial)
+    arrays, ids, initial = jax.tree.map(lambda x: np.asarray(x)[padded], local)
+    if self.mesh is not None:
+      by_prompt = NamedSharding(self.mesh, PartitionSpec('data'))
+      arrays, ids, initial = jax.device_put((arrays, ids, initial), by_prompt)
+      root = jax.device_put(root, NamedSharding(self.mesh, PartitionSpec()))
+    if self.mode == 'fused':
+      return fused.run_fused(self.program, self.mesh, self.params, arrays, ids, root, initial)
+    saved = None
+    if self.checkpoint is not None:
+      first, last = int(self.ids[rows[0]]), int(self.ids[rows[-1]])
+      seed = '_'.join(f'{number:x}' for number in np.asarray(jax.random.key_data(root)).ravel())
+      folder = epath.Path(self.checkpoint) / f'seed_{seed}_prompts_{first:06d}_{last:06d}'
+      saved = SearchCheckpoint(folder, self.every, len(rows))
+    return stepped.run_stepped(
+      self.program, self.params, arrays, ids, root, initial, self.mesh, self.on_step, saved
+    )
 
 
-def ahead(function: Callable, items: Sequence, ver: Verifier):
-  """`function` of each item, in order. With a verifier on the host the next item is begun while one
-  waits for its scores; a failure stops what has not begun."""
+def prepare_search(
+  algo: Algorithm,
+  gen: Generator,
+  ver: Verifier,
+  prompts: Sequence[str | core.Prompt],
+  *,
+  params: Mapping[str, Any] | None = None,
+  measure: Verifier | None = None,
+  ids: Sequence[int] | None = None,
+  initial=None,
+  mesh: Mesh | None = None,
+  mode: str = 'fused',
+  batch: int = 0,
+  render_chunk: int = 0,
+  stop: float = INFINITY,
+  collect: Sequence[str] = ('scores',),
+  checkpoint=None,
+  every: int = 1,
+  on_step: Callable | None = None,
+  budget: Mapping[str, float] | None = None,
+) -> PreparedSearch:
+  """Checks everything, tokenizes the prompts once and places the weights once.
+
+  Args:
+    params: `{'generator': .., 'verifier': .., 'measure': ..}`; what is missing is loaded, once for
+      each component, and kept.
+    measure: a verifier that scores what was decoded anyway, see `collect`; no search sees it.
+    ids: global prompt ids `[P]`; a prompt's own 'id' or 0 .. P - 1 by default. Results depend on a
+      prompt's id, not on its place.
+    initial: tokens `[P, t]` that every candidate starts from; t must equal the algorithm's
+      `initial`.
+    mesh: prompts are split over its 'data' axis, weights over 'model'.
+    mode: 'fused' (one program) or 'stepped' (a loop over compiled steps; host verifiers need it).
+    batch: prompts run at a time; 0 for all. Rounded up to the mesh and padded.
+    render_chunk: candidates of a prompt observed and scored at a time; 0 for all.
+    stop: a prompt whose best total reaches this needs no further step (verifier-threshold
+      stopping, 2512.08985): masked in 'fused', out of the batch in 'stepped'.
+    collect: what is kept of each step, see `engine.program.SearchProgram`.
+    checkpoint: a folder to which the search is saved after every `every` steps, and from which the
+      same search goes on; stepped only.
+    on_step: called with (number of the step, `StepTrace`) after each; stepped only.
+    budget: see `search`.
+
+  Raises:
+    ConfigError: settings that do not fit, before any compile.
+  """
+  validate(algo, gen, ver, mode, measure)
+  for name, given in (('on_step', on_step), ('checkpoint', checkpoint)):
+    if mode == 'fused' and given is not None:
+      raise ConfigError(f"{name}: needs mode='stepped'")
+  if not isinstance(every, int) or every < 1:
+    raise ConfigError(f'every={every!r}: must be an integer >= 1')
+  unknown = [name for name in collect if name not in COLLECT]
+  if unknown:
+    raise ConfigError(f'collect={list(collect)}: {unknown[0]!r} is none of {", ".join(COLLECT)}')
+  costs = bill(algo, gen, ver)
+  check_budget(sum(costs, Cost()), budget)
+  prompts = core.as_prompts(prompts)
+  if not prompts:
+    raise ConfigError('prompts: must hold at least one')
+  ids = _check_ids(prompts, ids)
+  initial = _check_initial(algo, gen, initial, len(prompts))
+
+  parts = {'generator': gen, 'verifier': ver}
+  if measure is not None:
+    parts['measure'] = measure
+  arrays = tokenize_prompts(parts, prompts)
+  devices = mesh.shape['data'] if mesh is not None else 1
+  size = -(-(batch or len(prompts)) // devices) * devices
+  program = SearchProgram(
+    algo, gen, ver, measure, render_chunk, float(stop), frozenset(collect) | {'scores'}
+  )
+  given = params or {}
+  placed = {
+    name: place_parameters(part, given[name], mesh) if name in given
+    else load_parameters(part, mesh)
+    for name, part in parts.items()
+  }  # fmt: skip
+  return PreparedSearch(
+    program, prompts, ids, arrays, placed, initial, costs, mesh, mode, size, on_step, checkpoint,
+    every,
+  )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ prompts and weights
+
+
+def _check_ids(prompts, ids) -> np.ndarray:
+  if ids is None:
+    ids = [prompt.get('id', place) for place, prompt in enumerate(prompts)]
+  whole = all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in ids)
+  if not whole or len(ids) != len(prompts) or len(set(ids)) != len(ids) or min(ids) < 0:
+    raise ConfigError(f'ids: must be {len(prompts)} different integers >= 0')
+  return np.asarray(ids)
+
+
+def _check_initial(algo, gen, initial, prompts: int) -> np.ndarray:
+  given = 0 if initial is None else np.shape(initial)[1]
+  if given != algo.initial:
+    raise ConfigError(f'search.initial={algo.initial}: {given} initial tokens were passed')
+  if not given:
+    return np.zeros((prompts, 0), np.int32)
+  initial = np.asarray(initial, np.int32)
+  if initial.min() < 0 or initial.max() >= gen.vocab:
+    raise ConfigError(f'initial tokens: must be in 0 .. {gen.vocab - 1}')
+  return initial
+
+
+def tokenize_prompts(parts: Mapping[str, Generator | Verifier], prompts) -> dict[str, Any]:
+  """Prompt arrays of each part, by its name.
+
+  Raises:
+    ConfigError: a prompt that a part cannot read.
+  """
+  try:
+    return {name: part.tokenize(prompts) for name, part in parts.items()}
+  except ValueError as err:
+    raise ConfigError(str(err)) from None
+
+
+@functools.lru_cache(maxsize=32)
+def load_parameters(part: Generator | Verifier, mesh: Mesh | None = None) -> Any:
+  """The weights of a component, loaded once and placed."""
+  return place_parameters(part, part.load(), mesh)
+
+
+def place_parameters(part: Generator | Verifier, params, mesh: Mesh | None = None) -> Any:
+  """Weights on the devices: as `part.shardings` says on a mesh, else on the first one."""
+  where = part.shardings(mesh) if mesh is not None else None
+  return jax.device_put(params, where)
+
+
+def overlapped(function: Callable, items: Sequence, ver: Verifier):
+  """`function` of each item, in order. With a host verifier two items are in flight, so that one is
+  generated while the other is scored; an error cancels the rest."""
   if ver.jittable or len(items) < 2:
     yield from map(function, items)
     return
@@ -83,11 +285,14 @@ def ahead(function: Callable, items: Sequence, ver: Verifier):
         future.cancel()
 
 
+# ---------------------------------------------------------------------------------- bill and checks
+
+
 def bill(algo: Algorithm, gen: Generator, ver: Verifier) -> tuple[Cost, ...]:
-  """Cost per prompt of each step, with the final render of the best in the last; sums to the whole
-  bill."""
-  costs = list(algo.costs(gen, ver))
-  costs[-1] = costs[-1] + gen.cost('render')
+  """Cost per prompt of each step, with the final observation of the best in the last; sums to the
+  whole bill."""
+  costs = list(core.step_costs(algo, gen, ver))
+  costs[-1] = costs[-1] + core.observe_cost(gen, [next(iter(gen.outputs))])
   return tuple(costs)
 
 
@@ -106,137 +311,49 @@ def check_budget(cost: Cost, budget: Mapping[str, float] | None) -> None:
       )
 
 
-def search(
-  algo: Algorithm,
-  gen: Generator,
-  ver: Verifier,
-  params,
-  prompts: Sequence[str],
-  key: jax.Array,
-  *,
-  ids: Sequence[int] | None = None,
-  initial=None,
-  mesh: Mesh | None = None,
-  mode: str = 'fused',
-  batch: int = 0,
-  render_chunk: int = 0,
-  trace: bool = False,
-  on_step: Callable | None = None,
-  budget: Mapping[str, float] | None = None,
-  stop: float = float('inf'),
-) -> SearchResult:
-  """Searches a picture for each prompt.
-
-  Args:
-    algo, gen, ver: what `core.load` returns.
-    params: `{'generator': gen.load(), 'verifier': ver.load()}`.
-    prompts: P texts.
-    key: root key (`jax.random.key(seed)`).
-    ids: global prompt ids `[P]`, 0 .. P-1 by default. Results of a prompt depend on its id, not on
-      its place.
-    initial: tokens `[P, t]` that every candidate starts from; t must equal the algorithm's
-      `initial`.
-    mesh: prompts are split over its 'data' axis.
-    mode: 'fused' (one program) or 'stepped' (a loop over compiled steps; chosen for host
-      verifiers).
-    batch: prompts run at a time; 0 for all. Rounded up to the mesh and padded.
-    render_chunk: candidates per prompt rendered and scored at a time; 0 for all.
-    trace: keep every slim state looked at (`StepTrace.shown`) and the best after each step.
-    on_step: called with (step, StepTrace) after each step; stepped only.
-    budget: limits per prompt, by the names of `Cost`; a search above one is refused before
-      anything is compiled.
-    stop: a prompt whose best total reaches this needs no further step (verifier-threshold
-      stopping, 2512.08985): masked in 'fused', out of the batch in 'stepped'.
-
-  Raises:
-    ConfigError: settings that do not fit, before any compile.
-  """
-  validate(algo, gen, ver, mode, on_step)
-  costs = bill(algo, gen, ver)
-  check_budget(sum(costs, Cost()), budget)
-  if not len(prompts):
-    raise ConfigError('prompts: must hold at least one text')
-  ids = np.arange(len(prompts)) if ids is None else np.asarray(ids)
-  if ids.shape != (len(prompts),) or len(set(ids.tolist())) != len(ids) or ids.min() < 0:
-    raise ConfigError(f'ids: must be {len(prompts)} different integers >= 0')
-  given = 0 if initial is None else np.shape(initial)[1]
-  if given != algo.initial:
-    raise ConfigError(f'search.initial={algo.initial}: {given} initial tokens were passed')
-  initial = (
-    np.zeros((len(prompts), 0), np.int32) if initial is None else np.asarray(initial, np.int32)
-  )
-  if given and (initial.min() < 0 or initial.max() >= gen.vocab):
-    raise ConfigError(f'initial tokens: must be in 0 .. {gen.vocab - 1}')
-
-  devices = mesh.shape['data'] if mesh is not None else 1
-  size = -(-(batch or len(prompts)) // devices) * devices
-  job = Job(algo, gen, ver, render_chunk, trace, float(stop))
-  arrays = tokenize(gen, ver, prompts)
-  if mesh is not None:
-    params = jax.device_put(params, jax.sharding.NamedSharding(mesh, PartitionSpec()))
-    key = jax.device_put(key, jax.sharding.NamedSharding(mesh, PartitionSpec()))
-  compiled_before = Program.compile_seconds
-
-  def part(low):
-    """One batch, and its seconds without compiling."""
-    rows = np.minimum(np.arange(low, low + size), len(prompts) - 1)
-    local = jax.tree.map(lambda x: np.asarray(x)[rows], (arrays, ids.astype(np.uint32), initial))
-    if mesh is not None:
-      local = jax.device_put(local, jax.sharding.NamedSharding(mesh, PartitionSpec('data')))
-    start, before = time.perf_counter(), Program.compile_seconds
-    if mode == 'fused':
-      out = drivers.program(job, 'fused', mesh)(params, local[0], local[1], key, local[2])
-    else:
-      out = drivers.stepped(job, params, *local[:2], key, local[2], mesh, on_step)
-    out = jax.tree.map(np.asarray, out)
-    ran = time.perf_counter() - start - (Program.compile_seconds - before)
-    return jax.tree.map(lambda x: x[: len(prompts) - low], out), ran
-
-  parts, ran = zip(*ahead(part, range(0, len(prompts), size), ver))
-  best, images, traces = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-  seconds = {
-    'compile': Program.compile_seconds - compiled_before,
-    'run': sum(ran),  # of batches that ran side by side, of each
-    'prompts': float(len(parts) * size),
-  }
-  return SearchResult(list(prompts), ids, images, best, traces, costs, seconds)
-
-
-def tokenize(gen, ver, prompts) -> dict[str, Any]:
-  """Prompt arrays for generator and verifier; a text that either cannot read is a `ConfigError`."""
-  try:
-    return {'generator': gen.tokenize(prompts), 'verifier': ver.tokenize(prompts)}
-  except ValueError as err:
-    raise ConfigError(str(err)) from None
-
-
-def validate(algo, gen, ver, mode: str = 'fused', on_step=None) -> None:
+def validate(
+  algo: Algorithm, gen: Generator, ver: Verifier, mode: str = 'fused',
+  measure: Verifier | None = None,
+) -> None:  # fmt: skip
   """Raises `ConfigError` where the parts do not fit each other; compiles and loads nothing."""
   gen.check()
   ver.check()
+  check_capabilities(algo, gen, ver)
   algo.check(gen)
+  check_outputs(gen, ver)
   if mode not in ('fused', 'stepped'):
     raise ConfigError(f"mode={mode!r}: must be 'fused' or 'stepped'")
   if mode == 'fused' and not ver.jittable:
     raise ConfigError(f"mode='fused': {type(ver).__name__} scores on the host; allowed: 'stepped'")
-  if mode == 'fused' and on_step:
-    raise ConfigError("on_step: needs mode='stepped'")
-  if algo.features and not hasattr(ver, 'features'):
-    raise ConfigError(f'search: {type(algo).__name__} needs features of the pictures, which the '
-                      f'verifier {type(ver).__name__} lacks')
-  if algo.features and not ver.jittable:
-    raise ConfigError(f'search: {type(algo).__name__} needs features from a compiled verifier')
-  if algo.uses_value and ver.names != (gen.value_of,):
+  if measure is not None:
+    measure.check()
+    check_outputs(gen, measure)
+    if not measure.jittable:
+      raise ConfigError(f'measure: {type(measure).__name__} scores on the host; must be compiled')
+
+
+def check_capabilities(algo: Algorithm, gen: Generator, ver: Verifier) -> None:
+  """The one place that compares what an algorithm needs with what its parts offer."""
+  ragged = {'ragged_stages'} if gen.uniform_stages else set()
+  missing = sorted(algo.needs - gen.offers - ver.gives - ragged)
+  if missing:
+    raise ConfigError(
+      f'search: {type(algo).__name__} needs {", ".join(missing)}; {type(gen).__name__} offers '
+      f'{", ".join(sorted(gen.offers | ragged))}, {type(ver).__name__} gives '
+      f'{", ".join(sorted(ver.gives)) or "nothing"}'
+    )
+  if 'value' in algo.needs and ver.names != (gen.value_of,):
     raise ConfigError(
       f'search: {type(algo).__name__} uses a value head; that of {type(gen).__name__} predicts '
-      f'{gen.value_of or "nothing"!r}, the search is on {", ".join(ver.names)}'
+      f'{gen.value_of!r}, the search is on {", ".join(ver.names)}'
     )
-  if 'log_prob' in ver.uses and type(gen).log_prob is Generator.log_prob:
+
+
+def check_outputs(gen: Generator, ver: Verifier) -> None:
+  """Raises `ConfigError` where the verifier reads what the generator does not show."""
+  missing = sorted(ver.needs - set(gen.outputs))
+  if missing:
     raise ConfigError(
-      f'verifier {type(ver).__name__}: needs log-probabilities, which {type(gen).__name__} lacks'
-    )
-  if 'early' in ver.uses and not gen.keeps_early:
-    raise ConfigError(
-      f'verifier {type(ver).__name__}: needs an early prediction, which {type(gen).__name__} does '
-      'not keep; allowed: a diffusion or flow generator with early_at above 0'
+      f'verifier {type(ver).__name__}: needs {", ".join(missing)}, which {type(gen).__name__} does '
+      f'not show; it shows {", ".join(gen.outputs)}'
     )

@@ -1,202 +1,360 @@
-"""One step of a search, and what every algorithm shares: rendering in chunks, elitism, bad scores.
+"""One step of a search, and what every algorithm shares: chunks, elitism, bad scores, collection.
 
-    encode -> begin -> [ ask -> render -> score -> tell ] x num_steps -> finish
+    encode -> begin -> [ ask -> observe -> score -> tell ] x steps -> finish
 
-Letters: B prompts, M candidates of a step, N kept.
+Letters: B prompts, M candidates of a step, N kept, C columns of a genealogy.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vtts_jax import core
-from vtts_jax.core import NEG_INF, Algorithm, Best, Generator, SearchState, Step, Verifier
+from vtts_jax.core import NEG_INF, Best, Candidates, Sampler, SearchState
+from vtts_jax.engine.program import COLUMNS, Contexts, Observed, SearchProgram, StepTrace
+
+# ------------------------------------------------------------------------------------ begin and end
 
 
-class Job(NamedTuple):
-  """What a program is compiled for; static and hashable."""
-
-  algo: Algorithm
-  gen: Generator
-  ver: Verifier
-  render_chunk: int = 0
-  trace: bool = False
-  stop: float = float('inf')  # a prompt whose best total reaches this needs no further step
-
-
-class StepTrace(NamedTuple):
-  """What a step leaves behind.
-
-  Attributes:
-    totals: `[B, M]`, -inf where a score was NaN or infinite.
-    scores: `{name: [B, M]}` as the verifier gave them.
-    bad: `{name: [B]}`, how many candidates had a NaN or infinite score of that name.
-    parent: `[B, M]`, the frontier candidate that each came from, -1 for none.
-    kept: `[B, N']`, which candidates make the next frontier.
-    stage: `[B, M]`, stages done of what was looked at.
-    final: `[B, M]`, which of these were pictures to hand out.
-    active: `[B]`, whether the prompt still needed this step; where not, totals are -inf and nothing
-      was spent.
-    best: the best so far; its state is dropped from the trace unless `trace` is asked for.
-    shown: slim states `[B, M, ...]` of what was looked at; only when `trace` is asked for.
-  """
-
-  totals: Any
-  scores: Any
-  bad: Any
-  parent: Any
-  kept: Any
-  stage: Any
-  final: Any
-  active: Any
-  best: Best
-  shown: Any
-
-
-def encode(job: Job, params, prompts):
-  """Prompt arrays to the contexts of generator and verifier, once per prompt."""
-  return (
-    job.gen.encode(params['generator'], prompts['generator']),
-    job.ver.encode(params['verifier'], prompts['verifier']),
+def encode_prompts(program: SearchProgram, params, prompts) -> Contexts:
+  """Prompt arrays to contexts, once per prompt."""
+  measure = ()
+  if program.measure is not None:
+    measure = program.measure.encode(params['measure'], prompts['measure'])
+  return Contexts(
+    program.gen.encode(params['generator'], prompts['generator']),
+    program.ver.encode(params['verifier'], prompts['verifier']),
+    measure,
   )
 
 
-def begin(job: Job, params, ctx, keys, initial) -> SearchState:
+def bind_sampler(program: SearchProgram, params, contexts: Contexts, meter=None) -> Sampler:
+  """All that the algorithm sees of the models."""
+  sampler = Sampler(program.gen, params['generator'], contexts.generator, meter=meter)
+  if 'gradient' not in program.algo.needs:
+    return sampler
+
+  def score_totals(state, stage):
+    seen = sampler.observe(state, stage, program.ver.needs)
+    scores = program.ver.score(params['verifier'], contexts.verifier, seen)
+    valid = functools.reduce(jnp.logical_and, map(jnp.isfinite, scores.values()))
+    return program.ver.total(scores, valid)
+
+  return sampler._replace(score=score_totals)
+
+
+def begin_search(
+  program: SearchProgram, params, contexts, keys, initial, meter=None
+) -> SearchState:
   """The state before the first step; prompt keys `[B]`, initial tokens `[B, t]`."""
-  told = job.algo.init(job.gen, params['generator'], ctx, keys, initial)
-  empty = job.gen.slim(job.gen.init(params['generator'], ctx, keys[:, None]))
+  sampler = bind_sampler(program, params, contexts, meter)
+  frontier = program.algo.init(sampler, keys, initial)
+  # an empty candidate stands for the best until there is one, with a total of -inf
+  empty = program.gen.init(params['generator'], contexts.generator, keys[:, None])
+  empty = jax.tree.map(lambda x: x[:, 0], program.gen.drop_cache(empty))
   none = jnp.full(keys.shape, NEG_INF)
   best = Best(
-    jax.tree.map(lambda x: x[:, 0], empty),
+    empty,
     jnp.zeros(keys.shape, jnp.int32),
-    dict.fromkeys(job.ver.names, none),
+    dict.fromkeys(program.ver.names, none),
     none,
+    _nothing_shown(program, keys.shape[0]),
   )
-  return SearchState(told.frontier, told.keys, told.scores, best, told.inner)
+  rows = jnp.arange(keys.shape[0], dtype=jnp.int32)
+  return jax.tree.map(_with_own_dtype, SearchState(jnp.int32(0), frontier, best, rows))
 
 
-def look(job: Job, params, ctx, vctx, cands: core.Candidates, step: Step):
-  """Scores `{name: [B, M]}` of the candidates, and the candidates with features if these are asked
-  for; in chunks, so that no more images than `render_chunk` of a prompt exist at a time."""
-  if not cands.parent.shape[1]:
-    return dict.fromkeys(job.ver.names, jnp.zeros(cands.parent.shape)), cands
-
-  def one(shown):
-    images, told = show(job, params, ctx, shown, step)
-    features = job.ver.features(params['verifier'], images) if job.algo.features else ()
-    return job.ver.score(params['verifier'], vctx, images, **told), features
-
-  scores, features = in_chunks(job, one, staged(cands))
-  return scores, cands._replace(features=features)
+def _with_own_dtype(leaf):
+  """The array without JAX's weak type: else the second step would be another program than the
+  first."""
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return leaf
+  return jax.lax.convert_element_type(leaf, leaf.dtype)
 
 
-def staged(cands: core.Candidates):
-  """(slim states `[B, M, ...]`, stages done of each `[B, M]`)."""
-  return cands.shown, jnp.broadcast_to(cands.stage, cands.parent.shape)
+def _nothing_shown(program: SearchProgram, batch: int):
+  """What the best shows before there is one."""
+  if 'best' not in program.collect:
+    return ()
+  output = program.gen.outputs[program.main_output]
+  dtype = _collected_dtype(output)
+  measured = dict.fromkeys(program.measure.names if program.measure else (), jnp.zeros(batch))
+  outputs = {program.main_output: jnp.zeros((batch, *output.shape), dtype)}
+  return {'outputs': outputs, 'measured': measured}
 
 
-def show(job: Job, params, ctx, shown, step: Step):
-  """Images `[B, M, H, W, 3]` of what `staged` gives, None where the verifier looks at none, and
-  what the generator tells it besides."""
-  states, stage = shown
-  images, view = None, job.algo.view(job.gen, step.first)
-  if 'images' in job.ver.uses:
-    images = view.render(params['generator'], ctx, states, stage)
-  return images, signals(view, job.ver, params['generator'], ctx, states, stage)
+def finish_search(program: SearchProgram, params, contexts, best: Best, meter=None):
+  """The first output of the best candidates, `{name: [B, ...]}`."""
+  state = jax.tree.map(lambda x: x[:, None], best.state)
+  sampler = bind_sampler(program, params, contexts, meter)
+  shown = sampler.observe(state, best.stage[:, None], (program.main_output,))
+  return {program.main_output: shown[program.main_output][:, 0]}
 
 
-def signals(gen: Generator, ver: Verifier, params, ctx, states, stage):
-  """What the verifier asks of the generator beside images."""
-  told = {}
-  if 'log_prob' in ver.uses:
-    told = {'log_prob': gen.log_prob(states), 'length': stage}
-  if 'early' in ver.uses:
-    told['early'] = gen.early(params, ctx, states)
-  return told
+# ---------------------------------------------------------------------------------------- observing
 
 
-def in_chunks(job: Job, function, shown):
-  """`function` of slim states `[B, M, ...]`, applied to `render_chunk` of the M at a time by a
-  compiled loop."""
-  batch, m = jax.tree.leaves(shown)[0].shape[:2]
-  chunk = min(job.render_chunk or m, m)
+def observe_and_score(
+  program: SearchProgram, params, contexts, cands: Candidates, shape, meter=None
+) -> Observed:
+  """Observes the candidates and scores what they show, in chunks: no more than `render_chunk` of a
+  prompt are decoded at a time. A host verifier's needs are kept instead of scored."""
+  ver, measure = program.ver, program.measure
+  observer = program.algo.observer(program.gen, shape)
+  sampler = bind_sampler(program, params, contexts, meter)._replace(gen=observer)
+  keeps = program.kept_outputs | (frozenset() if ver.jittable else ver.needs)
+
+  def observe_chunk(states, stages):
+    seen = sampler.observe(states, stages, program.observed_outputs)
+    scores = features = measured = measured_features = ()
+    if meter is not None:
+      meter.append(core.Call(ver, 'score', stages.shape[1]))
+    if ver.jittable:
+      scores = ver.score(params['verifier'], contexts.verifier, seen)
+    if 'features' in program.algo.needs:
+      features = ver.embed_images(params['verifier'], seen['image'])
+    if measure is not None and 'measured' in program.collect:
+      measured = measure.score(params['measure'], contexts.measure, seen)
+      if 'features' in measure.gives:
+        measured_features = measure.embed_images(params['measure'], seen['image'])
+    outputs = {name: seen[name] for name in sorted(keeps)}
+    return Observed(scores, features, measured, measured_features, outputs)
+
+  if not cands.parent.shape[1]:  # a tree search by value alone observes nothing on the way
+    names = ver.names if ver.jittable else ()
+    none = jnp.zeros(cands.parent.shape)
+    return Observed(dict.fromkeys(names, none) or (), (), (), (), {})
+  return map_chunks(program.render_chunk, observe_chunk, cands.state, stages_of(cands))
+
+
+def stages_of(cands: Candidates) -> jax.Array:
+  """Stages done of each candidate, `[B, M]`."""
+  return jnp.broadcast_to(jnp.asarray(cands.stage, jnp.int32), cands.parent.shape)
+
+
+def map_chunks(size: int, function, states, stages):
+  """`function` of states and stages `[B, M, ...]`, applied to `size` (0: all) of the M at a time by
+  a compiled loop."""
+  batch, m = stages.shape
+  chunk = min(size or m, m)
   if chunk == m:
-    return function(shown)
+    return function(states, stages)
+  # the last chunk is filled up with its last candidate
   pieces = -(-m // chunk)
   index = jnp.minimum(jnp.arange(pieces * chunk), m - 1).reshape(pieces, chunk)
   out = jax.lax.map(
-    lambda i: function(core.take(shown, jnp.broadcast_to(i, (batch, chunk)))), index
+    lambda i: function(*core.take((states, stages), jnp.broadcast_to(i, (batch, chunk)))), index
   )
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :m], out)
 
 
-def judge(job: Job, state: SearchState, cands: core.Candidates, scores, step: Step):
-  """Totals `[B, M]`, which are pictures to hand out `[B, M]`, the best including these candidates,
-  and the count of bad scores by name."""
+# ----------------------------------------------------------------------------------------- telling
+
+
+class Judged(NamedTuple):
+  """Totals `[B, M]`, which candidates may be returned `[B, M]`, the best including these
+  candidates, and the number of bad scores by name `{name: [B]}`."""
+
+  totals: jax.Array
+  final: jax.Array
+  best: Best
+  bad: dict[str, jax.Array]
+
+
+def score_totals(
+  program: SearchProgram, params, contexts, best: Best, cands, seen: Observed, shape
+) -> Judged:
+  """What the scores say: one total each, the best so far compared anew, bad scores out."""
+  ver, gen, scores = program.ver, program.gen, seen.scores
   finite = {name: jnp.isfinite(value) for name, value in scores.items()}
   bad = {name: (~ok).sum(axis=1) for name, ok in finite.items()}
-  stage = jnp.broadcast_to(cands.stage, cands.parent.shape)
+  stage = stages_of(cands)
   if not cands.parent.shape[1]:
-    return jnp.zeros(stage.shape), stage > 0, state.best, bad
+    return Judged(jnp.zeros(stage.shape), stage > 0, best, bad)
+
+  # A total may be relative to the candidates at hand, so the best so far is judged along with them:
+  # it is the last of the pool. Bad scores become 0 there, and are marked as not valid.
   valid = functools.reduce(jnp.logical_and, finite.values())
-  pool = {
-    name: jnp.concatenate(
-      [jnp.where(valid, scores[name], 0), state.best.scores[name][:, None]], axis=1
-    )
-    for name in job.ver.names
-  }
-  had = jnp.isfinite(state.best.total)
-  valid_pool = jnp.concatenate([valid, had[:, None]], axis=1)
-  pool = {name: jnp.where(valid_pool, value, 0) for name, value in pool.items()}
-  totals = jnp.where(valid_pool, job.ver.total(pool, valid_pool), NEG_INF)
+  valid_pool = jnp.concatenate([valid, jnp.isfinite(best.total)[:, None]], axis=1)
+  pool = {}
+  for name in ver.names:
+    column = jnp.concatenate([scores[name], best.scores[name][:, None]], axis=1)
+    pool[name] = jnp.where(valid_pool, column, 0)
+  totals = jnp.where(valid_pool, ver.total(pool, valid_pool), NEG_INF)
   totals, before = totals[:, :-1], totals[:, -1]
 
-  final = jnp.logical_or(job.gen.anytime, stage >= job.gen.num_stages)
-  final &= job.algo.view(job.gen, step.first) == job.gen
+  # Only what may be returned competes with the best: finished candidates, seen in full.
+  final = jnp.logical_or(gen.prefixes_are_samples, gen.finished(cands.state, stage))
+  final &= program.algo.observer(gen, shape) == gen
   offered = jnp.where(final, totals, NEG_INF)
   winner = jnp.argmax(offered, axis=1)[:, None]
   value = offered.max(axis=1)
-  own = core.take((cands.shown, stage, {name: scores[name] for name in job.ver.names}), winner)
-  new = Best(*jax.tree.map(lambda x: x[:, 0], own), value)
-  old = state.best._replace(total=before)
-  return totals, final, core.where(value > before, new, old), bad
+  named = {name: scores[name] for name in ver.names}
+  own = core.take((cands.state, stage, named), winner)
+  own = jax.tree.map(lambda x: x[:, 0], own)
+  shown = _shown_by_winner(program, params, contexts, cands, seen, winner)
+  better = value > before
+  new, old = Best(*own, value, shown), best._replace(total=before)
+  return Judged(totals, final, core.where(better, new, old), bad)
 
 
-def settle(
-  job: Job, params, ctx, state, cands, scores, step: Step
+def _shown_by_winner(program: SearchProgram, params, contexts, cands, seen: Observed, winner):
+  """Outputs and measured scores of the candidate `winner [B, 1]`, where the best is collected."""
+  if 'best' not in program.collect:
+    return ()
+  outputs = outputs_of(program, params, contexts, cands, seen, winner, program.shown_outputs)
+  measured = {}
+  if program.measure is not None:
+    measured = program.measure.score(params['measure'], contexts.measure, outputs)
+  first = _collected(program, {program.main_output: outputs[program.main_output]})
+  return jax.tree.map(lambda x: x[:, 0], {'outputs': first, 'measured': measured})
+
+
+def outputs_of(program: SearchProgram, params, contexts, cands, seen: Observed, index, names):
+  """Outputs `{name: [B, C, ...]}` of the candidates `index [B, C]`: gathered where they have been
+  observed, else observed now, of these few."""
+  at_hand = sorted(names & seen.outputs.keys())
+  outputs = {name: core.take(seen.outputs[name], index) for name in at_hand}
+  if missing := names - seen.outputs.keys():
+    states, stages = core.take((cands.state, stages_of(cands)), index)
+    sampler = bind_sampler(program, params, contexts)
+    outputs |= sampler.observe(states, stages, missing)
+  return outputs
+
+
+def resting_prompts(program: SearchProgram, state: SearchState) -> jax.Array:
+  """Prompts `[B]` that need no further step: finished, or good enough."""
+  finished = program.algo.finished_prompts(program.gen, state.frontier)
+  return finished | (state.best.total >= program.stop)
+
+
+def update_state(
+  program: SearchProgram, params, contexts, state, cands, seen: Observed, shape, row, evals=None
 ) -> tuple[SearchState, StepTrace]:
-  """`tell`, with what all algorithms share: elitism, the exclusion of bad scores, and stopping."""
-  active = ~resting(job, state)
-  totals, final, best, bad = judge(job, state, cands, scores, step)
-  told = job.algo.tell(job.gen, params['generator'], ctx, state, cands, totals, step)
+  """`tell`, with what all algorithms share: elitism, the exclusion of bad scores, stopping."""
+  active = ~resting_prompts(program, state)
+  totals, final, best, bad = score_totals(
+    program, params, contexts, state.best, cands, seen, shape
+  )
+  cands = cands._replace(
+    scores=seen.scores, features=seen.features, context=contexts.verifier
+  )
+  sampler = bind_sampler(program, params, contexts)
+  frontier, kept = program.algo.tell(sampler, state.frontier, cands, totals, shape, row)
+
+  # A prompt at rest keeps its best, and its trace says that nothing happened.
   best = core.where(active, best, state.best)
   totals = jnp.where(active[:, None], totals, NEG_INF)
   bad = {name: jnp.where(active, count, 0) for name, count in bad.items()}
-  shown = cands.shown if job.trace else ()
-  seen = best if job.trace else best._replace(state=())
-  stage = jnp.broadcast_to(cands.stage, cands.parent.shape)
-  final &= active[:, None]
   trace = StepTrace(
-    totals, scores, bad, cands.parent, told.kept, stage, final, active, seen, shown
+    totals=totals,
+    scores=seen.scores,
+    bad=bad,
+    parent=cands.parent,
+    kept=kept,
+    stage=stages_of(cands),
+    final=final & active[:, None],
+    active=active,
+    evals=() if evals is None else jnp.where(active, evals, 0),
+    best=best if 'best' in program.collect else best._replace(state=(), shown=()),
   )
-  return SearchState(told.frontier, told.keys, told.scores, best, told.inner), trace
+  trace = _add_collected(program, params, contexts, trace, cands, seen)
+  state = SearchState(state.step + 1, frontier, best, state.rows)
+  return state, trace
 
 
-def resting(job: Job, state: SearchState) -> jax.Array:
-  """Prompts `[B]` that need no further step: done, or good enough."""
-  return job.algo.done(job.gen, state) | (state.best.total >= job.stop)
+def _add_collected(
+  program: SearchProgram, params, contexts, trace: StepTrace, cands, seen: Observed
+) -> StepTrace:
+  """The trace with what `collect` asks for of the candidates."""
+  collect, m = program.collect, cands.parent.shape[1]
+  if 'states' in collect:
+    trace = trace._replace(states=cands.state)
+  if not m:
+    return trace
+  if 'measured' in collect:
+    trace = trace._replace(measured=seen.measured, features=seen.measured_features)
+  if 'samples' in collect:
+    first = {program.main_output: seen.outputs[program.main_output]}
+    trace = trace._replace(outputs=_collected(program, first))
+  if 'leaders' in collect:
+    index = leading_candidates(trace.kept, trace.totals)
+    names = frozenset({program.main_output})
+    first = outputs_of(program, params, contexts, cands, seen, index, names)
+    trace = trace._replace(leaders={'index': index, 'outputs': _collected(program, first)})
+  return trace
 
 
-def advance(job: Job, params, ctx, vctx, state: SearchState, step: Step):
+def leading_candidates(kept, totals) -> jax.Array:
+  """Indices `[B, C]` of the candidates that a genealogy draws: those that were kept (they have
+  children), then the best of the others; each once, at most `COLUMNS`."""
+  m = totals.shape[1]
+  positions = jnp.arange(m)
+  # a kept candidate ranks by its first place in `kept`; the others follow, by their totals
+  matches = kept[:, :, None] == positions
+  place = jnp.where(matches.any(1), jnp.argmax(matches, axis=1), m) if kept.shape[1] else (
+    jnp.full(totals.shape, m)
+  )
+  order = jnp.lexsort((jnp.broadcast_to(positions, totals.shape), -totals, place), axis=-1)
+  return order[:, :COLUMNS].astype(jnp.int32)
+
+
+COLLECTED = {'image': jnp.uint8, 'video': jnp.uint8, 'text': jnp.uint8, 'tokens': jnp.int32}
+
+
+def _collected_dtype(output: core.Output):
+  return COLLECTED.get(output.kind, jnp.float32)
+
+
+def _collected(program: SearchProgram, outputs: dict) -> dict:
+  """Outputs as they are kept: images in 8 bits, NaN as black."""
+  kept = {}
+  for name, value in outputs.items():
+    output = program.gen.outputs[name]
+    if output.kind in ('image', 'video'):
+      value = jnp.round(jnp.nan_to_num(jnp.clip(value, 0, 1)) * 255)
+    kept[name] = value.astype(_collected_dtype(output))
+  return kept
+
+
+# ----------------------------------------------------------------------------------------- the step
+
+
+def propose(program: SearchProgram, params, contexts, state: SearchState, shape, row, meter=None):
+  """`ask`: the candidates, and the evaluations that they needed `[B]` (None: as the bill says)."""
+  early = core.finishes_early(program.gen)
+  meter = [] if meter is None and early else meter
+  sampler = bind_sampler(program, params, contexts, meter)
+  cands = program.algo.ask(sampler, state.frontier, shape, row)
+  return cands, sum(call.evals for call in meter if call.evals is not None) if early else None
+
+
+def advance_search(
+  program: SearchProgram, params, contexts, state: SearchState, shape, row, meter=None
+) -> tuple[SearchState, StepTrace]:
   """One whole step: the function that both drivers run."""
-  cands = job.algo.ask(job.gen, params['generator'], ctx, state, step)
-  scores, cands = look(job, params, ctx, vctx, cands, step)
-  return settle(job, params, ctx, state, cands, scores, step)
+  cands, evals = propose(program, params, contexts, state, shape, row, meter)
+  seen = observe_and_score(program, params, contexts, cands, shape, meter)
+  return update_state(program, params, contexts, state, cands, seen, shape, row, evals)
 
 
-def finish(job: Job, params, ctx, best: Best):
-  """Images `[B, H, W, 3]` of the best candidates."""
-  state = jax.tree.map(lambda x: x[:, None], best.state)
-  return job.gen.render(params['generator'], ctx, state, best.stage[:, None])[:, 0]
+def silent_step(
+  program: SearchProgram, params, contexts, state: SearchState, shape, row, meter=None
+) -> tuple[SearchState, StepTrace]:
+  """A step whose host verifier says nothing: for `jax.eval_shape`, to learn what a step leaves."""
+  cands, evals = propose(program, params, contexts, state, shape, row, meter)
+  seen = observe_and_score(program, params, contexts, cands, shape, meter)
+  if not program.ver.jittable:
+    seen = with_host_scores(
+      program, seen, dict.fromkeys(program.ver.names, jnp.zeros(cands.parent.shape))
+    )
+  return update_state(program, params, contexts, state, cands, seen, shape, row, evals)
+
+
+def with_host_scores(program: SearchProgram, seen: Observed, scores) -> Observed:
+  """What was observed, with the scores of a host verifier and without what only it had to see."""
+  kept = sorted(program.kept_outputs & seen.outputs.keys())
+  outputs = {name: seen.outputs[name] for name in kept}
+  return seen._replace(scores=scores, outputs=outputs)

@@ -8,58 +8,50 @@ tests/test_flextok_ar.py holds the published beam, token by token, to a loop wit
 
 Prompts are encoded once. A candidate that branches at the last token costs one token: its caches
 are its parent's until it is chosen. Guidance runs as a second stream in the same batch.
-Letters: B prompts, N candidates, K children, T tokens, V codes, C streams, W words.
+Letters: B prompts, N candidates, T tokens, V codes, C streams, W words, R rows, H latent side.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import components, core
-from vtts_jax import token_sampling as sampling
+from vtts_jax import core
+from vtts_jax.data import classes, tokenizers
 from vtts_jax.errors import ConfigError
-from vtts_jax.generators import flextok_parts as parts
+from vtts_jax.generators.token import TokenGenerator
 from vtts_jax.models.autoencoder_kl import modeling as autoencoder_kl
 from vtts_jax.models.flexar import modeling as flexar
 from vtts_jax.models.flextok import flow
 from vtts_jax.models.flextok import modeling as flextok
+from vtts_jax.models.pretrained import Pretrained
 from vtts_jax.models.t5 import modeling as t5
 
-
-class State(NamedTuple):
-  """Tokens `[B, N, T]` int32 (those not drawn yet are 0), log-probability `[B, N]`, the seed of the
-  decoder's noise `[B, N, 2]` uint32, and {'k', 'v': `[B, N, C, L, T, D]`}, () without a prior.
-
-  The log-probability is that of the drawn tokens under the guided distribution at temperature 1.
-  After s stages the cache holds positions 0 .. s - 1 (the start and the first s - 1 tokens).
-  """
-
-  tokens: jax.Array
-  logp: jax.Array
-  noise: jax.Array
-  cache: Any
+TEXT_END = 1  # T5's end of text; the null prompt is this token alone
+NOISE = 0x401E  # folded into a key for the seed of the decoder's noise
+TINY = dict.fromkeys(
+  ('prior_weights', 'tokenizer_weights', 'vae_weights', 'text_weights'), 'random:tiny'
+)  # settings that need no file at all
 
 
 @dataclasses.dataclass(frozen=True)
-class FlexTokAR(core.Generator):
+class FlexTokAR(TokenGenerator):
   """The FlexTok AR and GridTok AR family.
 
   Attributes:
-    prior_from, tokenizer_from, vae_from, text_from: checkpoints; a file, a folder or a repository
-      of the hub (`owner/name@revision`). `text_from` is a T5 with its tokenizer beside it.
-    random: '' loads those; else seeded random weights and no file at all: 'tiny', the name of a
-      released prior ('flexar_113m'), or prior and tokenizer ('flexar_113m/small').
+    prior_weights, tokenizer_weights, vae_weights, text_weights: a file, a folder, a repository of
+      the hub (`owner/name@revision`), or 'random:SIZE', see `models.pretrained`; with all four
+      'random:tiny' (`TINY`) no file is read. `text_weights` is a T5 with its tokenizer beside it.
+      Only what the other settings need is read.
     prior: 'ar', or 'uniform' for tokens drawn without a model, at no network evaluation.
-    condition: 'text', 'class' (a prompt is a number, or a name of `class_names`) or 'none' (prompts
-      are not read).
+    condition: 'text', 'class' (a prompt has a 'label', or its text is a number or a name of
+      `class_names`) or 'none' (prompts are not read).
     class_names: a text file with the name of class i in line i; '' where prompts are numbers.
     words: W, to which texts are padded; a longer text is an error.
     guidance: classifier-free guidance scale >= 0 of the tokens; 1 runs a single stream, 0 ignores
       the prompt, -1 is the published scale: 3 for text, 1.5 for classes.
-    temperature, top_k, top_p: see `sampling`; top_k 0 is off.
+    temperature, top_k, top_p: see `token_sampling`; top_k 0 is off.
     decode_steps: Euler steps of the decoder, at least 1. The fewest that the verifier tolerates.
     decode_guidance: scale > 0 of the decoder's projected guidance; 1 halves its cost, -1 is the
       published scale: 7.5 for ordered tokens, 5 for grids.
@@ -68,30 +60,25 @@ class FlexTokAR(core.Generator):
     dtype: of the parameters, 'float32' or 'bfloat16'.
   """
 
-  prior_from: str = 'EPFL-VILAB/FlexAR-3B-T2I'
-  tokenizer_from: str = 'EPFL-VILAB/flextok_d18_d28_dfn'
-  vae_from: str = 'EPFL-VILAB/flextok_vae_c16'
-  text_from: str = 'google/flan-t5-xl'
-  random: str = ''
+  prior_weights: str = 'EPFL-VILAB/FlexAR-3B-T2I'
+  tokenizer_weights: str = 'EPFL-VILAB/flextok_d18_d28_dfn'
+  vae_weights: str = 'EPFL-VILAB/flextok_vae_c16'
+  text_weights: str = 'google/flan-t5-xl'
   prior: str = 'ar'
   condition: str = 'text'
   class_names: str = ''
   words: int = 128
-  guidance: float = -1.0
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
   decode_steps: int = 20
   decode_guidance: float = -1.0
   noise: str = 'prompt'
   dtype: str = 'float32'
 
   def __post_init__(self):
+    super().__post_init__()
     for name, allowed in (
       ('prior', ('ar', 'uniform')),
       ('condition', ('text', 'class', 'none')),
       ('noise', ('prompt', 'candidate')),
-      ('dtype', ('float32', 'bfloat16')),
     ):
       if getattr(self, name) not in allowed:
         raise ConfigError(
@@ -101,51 +88,55 @@ class FlexTokAR(core.Generator):
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f'generator.{name}={value!r}: must be an integer >= 1')
-    if not (self.guidance >= 0 or self.guidance == -1):
-      raise ConfigError(
-        f'generator.guidance={self.guidance}: must be >= 0, or -1 (as published)'
-      )
     if not (self.decode_guidance > 0 or self.decode_guidance == -1):
       raise ConfigError(
         f'generator.decode_guidance={self.decode_guidance}: must be > 0, or -1 (as published)'
       )
-    parts.check_random(self.random)
+    for name in ('prior', 'tokenizer', 'vae', 'text'):
+      self._part(name)  # refuses unknown sizes
 
-  # --------------------------------------------------------------------------------- static facts
+  # ------------------------------------------------------------------------------------- the facts
 
-  @property
-  def configs(self) -> parts.Configs:
-    """The models' sizes; of a checkpoint they are read off its header once."""
-    text = self.text_from if self.condition != 'class' else ''
-    return parts.configs(
-      self.random,
-      (self.prior_from if self.prior == 'ar' else '', self.tokenizer_from, self.vae_from, text),
-      self.prior == 'ar',
-      self.condition,
-    )
+  def _part(self, name) -> Pretrained:
+    family, part = {
+      'prior': ('flexar', ''),
+      'tokenizer': ('flextok', 'decoder'),  # a search only decodes
+      'vae': ('autoencoder_kl', 'decoder'),
+      'text': ('t5', ''),
+    }[name]
+    setting = f'{name}_weights'
+    return Pretrained(family, getattr(self, setting), self.dtype, part, f'generator.{setting}')
+
+  def model_parts(self):
+    """The parts that are needed; sizes of a checkpoint are read off its header once."""
+    names = ['tokenizer', 'vae']
+    if self.prior == 'ar':
+      names += ['prior'] if self._part('prior').config.classes else ['prior', 'text']
+    return {name: self._part(name) for name in names}
+
+  def part_config(self, name):
+    """Sizes of a part."""
+    return self._part(name).config
 
   @property
   def num_stages(self):
-    return self.configs.tokenizer.tokens
+    return self.part_config('tokenizer').tokens
 
   @property
   def vocab(self):
-    return self.configs.tokenizer.codes
+    return self.part_config('tokenizer').codes
 
   @property
-  def image_shape(self):
-    side = self.configs.tokenizer.size * self.configs.vae.downscale
-    return (side, side, 3)
+  def decoded_output(self):
+    side = self.part_config('tokenizer').size * self.part_config('vae').downscale
+    return core.Output('image', (side, side, 3))
 
   @property
-  def anytime(self):
-    return self.configs.tokenizer.registers > 0
+  def prefixes_are_samples(self):
+    return self.part_config('tokenizer').registers > 0
 
   @property
-  def scale(self) -> float:
-    """The guidance scale of the tokens in force."""
-    if self.guidance >= 0:
-      return float(self.guidance)
+  def published_guidance(self):
     return 1.5 if self.condition == 'class' else 3.0
 
   @property
@@ -153,199 +144,171 @@ class FlexTokAR(core.Generator):
     """The guidance scale of the decoder in force."""
     if self.decode_guidance > 0:
       return float(self.decode_guidance)
-    return 7.5 if self.anytime else 5.0
+    return 7.5 if self.prefixes_are_samples else 5.0
 
   @property
-  def streams(self) -> tuple[str, ...]:
-    """Which conditionings run: with the prompt, without it, or both for guidance."""
+  def streams(self):
     if self.prior == 'uniform':
       return ()
-    if self.condition == 'none' or self.scale == 0:
-      return ('null',)
-    return ('prompt',) if self.scale == 1 else ('prompt', 'null')
+    return ('null',) if self.condition == 'none' else super().streams
 
   def check(self):
-    configs = self.configs
-    parts.check_fit(configs, self.condition)
-    sampling.check(self.temperature, self.top_k, self.top_p, self.vocab)
-
-  def _model(self, params, part):
-    return parts.merge(getattr(self.configs, part), params[part])
+    """Raises `ConfigError` where the parts do not belong together or do not take the condition."""
+    parts = {name: part.config for name, part in self.model_parts().items()}
+    pairs = [('tokenizer', 'channels', parts['vae'].latent_channels, 'vae')]
+    if 'prior' in parts:
+      wanted = 'class' if parts['prior'].classes else 'text'
+      if self.condition not in (wanted, 'none'):
+        raise ConfigError(
+          f'generator.condition={self.condition!r}: the prior is a {wanted} model; allowed: '
+          f"'{wanted}', 'none'"
+        )
+      pairs += [('tokenizer', what, getattr(parts['prior'], what), 'prior') for what in
+                ('tokens', 'codes')]
+    if 'text' in parts:
+      pairs.append(('text', 'd_model', parts['prior'].text_width, 'prior'))
+    for name, what, want, other in pairs:
+      have = getattr(parts[name], what)
+      if have != want:
+        raise ConfigError(
+          f'generator.{name}_weights: has {what}={have}, the {other} wants {want}'
+        )
+    if parts['vae'].scaling_factor is None:
+      raise ConfigError(
+        'generator.vae_weights: no scaling_factor; a config.json with it must be there'
+      )
+    super().check()
 
   # --------------------------------------------------------------------------------------- prompts
 
-  def load(self):
-    froms = {
-      'prior': self.prior_from,
-      'tokenizer': self.tokenizer_from,
-      'vae': self.vae_from,
-      'text': self.text_from,
-    }
-    return {
-      part: parts.load(part, config, '' if self.random else froms[part], self.dtype)
-      for part, config in self.configs._asdict().items()
-      if config is not None
-    }
-
-  def tokenize(self, texts):
+  def tokenize(self, prompts):
     """Prompt arrays: {'ids', 'mask': `[B, W]`, 'null': `[B, 1]`} of a text model, {'labels':
     `[B]`} of a class model, {'rows': `[B]`} without a prior.
 
     Raises:
       ConfigError: a text of more than `words` tokens, or a class that there is none of.
     """
-    rows, configs = len(texts), self.configs
+    count = len(prompts)
     if not self.streams:
-      return {'rows': np.zeros(rows, np.int32)}
-    if configs.prior.classes:
-      if self.condition == 'none':
-        return {'labels': np.full(rows, -1, np.int32)}
-      return {'labels': parts.labels(texts, configs.prior.classes, self.class_names)}
-    null = np.full((rows, 1), parts.END, np.int32)
+      return {'rows': np.zeros(count, np.int32)}
+    number = self.part_config('prior').classes
+    if number and self.condition == 'none':
+      return {'labels': np.full(count, -1, np.int32)}
+    if number:
+      setting = 'generator.class_names'
+      names = classes.read_class_names(self.class_names, setting) if self.class_names else ()
+      return {'labels': classes.class_labels(prompts, number, 'generator.condition', names)}
+    null = np.full((count, 1), TEXT_END, np.int32)
     if self.condition == 'none':
       return {'null': null}
-    ids, mask = parts.words(texts, self.words, '' if self.random else self.text_from)
+    text = self._part('text')
+    ids, mask = tokenizers.tokenize_texts(
+      core.texts_of(prompts),
+      '' if text.is_random else text.weights,
+      self.words,
+      text.config.vocab_size,
+      longer='error',
+      allow_empty=True,
+      setting='generator.words',
+    )
     return {'ids': ids, 'mask': mask, 'null': null}
 
   def encode(self, params, prompt):
     """The context of `models.flexar`, whose leaves are `[B, C, ...]`; T5 runs here only."""
     if not self.streams:
       return prompt
-    model = self._model(params, 'prior')
+    prior = self.bind_part(params, 'prior')
     if 'labels' in prompt:
-      null = jnp.full_like(prompt['labels'], -1)
-      of = {'prompt': prompt['labels'], 'null': null}
-      return model.class_context(jnp.stack([of[s] for s in self.streams], axis=1))
-    text, out = self._model(params, 'text'), {}
+      labels = {'prompt': prompt['labels'], 'null': jnp.full_like(prompt['labels'], -1)}
+      return prior.class_context(jnp.stack([labels[s] for s in self.streams], axis=1))
+    text, streams = self.bind_part(params, 'text'), {}
     if 'prompt' in self.streams:
-      out['prompt'] = text(prompt['ids'], prompt['mask']), prompt['mask']
+      streams['prompt'] = text(prompt['ids'], prompt['mask']), prompt['mask']
     if 'null' in self.streams:
       # the end token alone, unpadded: what pads would add is masked, there and in the prior
-      states, pad = text(prompt['null']), self._null_words - 1
+      states, pad = text(prompt['null']), self._context_words - 1
       mask = jnp.pad(jnp.ones_like(prompt['null']), ((0, 0), (0, pad)))
-      out['null'] = jnp.pad(states, ((0, 0), (0, pad), (0, 0))), mask
-    states, mask = (jnp.stack(x, axis=1) for x in zip(*(out[s] for s in self.streams)))
-    return model.text_context(states, mask)
+      streams['null'] = jnp.pad(states, ((0, 0), (0, pad), (0, 0))), mask
+    states, mask = (jnp.stack(x, axis=1) for x in zip(*(streams[s] for s in self.streams)))
+    return prior.text_context(states, mask)
 
   @property
-  def _null_words(self):
+  def _context_words(self):
     """Words of the context: one suffices where no prompt is read."""
     return self.words if 'prompt' in self.streams else 1
 
   # ------------------------------------------------------------------------------------ candidates
 
-  def init(self, params, ctx, keys):
-    cache = ()
-    if self.streams:
-      model = self._model(params, 'prior')
-      cache = model.init_cache(*keys.shape, len(self.streams), self.num_stages)
-    tokens = jnp.zeros((*keys.shape, self.num_stages), jnp.int32)
+  def init_cache(self, params, ctx, lead):
+    return self.bind_part(params, 'prior').init_cache(*lead, len(self.streams), self.num_stages)
+
+  def init_extra(self, params, ctx, keys):
+    """The seed of the decoder's noise `[B, N, 2]` uint32."""
     owners = keys if self.noise == 'candidate' else jnp.broadcast_to(keys[:, :1], keys.shape)
-    return State(tokens, jnp.zeros(keys.shape), parts.noise_seed(owners), cache)
+    return noise_seeds(owners)
 
-  def _next(self, params, ctx, state, stage):
-    """Guided logits `[B, N, V]` of the token of `stage`, and the cache with the one before it."""
-    if not self.streams:
-      return jnp.zeros((*state.logp.shape, self.vocab)), state.cache
-    model, many = self._model(params, 'prior'), jnp.ndim(stage) > 0
-    before = jnp.broadcast_to(jnp.maximum(stage - 1, 0), state.logp.shape)[..., None]
-    fed = jnp.take_along_axis(state.tokens, before, axis=2)
-    hidden, cache = model.step(ctx, state.cache, fed, stage[..., None] if many else stage)
-    return flexar.guide(model.logits(hidden[:, :, 0]), self.scale), cache
+  def next_logits(self, params, ctx, state, stage):
+    prior, fed = self.bind_part(params, 'prior'), self.previous_tokens(state, stage)
+    # a row of the prior's cache is a candidate here
+    position = stage[..., None] if jnp.ndim(stage) else stage
+    hidden, cache = prior.step(ctx, state.cache, fed[..., None], position)
+    return self.guide_logits(prior.logits(hidden[:, :, 0])), cache
 
-  def _push(self, state, cache, logits, token, stage):
-    """`token [B, N]`, drawn from `logits`, at `stage`."""
-    here = jnp.arange(self.num_stages) == jnp.asarray(stage)[..., None]
-    tokens = jnp.where(here, token[..., None], state.tokens)
-    logp = state.logp + sampling.log_prob(logits, token)
-    return state._replace(tokens=tokens, logp=logp, cache=cache)
+  def prefill(self, params, ctx, state, stage):
+    # all positions at once; those from `stage` on are never seen before they are rewritten
+    return self.bind_part(params, 'prior').prefill(ctx, state.tokens)[1]
 
-  def _adjust(self, logits):
-    return sampling.adjust(logits, self.temperature, self.top_k, self.top_p)
+  def forced_logits(self, params, ctx, state):
+    prior = self.bind_part(params, 'prior')
+    hidden, _ = prior.prefill(ctx, state.tokens)
+    return self.guide_logits(prior.logits(hidden))
 
-  def _run(self, params, ctx, state, stage, count, choose):
-    """`count` stages from `stage`; `choose(logits, t)` says which token comes next."""
-
-    def one(state, t):
-      logits, cache = self._next(params, ctx, state, t)
-      return self._push(state, cache, logits, choose(logits, t), t)
-
-    return core.run_stages(one, state, stage, count, self.num_stages)
-
-  def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
-    def choose(logits, t):
-      if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-      return sampling.draw(self._adjust(logits), core.fold(keys, t))
-
-    return self._run(params, ctx, state, stage, count, choose)
-
-  def force(self, params, ctx, state, tokens):
-    return self._run(params, ctx, state, 0, tokens.shape[2], lambda _, t: tokens[:, :, t])
-
-  def fork(self, params, ctx, state, keys, stage, k, *, replace=True):
-    logits, cache = self._next(params, ctx, state, stage)
-    if replace:
-      drawn = sampling.draw(self._adjust(logits)[:, :, None], core.fold(keys, stage))
-    else:
-      drawn = sampling.draw_distinct(self._adjust(logits), core.fold(keys[:, :, 0], stage), k)
-    children = core.repeat(self.slim(state), k)
-    flat = drawn.reshape(drawn.shape[0], -1)
-    at = jnp.repeat(stage, k, axis=1) if jnp.ndim(stage) else stage
-    return self._push(children, (), core.repeat(logits, k), flat, at), state._replace(cache=cache)
-
-  def slim(self, state):
-    return state._replace(cache=())
-
-  def fatten(self, params, ctx, slim, stage, like=None):
-    if like is not None:
-      return slim._replace(cache=like.cache)
-    if not self.streams:
-      return slim
-    # all positions at once; those from `stage` on are never looked at before they are rewritten
-    return slim._replace(cache=self._model(params, 'prior').prefill(ctx, slim.tokens)[1])
-
-  def latents(self, params, state, stage):
-    """What the VAE decodes, `[B N, H, W, C]`."""
-    config, lead = self.configs.tokenizer, state.tokens.shape[:2]
-    decoder = self._model(params, 'tokenizer')
-    keep = jnp.broadcast_to(stage, lead).reshape(-1)
-    registers = decoder.condition(state.tokens.reshape(-1, config.tokens), keep)
-    shape = (config.size, config.size, config.channels)
-    noise = parts.noise(state.noise.reshape(-1, 2), shape)
+  def decode_latents(self, params, state, stage):
+    """What the VAE decodes, `[B N, H, H, channels]`."""
+    sizes, decoder = self.part_config('tokenizer'), self.bind_part(params, 'tokenizer')
+    keep = jnp.broadcast_to(stage, state.tokens.shape[:2]).reshape(-1)
+    registers = decoder.condition(state.tokens.reshape(-1, sizes.tokens), keep)
+    noise = draw_noise(state.extra.reshape(-1, 2), (sizes.size, sizes.size, sizes.channels))
     return flow.sample(decoder, registers, noise, self.decode_steps, self.decode_scale)
 
-  def render(self, params, ctx, state, stage):
-    vae = self._model(params, 'vae')
-    images = vae.decode(vae.unscale(self.latents(params, state, stage))).astype(jnp.float32)
-    return jnp.clip((images + 1) / 2, 0, 1).reshape(*state.logp.shape, *self.image_shape)
+  def decode(self, params, ctx, state, stage):
+    vae = self.bind_part(params, 'vae')
+    latents = self.decode_latents(params, state, stage)
+    images = vae.decode(vae.unscale(latents)).astype(jnp.float32)
+    images = images.reshape(*state.tokens.shape[:2], *images.shape[1:])
+    return jnp.clip((images + 1) / 2, 0, 1)
 
-  def log_prob(self, state):
-    return state.logp
-
-  # ------------------------------------------------------------------------------------------ cost
-
-  def cost(self, op, stage=0, count=1):
-    c, streams = self.configs, len(self.streams)
-    if op == 'render':
-      passes = self.decode_steps * (1 if self.decode_scale == 1 else 2)
-      flops = passes * flextok.flops_decode(c.tokenizer)
-      return core.Cost(render=1, flops=flops + autoencoder_kl.flops_decode(c.vae, c.tokenizer.size))
-    if not streams:
-      return core.Cost()
-    words = 0 if c.prior.classes else self._null_words
+  def flops(self, op):
+    streams = len(self.streams)
+    if op == 'decode':
+      sizes, passes = self.part_config('tokenizer'), 1 if self.decode_scale == 1 else 2
+      steps = self.decode_steps * passes * flextok.flops_decode(sizes)
+      return steps + autoencoder_kl.flops_decode(self.part_config('vae'), sizes.size)
+    prior = self.part_config('prior')
+    words = 0 if prior.classes else self._context_words
     if op == 'encode':
-      flops = streams * flexar.flops_text(c.prior, words)
-      if c.text is not None:
+      flops = streams * flexar.flops_text(prior, words)
+      if not prior.classes:
         width = {'prompt': self.words, 'null': 1}
-        flops += sum(t5.flops(c.text, width[s]) for s in self.streams)
-      return core.Cost(flops=flops)
-    trunk = flexar.flops_trunk(c.prior, self.num_stages, words)
-    if op == 'fatten':
-      return core.Cost(generator=1, flops=streams * self.num_stages * trunk)
-    evals = {'extend': count, 'force': count, 'fork': 1}[op]
-    return core.Cost(evals, flops=evals * streams * (trunk + flexar.flops_head(c.prior)))
+        flops += sum(t5.flops(self.part_config('text'), width[s]) for s in self.streams)
+      return flops
+    trunk = flexar.flops_trunk(prior, self.num_stages, words)
+    return {
+      'step': streams * (trunk + flexar.flops_head(prior)),
+      'prefill': streams * self.num_stages * trunk,
+    }[op]
 
 
-def build(**given) -> FlexTokAR:
-  return components.build_dataclass(FlexTokAR, **given)
+# -------------------------------------------------------------------------------------------- noise
+
+
+def noise_seeds(keys: jax.Array) -> jax.Array:
+  """Two numbers `[..., 2]` uint32 for each key `[...]`, whatever the keys' implementation."""
+  draw = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, NOISE), (2,), jnp.uint32))
+  return draw(keys.reshape(-1)).reshape(*keys.shape, 2)
+
+
+def draw_noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Standard normal noise `[R, *shape]` float32 of seeds `[R, 2]`."""
+  keys = jax.random.wrap_key_data(seeds, impl='threefry2x32')
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

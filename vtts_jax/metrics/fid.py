@@ -1,21 +1,24 @@
 """FID, Inception Score, precision and recall: `python -m vtts_jax.metrics.fid PICTURES REFERENCE`
 
 PICTURES is a folder, an .npz of pictures (`arr_0`) or a file of statistics; REFERENCE the same (a
-reference batch of ADM, the statistics of pytorch-fid, `--save` of an earlier call). A table, and as
-the last line all of it as JSON. Heusel et al. (2017, arXiv 1706.08500); Salimans et al. (2016,
-1606.03498); Kynkaanniemi et al. (2019, 1904.06991), on Inception's features as in ADM's evaluator.
+reference batch of ADM, the statistics of pytorch-fid, `--save` of an earlier call). It prints a
+table, and as the last line all of it as JSON. Heusel et al. (2017, arXiv 1706.08500); Salimans et
+al. (2016, 1606.03498); Kynkaanniemi et al. (2019, 1904.06991), on Inception's features as in ADM's
+evaluator.
 
-A FID depends on the number of pictures (few give more), on the look (`--look`) and on the weights;
-numbers that differ in any of them do not compare. All sums are float64 on the host.
+A FID depends on the number of pictures (few give more), on how the network sees them
+(`--preprocessing`) and on the weights; numbers that differ in any of these do not compare. All sums
+are float64 on the host.
 
 Letters: N pictures · D features · K classes.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,19 +28,17 @@ from vtts_jax.metrics import statistics as stats
 from vtts_jax.models.inception import modeling
 
 
-def frechet(a, b) -> float:
-  """Frechet distance of two Gaussians `(mu [D], sigma [D, D])`; with the features of
-  InceptionV3 the FID.
+def frechet_distance(a, b) -> float:
+  """Frechet distance of two Gaussians `(mu [D], sigma [D, D])`; of the features of InceptionV3 this
+  is the FID.
 
-  The trace of (sigma_a sigma_b)^(1/2) is that of (A sigma_b A)^(1/2), A the symmetric root of
-  sigma_a: two symmetric eigenproblems, real and stable also for sets with fewer pictures than
-  features.
+  Raises:
+    ValueError: not as many features in one as in the other.
   """
   (mean, sigma), (other, tau) = ([np.asarray(x, np.float64) for x in pair] for pair in (a, b))
   if mean.shape != other.shape:
     raise ValueError(f'{mean.shape} features against {other.shape}')
-  half = stats.root(sigma)
-  values = np.linalg.eigvalsh(half @ tau @ half)
+  values = np.linalg.eigvalsh(stats.mixed_covariance(sigma, tau)[0])
   mixed = np.sqrt(np.maximum(values, 0)).sum()
   return float(np.sum((mean - other) ** 2) + np.trace(sigma) + np.trace(tau) - 2 * mixed)
 
@@ -51,7 +52,7 @@ def inception_score(logits, splits: int = 10) -> tuple[float, float]:
   n = len(logits)
   if not 1 <= splits <= n:
     raise ConfigError(f'splits={splits}: must be 1 .. {n}, the number of pictures')
-  p, logs = stats.probabilities(logits)
+  p, logs = stats.class_probabilities(logits)
   scores = []
   for i in range(splits):
     part = slice(i * n // splits, (i + 1) * n // splits)
@@ -71,13 +72,12 @@ def precision_recall(real, made, k: int = 3, chunk: int = 1024) -> tuple[float, 
     raise ConfigError(f'k={k}: must be below {min(len(real), len(made))}, the smaller set')
   centre = np.mean(real, 0)  # distances lose fewer digits
   real, made = (np.asarray(x - centre, np.float32) for x in (real, made))
-  return _inside(made, real, _reach(real, k, chunk), chunk), _inside(
-    real, made, _reach(made, k, chunk), chunk
-  )
+  precision = _share_inside(made, real, _reach(real, k, chunk), chunk)
+  return precision, _share_inside(real, made, _reach(made, k, chunk), chunk)
 
 
-def _distances(a, b):
-  """Squared, `[N, M]`."""
+def _squared_distances(a, b):
+  """`[N, M]` between the rows of both."""
   lengths = (a * a).sum(1)[:, None] + (b * b).sum(1)
   return np.maximum(lengths - 2 * a @ b.T, 0)
 
@@ -85,38 +85,45 @@ def _distances(a, b):
 def _reach(x, k, chunk):
   """Squared distance of every row to its k-th neighbour; rank 0 is the row itself."""
   rows = (x[i : i + chunk] for i in range(0, len(x), chunk))
-  return np.concatenate([np.partition(_distances(r, x), k, axis=1)[:, k] for r in rows])
+  return np.concatenate([np.partition(_squared_distances(r, x), k, axis=1)[:, k] for r in rows])
 
 
-def _inside(x, centres, reach, chunk):
+def _share_inside(x, centres, reach, chunk):
+  """Share of the rows that lie in any ball around the centres."""
   rows = (x[i : i + chunk] for i in range(0, len(x), chunk))
-  return float(np.concatenate([(_distances(r, centres) <= reach).any(1) for r in rows]).mean())
+  inside = [(_squared_distances(r, centres) <= reach).any(1) for r in rows]
+  return float(np.concatenate(inside).mean())
 
 
 # ----------------------------------------------------------------------------------------- command
 
 
-def measure(place, run, look: str, batch: int = 32) -> dict:
+def measure_set(place, network: Callable, preprocessing: str, batch: int = 32) -> dict:
   """What is known of a set: mu, sigma, count (None if a file does not say) and, where there are
   pictures, features, logits and their `statistics.Statistics`.
 
+  Args:
+    network: called without arguments, and only where pictures must be read, it gives what
+      `inception.compiled_network` returns.
+
   Raises:
-    FileNotFoundError, ConfigError: as `inception.pictures` and `statistics.gaussian`.
+    FileNotFoundError, ConfigError: as `inception.read_pictures` and `statistics.gaussian_of`.
   """
   known = {}
   if os.path.isfile(place):
-    found = stats.read(place)
+    found = stats.read_arrays(place)
     if 'mu' in found:
-      stats.check_look(place, found, look)
-      mu, sigma = stats.gaussian(place, found)
+      stats.check_preprocessing(place, found, preprocessing)
+      mu, sigma = stats.gaussian_of(place, found)
       count = int(found['count']) if 'count' in found else None
       known = {'mu': mu, 'sigma': sigma, 'count': count}
       if 'probs' in found:
         known['log_is'] = stats.Statistics.load(place).log_is
       if not _holds_pictures(place):
         return known
-  features, logits = inception.extract(inception.pictures(place), run(), batch)
+  features, logits = inception.extract_features(inception.read_pictures(place), network(), batch)
   sums = stats.Statistics.of(features, logits)
+  # statistics that the file brings stand: they may be of more pictures than are in it
   if not known:
     if sums.count < 2:
       raise ConfigError(f'{str(place)!r} has 1 picture; at least 2 are needed')
@@ -129,10 +136,10 @@ def _holds_pictures(path):
     return 'arr_0' in file.files
 
 
-def report(made: dict, real: dict, splits: int = 10, k: int = 3) -> dict:
+def compare_sets(made: dict, real: dict, splits: int = 10, k: int = 3) -> dict:
   """{'fid', 'inception_score', 'inception_score_std', 'precision', 'recall', 'count', ...}; None
   where a set has no pictures to measure it on."""
-  out = {'fid': frechet((made['mu'], made['sigma']), (real['mu'], real['sigma']))}
+  out = {'fid': frechet_distance((made['mu'], made['sigma']), (real['mu'], real['sigma']))}
   score, spread = None, None
   if 'logits' in made:
     splits = min(splits, len(made['logits']))
@@ -147,8 +154,8 @@ def report(made: dict, real: dict, splits: int = 10, k: int = 3) -> dict:
   return out | {'count': made['count'], 'reference_count': real['count']}
 
 
-def show(found: dict) -> None:
-  """The table, then the JSON line."""
+def print_comparison(found: dict) -> None:
+  """Prints the table, then the JSON line."""
   from rich.console import Console
   from rich.table import Table
 
@@ -170,34 +177,38 @@ def main(argv: Sequence[str]) -> int:
   parse = argparse.ArgumentParser('python -m vtts_jax.metrics.fid', description=__doc__)
   parse.add_argument('pictures', help='folder, .npz of pictures, or .npz of statistics')
   parse.add_argument('reference', help='the same')
-  parse.add_argument('--model_from', default='', help='InceptionV3 of 2015-12-05, safetensors')
-  parse.add_argument('--random', default='', help=f'random weights: {", ".join(modeling.SIZES)}')
-  parse.add_argument('--look', default='pytorch_fid', help=', '.join(modeling.LOOKS))
+  sizes = ', '.join(f'random:{name}' for name in modeling.SIZES)
+  parse.add_argument(
+    '--weights', default='', help=f'InceptionV3 of 2015-12-05, safetensors (or {sizes})'
+  )
+  parse.add_argument(
+    '--preprocessing', default='pytorch_fid', help=', '.join(modeling.PREPROCESSINGS)
+  )
   parse.add_argument('--batch', type=int, default=32, help='pictures at a time')
   parse.add_argument('--splits', type=int, default=10, help='of the Inception Score')
   parse.add_argument('--k', type=int, default=3, help='neighbours, of precision and recall')
   parse.add_argument('--save', default='', help='where to write the statistics of PICTURES')
   flags = parse.parse_args(argv)
-  made_once: list = []
 
-  def run():  # not at all, if both sides are statistics
-    if not made_once:
-      made_once.append(inception.network(flags.model_from, flags.random, flags.look))
-    return made_once[0]
+  @functools.cache
+  def network():  # loaded once, and not at all if both sides are statistics
+    return inception.compiled_network(flags.weights, flags.preprocessing)
 
   try:
+    inception.check_preprocessing(flags.preprocessing, '--preprocessing')
     made, real = (
-      measure(p, run, flags.look, flags.batch) for p in (flags.pictures, flags.reference)
+      measure_set(place, network, flags.preprocessing, flags.batch)
+      for place in (flags.pictures, flags.reference)
     )
     if flags.save and 'sums' not in made:
       raise ConfigError(f'save={flags.save!r}: {flags.pictures!r} holds no pictures')
-    found = report(made, real, flags.splits, flags.k)
+    found = compare_sets(made, real, flags.splits, flags.k)
     if flags.save:
-      made['sums'].save(flags.save, flags.look)
+      made['sums'].save(flags.save, flags.preprocessing)
   except (ConfigError, FileNotFoundError) as error:
     print(error, file=sys.stderr)
     return 1
-  show(found | {'look': flags.look, 'weights': flags.random or flags.model_from})
+  print_comparison(found | {'preprocessing': flags.preprocessing, 'weights': flags.weights})
   return 0
 
 

@@ -1,25 +1,73 @@
-"""Pictures through InceptionV3: files in, features and logits out, for `metrics.fid`.
+"""Pictures through InceptionV3: features and logits, of files for `metrics.fid` and inside jit for
+the verifiers that score with them.
 
-Letters: N pictures · H W sides · D features · K classes.
+Letters: N pictures · R rows · H W sides · D features · K classes.
 """
 
 import itertools
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.models import modules
-from vtts_jax.models.inception import convert, modeling
+from vtts_jax.media import files
+from vtts_jax.models.inception import modeling
+from vtts_jax.models.pretrained import Pretrained
 
-ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+
+def open_inception(
+  weights: str, dtype: str = 'float32', setting: str = 'verifier.weights'
+) -> Pretrained:
+  """The InceptionV3 of 2015-12-05; weights as in `models.pretrained`.
+
+  Raises:
+    ConfigError: no weights are named, and as `Pretrained`.
+  """
+  if not weights:
+    raise ConfigError(
+      f"{setting}='': must name the weights of 2015-12-05 as safetensors; they are published as a "
+      'pickle only, vtts_jax/models/inception/README.md converts them in two lines'
+    )
+  return Pretrained('inception', weights, dtype, setting=setting)
 
 
-def pictures(place) -> Iterator[np.ndarray]:
+def check_preprocessing(preprocessing: str, setting: str = 'verifier.preprocessing') -> None:
+  """Raises `ConfigError` unless the network can see pictures in this way."""
+  if preprocessing not in modeling.PREPROCESSINGS:
+    raise ConfigError(
+      f'{setting}={preprocessing!r}: must be one of {", ".join(modeling.PREPROCESSINGS)}'
+    )
+
+
+def features_and_logits(inception: Pretrained, params, images, preprocessing: str):
+  """Images `[R, H, W, 3]` in [0, 1] -> (features `[R, D]`, logits `[R, K]`), float32; in jit."""
+  model = inception.bind(params)
+  features = model(modeling.preprocess(inception.config, images, preprocessing))
+  return features, model.logits(features)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def compiled_network(weights: str, preprocessing: str = 'pytorch_fid') -> Callable:
+  """A function of 8 bit pictures `[R, H, W, 3]` that gives (features `[R, D]`, logits `[R, K]`);
+  errors as in `open_inception`."""
+  inception = open_inception(weights, setting='--weights')
+  params = inception.load()
+
+  @jax.jit
+  def run(params, batch):
+    images = batch.astype(jnp.float32) / 255
+    return features_and_logits(inception, params, images, preprocessing)
+
+  return lambda batch: run(params, batch)
+
+
+def read_pictures(place) -> Iterator[np.ndarray]:
   """8 bit pictures `[H, W, 3]` of a folder (with the folders in it, by name) or of an .npz of
   `arr_0 [N, H, W, 3]`, the layout of ADM's sample and reference batches.
 
@@ -27,15 +75,15 @@ def pictures(place) -> Iterator[np.ndarray]:
     FileNotFoundError, ConfigError: no such place, no pictures in it, one that cannot be read.
   """
   if os.path.isdir(place):
-    names = sorted(
+    paths = sorted(
       os.path.join(folder, name)
-      for folder, _, files in os.walk(place)
-      for name in files
-      if name.lower().endswith(ENDINGS)
+      for folder, _, names in os.walk(place)
+      for name in names
+      if name.lower().endswith(files.IMAGE_ENDINGS)
     )
-    if not names:
-      raise ConfigError(f'{str(place)!r} has no pictures ({", ".join(ENDINGS)})')
-    yield from map(_picture, names)
+    if not paths:
+      raise ConfigError(f'{str(place)!r} has no pictures ({", ".join(files.IMAGE_ENDINGS)})')
+    yield from map(files.read_image, paths)
     return
   if not os.path.isfile(place):
     raise FileNotFoundError(f'no pictures at {str(place)!r}')
@@ -51,46 +99,16 @@ def pictures(place) -> Iterator[np.ndarray]:
   yield from batch
 
 
-def _picture(path):
-  from PIL import Image
-
-  try:
-    with Image.open(path) as image:
-      return np.asarray(image.convert('RGB'))
-  except OSError as error:
-    raise ConfigError(f'{path!r} cannot be read as a picture: {error}') from error
-
-
-def network(model_from: str = '', random: str = '', look: str = 'pytorch_fid'):
-  """Pictures `[R, H, W, 3]`, 8 bit, to (features `[R, D]`, logits `[R, K]`), compiled; settings as
-  in `verifiers.fid`.
-
-  Raises:
-    ConfigError: an unknown look, no weights.
-  """
-  if look not in modeling.LOOKS:
-    raise ConfigError(f'look={look!r}: must be one of {", ".join(modeling.LOOKS)}')
-  config, params = convert.config_at(model_from, random), convert.params_at(model_from, random)
-
-  @jax.jit
-  def run(params, batch):
-    model = modules.merge(convert.graph(config), params)
-    seen = modeling.prepare(batch.astype(jnp.float32) / 255, config.side, look)
-    features = model(seen)
-    return features, model.logits(features)
-
-  return lambda batch: run(params, batch)
-
-
-def extract(shown: Iterable[np.ndarray], run, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
+def extract_features(
+  pictures: Iterable[np.ndarray], network: Callable, batch: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
   """Features `[N, D]` and logits `[N, K]` of pictures of any sizes, `batch` of a size at a time."""
   found = []
-  for _, group in itertools.groupby(shown, key=np.shape):
+  for _, group in itertools.groupby(pictures, key=np.shape):
     while chunk := list(itertools.islice(group, batch)):
-      rows = np.stack(
-        chunk + [chunk[-1]] * (batch - len(chunk))
-      )  # one compiled shape for each size
-      found.append([np.asarray(x)[: len(chunk)] for x in run(rows)])
+      # filled up with the last picture, so that a size is compiled once
+      rows = np.stack(chunk + [chunk[-1]] * (batch - len(chunk)))
+      found.append([np.asarray(x)[: len(chunk)] for x in network(rows)])
   if not found:
     raise ConfigError('no pictures')
   return tuple(np.concatenate(part) for part in zip(*found))

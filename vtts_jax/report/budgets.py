@@ -27,7 +27,7 @@ class Series(NamedTuple):
     costs: axis to `[K]`, mean per prompt; 'seconds' only where they were measured.
     correct: `[K, P]`, mean over seeds.
     total: `[K, P]`, the searched score, mean over seeds; NaN where none was finite.
-    arm: any of the family's arms.
+    arm: one of the family's arms, whose generator and verifier are the family's.
   """
 
   name: str
@@ -47,7 +47,7 @@ class Cell(NamedTuple):
 
 
 def seconds_per_prompt(timing) -> dict[str, tuple[float, float]]:
-  """Arm to (measured seconds a prompt, compile seconds); batches are weighed by their prompts."""
+  """Arm to (measured seconds a prompt, seconds of compilation); a batch counts by its prompts."""
   out = {}
   for name in dict.fromkeys(t['arm'] for t in timing):
     own = [t for t in timing if t['arm'] == name]
@@ -56,7 +56,7 @@ def seconds_per_prompt(timing) -> dict[str, tuple[float, float]]:
   return out
 
 
-def series(rows, seconds) -> tuple[list[Series], np.ndarray, np.ndarray]:
+def family_series(rows, seconds) -> tuple[list[Series], np.ndarray, np.ndarray]:
   """All families over their common prompts, with the prompts' ids `[P]` and tags `[P]`.
 
   Args:
@@ -85,7 +85,7 @@ def series(rows, seconds) -> tuple[list[Series], np.ndarray, np.ndarray]:
       totals = [[r['curve'][j]['total'] for r in g] for g in groups]
       total = np.array([_mean([t for t in own if t is not None]) for own in totals])
       label = f'N={_samples(curve, j)}' if ladder else name
-      points.setdefault(stats.family(name), []).append((cost, label, correct, total, name))
+      points.setdefault(stats.family_name(name), []).append((cost, label, correct, total, name))
   return [_series(name, own) for name, own in points.items()], ids, tags
 
 
@@ -113,9 +113,9 @@ def _series(name, points) -> Series:
   )
 
 
-def budgets(families: list[Series], axis: str, most: int = 7) -> np.ndarray:
-  """A geometric grid of budgets, doublings of the least cost of all, thinned to `most` of them; the
-  last is the first doubling that affords every point. Empty where an axis costs nothing."""
+def budget_grid(families: list[Series], axis: str, most: int = 7) -> np.ndarray:
+  """Budgets that double from the least cost of all, at most `most` of them; the last is the first
+  that affords every point. Empty where an axis costs nothing."""
   costs = np.concatenate([f.costs[axis] for f in families if axis in f.costs] or [[]])
   costs = costs[costs > 0]
   if not len(costs):
@@ -125,7 +125,7 @@ def budgets(families: list[Series], axis: str, most: int = 7) -> np.ndarray:
   return costs.min() * 2.0 ** np.arange(doublings, -1, -step)[::-1]
 
 
-def choose(family: Series, axis: str, budget: float, of=slice(None)) -> int | None:
+def choose_point(family: Series, axis: str, budget: float, of=slice(None)) -> int | None:
   """The point that a family plays at a budget: the highest mean searched score over the prompts
   `of`, the cheapest among ties; None where it affords none."""
   if axis not in family.costs:
@@ -140,7 +140,7 @@ def choose(family: Series, axis: str, budget: float, of=slice(None)) -> int | No
   return allowed[int(np.argmax(scores))] if allowed else None
 
 
-def table(
+def equal_budget_cells(
   families: list[Series], tags: np.ndarray, axis: str, grid: np.ndarray, base: dict[str, str]
 ) -> dict[str, list[Cell | None]]:
   """Family to one cell a budget, None where it affords nothing.
@@ -153,21 +153,21 @@ def table(
   for family in families:
     cells = out.setdefault(family.name, [])
     for budget in grid:
-      k = choose(family, axis, budget)
+      k = choose_point(family, axis, budget)
       if k is None:
         cells.append(None)
         continue
-      accuracy, gain = stats.interval(family.correct[k], tags), None
+      accuracy, gain = stats.bootstrap_interval(family.correct[k], tags), None
       other = named.get(base.get(family.name, ''))
       if other and other is not family:
-        j = choose(other, axis, budget)
+        j = choose_point(other, axis, budget)
         if j is not None:
-          gain = stats.interval(family.correct[k] - other.correct[j], tags)
+          gain = stats.bootstrap_interval(family.correct[k] - other.correct[j], tags)
       cells.append(Cell(family.labels[k], accuracy, gain))
   return out
 
 
-def baselines(families: list[Series], ladders: set[str], settings) -> dict[str, str]:
+def find_baselines(families: list[Series], ladders: set[str], settings) -> dict[str, str]:
   """Family to the best-of-N it is measured against: of the same generator and verifier, else of
   the same generator; best-of-N itself and families without one are left out.
 

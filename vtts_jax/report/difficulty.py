@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vtts_jax.report import budgets as matched
-from vtts_jax.report import stats
+from vtts_jax.report import budgets, stats
 from vtts_jax.report.stats import Interval
 
 BINS = 5
@@ -44,7 +43,7 @@ class Choice(NamedTuple):
   gain: Interval
 
 
-def measure(rows, ids: np.ndarray, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
+def measure_difficulty(rows, ids: np.ndarray, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
   """Pass@1 and mean searched score of the single samples of a best-of-N arm, each `[P]`, over all
   seeds; None where a prompt has none."""
   own: dict[int, list[dict]] = {}
@@ -58,14 +57,14 @@ def measure(rows, ids: np.ndarray, arm: str) -> tuple[np.ndarray, np.ndarray] | 
   return np.array(right), np.array([np.mean(k) if k else -np.inf for k in known])
 
 
-def bins(difficulty: np.ndarray, count: int = BINS) -> np.ndarray:
+def difficulty_bins(difficulty: np.ndarray, count: int = BINS) -> np.ndarray:
   """Which bin `[P]` each prompt is in, 0 the hardest: equally many by rank of `difficulty [P]`
   (larger is easier), ties by place."""
   rank = np.argsort(np.argsort(difficulty, kind='stable'), kind='stable')
   return rank * count // len(difficulty)
 
 
-def halves(which: np.ndarray, tags: np.ndarray) -> np.ndarray:
+def split_halves(which: np.ndarray, tags: np.ndarray) -> np.ndarray:
   """0 or 1 `[P]`: every second prompt of each bin, by category, so that both halves are alike."""
   out = np.zeros(len(which), int)
   for q in np.unique(which):
@@ -75,7 +74,7 @@ def halves(which: np.ndarray, tags: np.ndarray) -> np.ndarray:
 
 
 def cross_fit(
-  families: list[matched.Series],
+  families: list[budgets.Series],
   tags: np.ndarray,
   which: np.ndarray,
   axis: str,
@@ -85,17 +84,19 @@ def cross_fit(
 
   Args:
     families: candidates, over the same prompts.
-    which: bins `[P]`, see `bins`; each needs at least two prompts.
+    which: bins `[P]`, see `difficulty_bins`; each needs at least two prompts.
   """
-  half = halves(which, tags)
-  able = [f for f in families if matched.choose(f, axis, budget) is not None]
+  half = split_halves(which, tags)
+  able = [f for f in families if budgets.choose_point(f, axis, budget) is not None]
   if len(able) < 2:
     return None
   optimal, single = np.zeros((2, len(which)))
   chosen, best = [['', ''] for _ in range(which.max() + 1)], ['', '']
   for h in (0, 1):
+    # chosen on one half, evaluated on the other; widths are chosen by score, on the same half
     fit, held = half == h, half != h
-    correct = np.stack([f.correct[matched.choose(f, axis, budget, fit)] for f in able])  # [F, P]
+    points = [budgets.choose_point(f, axis, budget, fit) for f in able]
+    correct = np.stack([f.correct[k] for f, k in zip(able, points)])  # [F, P]
     winner = int(correct[:, fit].mean(1).argmax())
     best[h], single[held] = able[winner].name, correct[winner, held]
     for q in range(which.max() + 1):
@@ -106,8 +107,8 @@ def cross_fit(
     float(budget),
     [tuple(pair) for pair in chosen],
     [float(optimal[which == q].mean()) for q in range(which.max() + 1)],
-    stats.interval(optimal, tags),
-    stats.interval(single, tags),
+    stats.bootstrap_interval(optimal, tags),
+    stats.bootstrap_interval(single, tags),
     tuple(best),
-    stats.interval(optimal - single, tags),
+    stats.bootstrap_interval(optimal - single, tags),
   )

@@ -1,5 +1,5 @@
-"""The figures: scaling curves, selection rules, fitted laws, the grid of pictures by budget, the
-genealogy of a winner."""
+"""The figures: scaling curves, selection rules, fitted laws, outputs by budget, and the genealogy
+of a winner. Each function returns the bytes of a PNG."""
 
 import io
 import math
@@ -7,7 +7,7 @@ import math
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage, TextArea
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 COLOURS = ('#1f6fb4', '#d9622b', '#2e9f4e', '#8a55b5', '#b8952a', '#c2407e', '#3aa6a6', '#666666')
@@ -36,8 +36,8 @@ def _doublings(axis) -> None:
   axis.xaxis.set_major_formatter(lambda x, _: f'{x:g}')
 
 
-def selection(found, names, most: int = 4) -> bytes:
-  """Accuracy by N of each selection rule, one panel an arm of best-of-N (`tables.Rules`)."""
+def plot_rules(found, names, most: int = 4) -> bytes:
+  """Accuracy by N of each selection rule, one panel an arm of best-of-N (`tables.RuleCurves`)."""
   found = found[:most]
   figure = Figure(figsize=(max(3.6 * len(found), 6.5), 3.9), dpi=110, layout='constrained')
   axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
@@ -62,8 +62,8 @@ def selection(found, names, most: int = 4) -> bytes:
   return _png(figure)
 
 
-def laws(found) -> bytes:
-  """Errors and searched scores by budget with their fitted laws (`tables.Law`)."""
+def plot_laws(found) -> bytes:
+  """Errors and searched scores by budget with their fitted laws (`tables.FittedLaws`)."""
   figure = Figure(figsize=(11, 4.2), dpi=110, layout='constrained')
   left, right = figure.subplots(1, 2)
   for i, law in enumerate(found):
@@ -93,7 +93,7 @@ def laws(found) -> bytes:
   return _png(figure)
 
 
-def curves(families, seconds) -> bytes:
+def plot_curves(families, seconds) -> bytes:
   """Accuracy with its interval against NFE, FLOPs and seconds per prompt, one line a family."""
   figure = Figure(figsize=(13, 4.4), dpi=110, layout='constrained')
   axes = figure.subplots(1, 3, sharey=True)
@@ -122,8 +122,13 @@ def curves(families, seconds) -> bytes:
   return _png(figure)
 
 
-def grid(grids, most: int = 6) -> bytes:
-  """Pictures by budget: one block an arm, one row a prompt, framed green (right) or red (wrong)."""
+def plot_grid(grids, most: int = 6) -> bytes:
+  """Outputs by budget: one block an arm, one row a prompt, framed green (right) or red (wrong).
+
+  Args:
+    grids: `[(arm, budgets, [(prompt, [(picture or text, is it right?)])])]`.
+    most: rows of a block.
+  """
   blocks = [(name, columns, entries[:most]) for name, columns, entries in grids]
   rows = sum(len(b[2]) for b in blocks)
   wide = max(len(b[1]) for b in blocks)
@@ -142,7 +147,10 @@ def grid(grids, most: int = 6) -> bytes:
       for j, (pixels, right) in enumerate(images):
         box = ((3.4 + 0.85 * j) / width, (top + 0.08) / height, 0.78 / width, 0.78 / height)
         axis = figure.add_axes(box, xticks=[], yticks=[])
-        axis.imshow(pixels, interpolation='nearest')
+        if isinstance(pixels, str):
+          axis.text(0.5, 0.5, _wrap(pixels, 14), ha='center', va='center', size=5)
+        else:
+          axis.imshow(pixels, interpolation='nearest')
         for spine in axis.spines.values():
           spine.set(color='#2e9f4e' if right else '#cc4b3b', linewidth=2.5)
   return _png(figure)
@@ -157,17 +165,19 @@ def _wrap(text: str, width: int = 38) -> str:
   return '\n'.join(lines)
 
 
-def genealogy(trace) -> bytes:
-  """One column a step, the candidates best first, lines to parents, the winner's ancestors
-  framed."""
-  images, totals, parent, winner = (trace[k] for k in ('images', 'totals', 'parent', 'winner'))
+def plot_genealogy(trace) -> bytes:
+  """One column a step, the candidates kept first, lines to parents, the winner's ancestors framed.
+
+  Args:
+    trace: arrays as `study.genealogy` makes them.
+  """
+  totals, parent, winner = (trace[k] for k in ('totals', 'parent', 'winner'))
   steps, columns = totals.shape
-  shown = max(int(np.isfinite(t).sum()) for t in totals)
-  figure = Figure(figsize=(1.25 * max(steps, 3) + 0.6, 0.95 * max(shown, 2) + 0.6), dpi=100)
+  tallest = max(max(int(np.isfinite(t).sum()) for t in totals), 2)
+  figure = Figure(figsize=(1.25 * max(steps, 3) + 0.6, 0.95 * tallest + 0.6), dpi=100)
   axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-  axis.set(xlim=(-0.6, max(steps, 3) - 0.4), ylim=(-max(shown, 2) + 0.3, 0.95))
+  axis.set(xlim=(-0.6, max(steps, 3) - 0.4), ylim=(-tallest + 0.3, 0.95))
   axis.axis('off')
-  zoom = 52 / images.shape[2]
   for s in range(steps):
     axis.text(
       s, 0.72, f'{int(trace["stage"][s].max())} stages', ha='center', size=8, color='#555555'
@@ -179,8 +189,12 @@ def genealogy(trace) -> bytes:
       if s and up >= 0:
         line = {'color': '#d9622b', 'lw': 2.4} if own else {'color': '#bbbbbb', 'lw': 0.9}
         axis.plot((s - 1 + 0.28, s - 0.28), (-up, -j), zorder=1, **line)
-      picture = OffsetImage(images[s, j], zoom=zoom, interpolation='nearest')
+      if 'images' in trace:
+        pixels = trace['images'][s, j]
+        shown = OffsetImage(pixels, zoom=52 / pixels.shape[0], interpolation='nearest')
+      else:
+        shown = TextArea(_wrap(str(trace['texts'][s, j]), 16), textprops={'size': 6})
       frame = {'edgecolor': '#d9622b' if own else '#999999', 'linewidth': 2.6 if own else 0.6}
-      axis.add_artist(AnnotationBbox(picture, (s, -j), pad=0.1, bboxprops=frame))
+      axis.add_artist(AnnotationBbox(shown, (s, -j), pad=0.1, bboxprops=frame))
       axis.text(s, -j - 0.42, f'{totals[s, j]:.2f}', ha='center', va='center', size=7)
   return _png(figure)

@@ -1,4 +1,4 @@
-"""Several run directories read as one: arms told apart, or joined by their seeds.
+"""Several run directories read as one: arms joined by their seeds, or told apart.
 
 Arms of one name are one arm where generator, verifier and search have equal settings; else each is
 called after its run ('beam/w4 @scenes-study'). A line that two runs hold must say the same in both.
@@ -12,10 +12,12 @@ import numpy as np
 from etils import epath
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.study import execute as study
-from vtts_jax.study.store import read_results, read_timing
+from vtts_jax.media.files import OUTPUT_ENDINGS
+from vtts_jax.study.arms import PARTS, settings_by_arm
+from vtts_jax.study.store import read_about, read_results, read_timing
 
-PLACES = ('root', 'image', 'grid', 'trace')  # where a line's files are: no part of what it says
+# where a line's files are: no part of what it says
+PLACES = ('root', 'grid', 'trace', 'state', *OUTPUT_ENDINGS)
 
 
 class Runs(NamedTuple):
@@ -36,25 +38,23 @@ class Runs(NamedTuple):
   settings: dict[str, dict[str, Any]]
 
 
-def read(roots: Sequence) -> Runs:
+def read_runs(roots: Sequence) -> Runs:
   """Reads and joins run directories.
 
   Raises:
     ConfigError: a directory given twice, without config.json or without results; runs with
-      different metrics or with different prompts under one id; a line told differently by two runs.
+      different metrics or with different prompts under one id; two runs that disagree on a line.
   """
   paths = [epath.Path(root) for root in roots]
   for i, path in enumerate(paths):
     if path in paths[:i]:
       raise ConfigError(f'{path} is given twice')
-    if not (path / 'config.json').exists():
-      raise ConfigError(f'{path} is no run directory: it has no config.json')
-  about = [json.loads((path / 'config.json').read_text()) for path in paths]
+  about = [read_about(path) for path in paths]
   metrics = [json.dumps(a['config']['metric']) for a in about]
   if len(set(metrics)) > 1:
     raise ConfigError(f'metrics {", ".join(metrics)} differ: only runs with one metric merge')
-  asked = [arm_settings(a['config']) for a in about]
-  renamed = _names(paths, about, asked)
+  asked = [part_settings(a['config']) for a in about]
+  renamed = _names_by_run(paths, about, asked)
   found: dict[tuple, dict] = {}
   prompts: dict[int, dict] = {}
   timing = []
@@ -71,7 +71,7 @@ def read(roots: Sequence) -> Runs:
           f'{path}: only runs over one prompt set merge'
         )
       key = (row['arm'], row['seed'], row['id'])
-      found[key] = _join(found[key], row) if key in found else row
+      found[key] = _join_lines(found[key], row) if key in found else row
     timing += [{**t, 'arm': names[t['arm']]} for t in read_timing(path)]
   order = {name: i for i, name in enumerate(dict.fromkeys(k[0] for k in found))}
   rows = sorted(found.values(), key=lambda r: (order[r['arm']], r['seed'], r['id']))
@@ -81,14 +81,13 @@ def read(roots: Sequence) -> Runs:
   return Runs([p.name for p in paths], about, rows, timing, settings)
 
 
-def arm_settings(config) -> dict[str, dict[str, Any]]:
+def part_settings(config) -> dict[str, dict[str, Any]]:
   """Arm to its generator, verifier and search, as the config asks for them."""
-  arms = config['arms'] or {'': {}}
-  merged = {name or 'main': study.merge(config, changes) for name, changes in arms.items()}
-  return {name: {part: m[part] for part in study.PARTS} for name, m in merged.items()}
+  arms = settings_by_arm(config)
+  return {name: {part: own[part] for part in PARTS} for name, own in arms.items()}
 
 
-def _names(paths, about, asked) -> list[dict[str, str]]:
+def _names_by_run(paths, about, asked) -> list[dict[str, str]]:
   """For each run, arm to what it is called here."""
   labels = [a['config']['name'] for a in about]
   if len(set(labels)) < len(labels):
@@ -102,11 +101,11 @@ def _names(paths, about, asked) -> list[dict[str, str]]:
   return out
 
 
-def _join(one, other) -> dict:
-  """One of two lines that say the same, the one with graded samples where only one has them."""
+def _join_lines(one, other) -> dict:
+  """One of two lines that say the same; where only one has graded samples, that one."""
   said = [{k: v for k, v in row.items() if k not in (*PLACES, 'samples')} for row in (one, other)]
   both = 'samples' in one and 'samples' in other
-  if not _same(*said) or (both and not _same(one['samples'], other['samples'])):
+  if not _say_the_same(*said) or (both and not _say_the_same(one['samples'], other['samples'])):
     raise ConfigError(
       f'arm {one["arm"]!r}, seed {one["seed"]}, prompt {one["id"]}: {one["root"]} and '
       f'{other["root"]} hold different results; leave one of the runs out'
@@ -114,12 +113,12 @@ def _join(one, other) -> dict:
   return other if 'samples' in other and 'samples' not in one else one
 
 
-def _same(one, other) -> bool:
+def _say_the_same(one, other) -> bool:
   """Equal, numbers up to what another device rounds differently."""
   if isinstance(one, dict) and isinstance(other, dict):
-    return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    return one.keys() == other.keys() and all(_say_the_same(one[k], other[k]) for k in one)
   if isinstance(one, list) and isinstance(other, list):
-    return len(one) == len(other) and all(map(_same, one, other))
+    return len(one) == len(other) and all(map(_say_the_same, one, other))
   if isinstance(one, float) and isinstance(other, int | float):
     return bool(np.isclose(one, other, rtol=1e-4, atol=1e-5))
   return one == other

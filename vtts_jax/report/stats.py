@@ -1,4 +1,4 @@
-"""From result lines to numbers with intervals: accuracy by budget, the verifier x metric matrix.
+"""Numbers with intervals from result lines: accuracy and scores of every arm by budget.
 
 Accuracy is GenEval's: the unweighted mean of the categories' accuracies. Intervals are 95 %
 percentile bootstrap intervals over prompts (a prompt's seeds stay together, categories keep their
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 1000
-COSTS = ('generator', 'render', 'verify', 'flops')
+COSTS = ('generator', 'observe', 'verify', 'flops')
 
 
 class Interval(NamedTuple):
@@ -36,8 +36,8 @@ class Point(NamedTuple):
 
 
 class ArmStats(NamedTuple):
-  """One arm: its points by rising budget; `ladder` where each point is a search of its own
-  (best-of-N's prefixes), not an early look at the last one."""
+  """One arm: its points by rising budget. `ladder` says that each point is a search of its own
+  (best-of-N's prefixes) and not what the last one had found by then."""
 
   name: str
   points: list[Point]
@@ -47,47 +47,48 @@ class ArmStats(NamedTuple):
 
   @property
   def family(self) -> str:
-    return family(self.name)
+    return family_name(self.name)
 
 
-def family(arm: str) -> str:
+def family_name(arm: str) -> str:
   """Arms 'a/w2' and 'a/w4' are points of one curve, 'a'; 'a/w2 clip' is one of 'a clip'."""
   return re.sub(r'/[^/\s]*(?=\s|$)', '', arm)
 
 
 @functools.lru_cache(maxsize=64)
-def _draws(groups: tuple[int, ...]) -> np.ndarray:
-  """Weights `[RESAMPLES, sum(groups)]`: each group's prompts redrawn with replacement, mean of
-  means."""
+def _bootstrap_weights(groups: tuple[int, ...]) -> np.ndarray:
+  """Weights `[RESAMPLES, sum(groups)]`: each group's prompts are drawn again with replacement, and
+  the mean over groups is taken of their means."""
   rng = np.random.default_rng(0)
   parts = [rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n / len(groups) for n in groups]
   return np.concatenate(parts, axis=1)
 
 
-def interval(values: np.ndarray, tags: np.ndarray) -> Interval:
+def bootstrap_interval(values: np.ndarray, tags: np.ndarray) -> Interval:
   """Mean over tags of the mean over prompts, `values [P]`, with its bootstrap interval."""
   centre = np.mean([values[tags == t].mean() for t in np.unique(tags)])
-  low, high = np.percentile(draws(values, tags), (2.5, 97.5))
+  low, high = np.percentile(bootstrap_draws(values, tags), (2.5, 97.5))
   return Interval(float(centre), float(low), float(high))
 
 
-def draws(values: np.ndarray, tags: np.ndarray) -> np.ndarray:
+def bootstrap_draws(values: np.ndarray, tags: np.ndarray) -> np.ndarray:
   """Bootstrap draws `[RESAMPLES, ...]` of the mean over tags of the mean over prompts of `values
-  [P, ...]`; the same prompts are drawn for equal tags, so that what is paired stays paired."""
+  [P, ...]`. Equal tags give the same draws of prompts, so that what is paired stays paired."""
   order = np.argsort(tags, kind='stable')
   groups = tuple(int((tags == t).sum()) for t in np.unique(tags))
-  return np.tensordot(_draws(groups), values[order], 1)
+  return np.tensordot(_bootstrap_weights(groups), values[order], 1)
 
 
-def arms(rows: list[dict]) -> list[ArmStats]:
+def arm_statistics(rows: list[dict]) -> list[ArmStats]:
   """Statistics of every arm, in the order of the lines."""
   return [
-    _arm(name, [r for r in rows if r['arm'] == name])
+    _statistics_of(name, [r for r in rows if r['arm'] == name])
     for name in dict.fromkeys(r['arm'] for r in rows)
   ]
 
 
-def _arm(name: str, rows: list[dict]) -> ArmStats:
+def _statistics_of(name: str, rows: list[dict]) -> ArmStats:
+  # a prompt's seeds are averaged, then prompts are drawn
   ids = sorted({r['id'] for r in rows})
   by_id: dict[int, list[dict]] = {i: [] for i in ids}
   for row in rows:
@@ -99,7 +100,7 @@ def _arm(name: str, rows: list[dict]) -> ArmStats:
     known = np.array([len(v) > 0 for v in values])
     if not known.any():
       return Interval(float('nan'), float('nan'), float('nan'))
-    return interval(np.array([np.mean(v) for v in values if v]), tags[known])
+    return bootstrap_interval(np.array([np.mean(v) for v in values if v]), tags[known])
 
   points = []
   for j, first in enumerate(rows[0]['curve']):
@@ -107,7 +108,7 @@ def _arm(name: str, rows: list[dict]) -> ArmStats:
     points.append(
       Point(
         {k: float(np.mean([r['curve'][j][k] for r in rows])) for k in COSTS},
-        interval(correct, tags),
+        bootstrap_interval(correct, tags),
         {str(t): float(correct[tags == t].mean()) for t in np.unique(tags)},
         mean(lambda r, j=j: r['curve'][j]['total']),
         {k: mean(lambda r, j=j, k=k: r['curve'][j]['measured'][k]) for k in first['measured']},
@@ -130,7 +131,8 @@ class Family(NamedTuple):
   points: list[Point]
 
 
-def families(stats: list[ArmStats]) -> list[Family]:
+def group_families(stats: list[ArmStats]) -> list[Family]:
+  """The curves that the arms make up."""
   grouped: dict[str, list[Point]] = {}
   for arm in stats:
     points = arm.points if arm.ladder else arm.points[-1:]

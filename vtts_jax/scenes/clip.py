@@ -5,18 +5,13 @@ plus a bias, 0 where the model is undecided. See scenes/models/clip.py; Radford 
 """
 
 import dataclasses
-import functools
 
 from vtts_jax import core
-from vtts_jax.components import build_dataclass
 from vtts_jax.errors import ConfigError
-from vtts_jax.models import modules
-from vtts_jax.scenes import models as scenes
-from vtts_jax.scenes import world as world
-from vtts_jax.scenes.models import clip
+from vtts_jax.scenes import world
+from vtts_jax.scenes.models import SceneModel, clip
 
 WHICH = ('a', 'b')
-_config = functools.cache(scenes.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,53 +19,45 @@ class ScenesClip(core.Verifier):
   """One dual encoder.
 
   Attributes:
-    which: 'a' (trained half on spoiled and unfinished pictures) or 'b' (clean pictures only, and so
-      easier to fool); trained independently of each other.
+    which: 'a' (trained half on corrupted and unfinished pictures) or 'b' (clean pictures only, and
+      so easier to fool); trained independently of each other.
   """
 
   which: str = 'a'
 
+  gives = frozenset({'features', 'gradient'})
+
   def __post_init__(self):
     if self.which not in WHICH:
-      raise ConfigError(
-        f'verifier.which={self.which!r}: must be one of {", ".join(map(repr, WHICH))}')
+      raise ConfigError(f'verifier.which={self.which!r}: must be one of {", ".join(WHICH)}')
 
   @property
   def names(self):
     return (f'scenes_clip_{self.which}',)
 
   @property
-  def model(self):
-    """Name of the shipped weights."""
-    return f'clip_{self.which}'
+  def encoder(self) -> SceneModel:
+    return SceneModel(f'clip_{self.which}')
 
   def load(self):
-    return scenes.load(self.model)[1]
+    return self.encoder.load()
 
-  def tokenize(self, texts):
-    return {'ids': world.tokenize(texts)}
+  def tokenize(self, prompts):
+    return {'ids': world.tokenize_texts(core.texts_of(prompts))}
 
   def encode(self, params, prompt):
     """Ids `[B, 12]` -> unit embeddings `[B, D]`."""
-    return modules.merge(scenes.load(self.model)[0], params).text(prompt['ids'])
+    return self.encoder.bind(params).text(prompt['ids'])
 
-  def features(self, params, images):
+  def embed_images(self, params, images):
     """Images `[B, M, 32, 32, 3]` -> unit embeddings `[B, M, D]`."""
-    model = modules.merge(scenes.load(self.model)[0], params)
-    return model.image(images.reshape(-1, *images.shape[2:])).reshape(*images.shape[:2], -1)
+    rows = self.encoder.bind(params).image(images.reshape(-1, *images.shape[2:]))
+    return rows.reshape(*images.shape[:2], -1)
 
-  def score(self, params, vctx, images, **signals):
-    """Images `[B, M, 32, 32, 3]` -> `{name: [B, M]}`."""
-    model = modules.merge(scenes.load(self.model)[0], params)
-    shown = model.image(images.reshape(-1, *images.shape[2:])).reshape(*images.shape[:2], -1)
-    return {self.names[0]: model.logits(shown, vctx[:, None])}
+  def score(self, params, vctx, observed):
+    embeddings = self.embed_images(params, observed['image'])
+    return {self.names[0]: self.encoder.bind(params).logits(embeddings, vctx[:, None])}
 
   def cost(self, op):
-    config = _config(self.model)
-    if op == 'encode':
-      return core.Cost(flops=clip.flops(config, 'text'))
-    return core.Cost(verify=1, flops=clip.flops(config, 'image'))
-
-
-def build(**given):
-  return build_dataclass(ScenesClip, **given)
+    tower = 'text' if op == 'encode' else 'image'
+    return core.Cost(verify=float(op == 'score'), flops=clip.flops(self.encoder.config, tower))

@@ -1,10 +1,10 @@
-"""The oracle of the scene world: reads a picture by rule, with nothing learned, and judges it.
+"""The oracle of the scene world: reads a picture by rule, with nothing learned, and grades it.
 
 Background = the picture's median colour. A pixel is foreground where some palette colour is nearer
 than the background; objects are 4-connected components; an object's colour is the vote of its
 pixels and its shape the nearest of 1200 templates (shape x radius x sub-pixel shift x softness of
 the edge). What fits no template well is no object of any class: that is how a smeared or half-drawn
-shape is counted as missing. Numpy only.
+shape is counted as missing. Numpy and scipy only.
 
 Letters: R images · C components · W = 14 window side · M templates.
 """
@@ -12,9 +12,10 @@ Letters: R images · C components · W = 14 window side · M templates.
 import functools
 
 import numpy as np
+from scipy import ndimage
 
 from vtts_jax.metrics import geneval
-from vtts_jax.scenes import world as world
+from vtts_jax.scenes import world
 
 WINDOW = 14
 MIN_AREA = 12  # pixels; the smallest clean object has 36
@@ -34,47 +35,32 @@ def _templates():
       for oy in (-0.5, 0.0, 0.5, 1.0):
         for ox in (-0.5, 0.0, 0.5, 1.0):
           dy, dx = np.meshgrid(grid - oy, grid - ox, indexing='ij')
-          out.append(world.coverage(name, radius, dy, dx))
+          out.append(world.pixel_coverage(name, radius, dy, dx))
           shapes.append(s)
   sharp = np.stack(out)
-  out = np.concatenate([_soften(sharp, sigma) for sigma in SOFTNESS]).reshape(-1, WINDOW**2)
+  # outside the window is nothing; the kernel reaches from one side of it to the other
+  blur = lambda s: ndimage.gaussian_filter(sharp, (0, s, s), mode='constant', radius=WINDOW // 2)
+  out = np.concatenate([blur(s) if s else sharp for s in SOFTNESS]).reshape(-1, WINDOW**2)
   shapes = shapes * len(SOFTNESS)
   return out, np.array(shapes), (out**2).sum(1)
 
 
-def _soften(x, sigma):
-  """Gaussian blur of `[M, W, W]`."""
-  if not sigma:
-    return x
-  near = np.exp(-((np.arange(WINDOW)[:, None] - np.arange(WINDOW)) ** 2) / (2 * sigma**2))
-  near = (near / near[WINDOW // 2].sum()).astype(np.float32)
-  return near @ x @ near.T
-
-
 def _components(foreground):
   """4-connected components of `[R, H, W]` bool: (`[R, H, W]` int, -1 outside, else 0 .. C-1; C)."""
-  r, h, w = foreground.shape
-  label = np.zeros((r, h + 2, w + 2), np.int32)
-  inner = label[:, 1:-1, 1:-1]
-  inner[...] = np.arange(1, r * h * w + 1, dtype=np.int32).reshape(r, h, w) * foreground
-  while True:  # the largest label spreads
-    best = np.maximum(np.maximum(label[:, :-2, 1:-1], label[:, 2:, 1:-1]),
-                      np.maximum(label[:, 1:-1, :-2], label[:, 1:-1, 2:]))
-    best = np.maximum(best, inner) * foreground
-    if np.array_equal(best, inner):
-      break
-    inner[...] = best
-  names, index = np.unique(inner, return_inverse=True)
-  skip = int(names[0] == 0)
-  return index.reshape(r, h, w) - skip, len(names) - skip
+  within_image = np.zeros((3, 3, 3), bool)
+  within_image[1] = ndimage.generate_binary_structure(2, 1)
+  label, number = ndimage.label(foreground, within_image)
+  return label - 1, number
 
 
-def detect(images):
-  """Objects of `images [R, 32, 32, 3]` in [0, 1]: R lists of {'class', 'color', 'box', 'score'}.
+def detect_objects(images):
+  """Objects of `images [R, 32, 32, 3]`: R lists of {'class', 'color', 'box', 'score'}.
 
-  Best first; `score` is 1 minus the template error. Not-finite pixels count as background.
+  Best first; `score` is 1 minus the template error. Images are float in [0, 1] or uint8; not-finite
+  pixels count as background.
   """
-  images = np.asarray(images, np.float32)
+  images = np.asarray(images)
+  images = np.float32(images) / np.float32(255 if images.dtype == np.uint8 else 1)
   if images.ndim != 4 or images.shape[1:] != (world.SIZE, world.SIZE, 3):
     raise ValueError(f'images has shape {images.shape}; allowed is [R, 32, 32, 3]')
   out = []
@@ -131,14 +117,22 @@ def _detect(images):
   return [sorted(found, key=lambda d: -d['score']) for found in out]
 
 
-def score(images, metadata):
-  """Which of `images [R, 32, 32, 3]` satisfy their metadata (R dictionaries): `[R]` bool."""
-  if len(images) != len(metadata):
-    raise ValueError(f'{len(images)} images but {len(metadata)} metadata entries; give one each')
-  return np.array([geneval.evaluate(m, d)[0] for m, d in zip(metadata, detect(images))], bool)
+def grade(images, prompts):
+  """Which of `images [R, 32, 32, 3]` (float in [0, 1] or uint8) satisfy their prompts: `[R]` bool.
+
+  Args:
+    prompts: R rows with GenEval's metadata, as `world.prompts` gives them.
+
+  Raises:
+    ValueError: not one prompt for each image.
+  """
+  if len(images) != len(prompts):
+    raise ValueError(f'{len(images)} images but {len(prompts)} prompts; give one each')
+  found = detect_objects(images)
+  return np.array([geneval.evaluate_detections(p, d)[0] for p, d in zip(prompts, found)], bool)
 
 
-def report(images, metadata):
-  """{'correct': `[R]` bool, 'overall', 'images', 'by_tag'}, see `geneval.summarize`."""
-  ok = score(images, metadata)
-  return {'correct': ok, **geneval.summarize([m['tag'] for m in metadata], ok)}
+def report_grades(images, prompts):
+  """{'correct': `[R]` bool, 'overall', 'images', 'by_tag'}, see `geneval.summarize_by_tag`."""
+  correct = grade(images, prompts)
+  return {'correct': correct, **geneval.summarize_by_tag([p['tag'] for p in prompts], correct)}

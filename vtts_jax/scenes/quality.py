@@ -6,42 +6,31 @@ alone shows what happens when a verifier ignores the request.
 """
 
 import dataclasses
-import functools
 
 import jax
 
 from vtts_jax import core
-from vtts_jax.components import build_dataclass
-from vtts_jax.models import modules
-from vtts_jax.scenes import models as scenes
-from vtts_jax.scenes.models import quality
+from vtts_jax.scenes.models import SceneModel, quality
 
-MODEL = 'quality'
-_config = functools.cache(scenes.config)
+MODEL = SceneModel('quality')
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenesQuality(core.Verifier):
   """The scorer of scenes/models/quality.py; no settings."""
 
-  @property
-  def names(self):
-    return ('scenes_quality',)
+  names = ('scenes_quality',)
+  gives = frozenset({'gradient'})
 
   def load(self):
-    return scenes.load(MODEL)[1]
+    return MODEL.load()
 
-  def score(self, params, vctx, images, **signals):
-    """Images `[B, M, 32, 32, 3]` -> `{'scenes_quality': [B, M]}`."""
-    model = modules.merge(scenes.load(MODEL)[0], params)
-    logits = model(images.reshape(-1, *images.shape[2:]))
+  def score(self, params, vctx, observed):
+    images = observed['image']  # [B, M, 32, 32, 3]
+    logits = MODEL.bind(params)(images.reshape(-1, *images.shape[2:]))
     return {'scenes_quality': jax.nn.sigmoid(logits).reshape(images.shape[:2])}
 
   def cost(self, op):
     if op == 'encode':
       return core.Cost()
-    return core.Cost(verify=1, flops=quality.flops(_config(MODEL)))
-
-
-def build(**given):
-  return build_dataclass(ScenesQuality, **given)
+    return core.Cost(verify=1, flops=quality.flops(MODEL.config))

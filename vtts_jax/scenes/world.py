@@ -7,8 +7,8 @@ and its metadata is GenEval's (github.com/djghosh13/geneval, `evaluation_metadat
 caption leaves open is drawn at random: position and size always, colour in four of the six
 categories (the objects of a counting scene share both).
 
-Everything is a pure function of (seed, index): `sample(0, range(10, 20))` is rows 10..19 of
-`sample(0, range(100))`.
+Everything is a pure function of (seed, index): `sample_scenes(0, range(10, 20))` is rows
+10..19 of `sample_scenes(0, range(100))`.
 
 Splits hold out *combinations*: prefix-shape pairs (single_object), shape pairs (two_object),
 shape-count pairs (counting), colour-shape pairs (colors), relation triples (position), attribution
@@ -23,6 +23,8 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
+
+from vtts_jax.errors import ConfigError
 
 SIZE = 32
 SHAPES = ('circle', 'square', 'triangle', 'cross', 'ring')
@@ -124,7 +126,7 @@ def _canonical(c):
   return ((((c.tag * 5 + a) * 5 + b) * 8 + x) * 8 + y) * 4 + c.relation // 2 * 2
 
 
-def splits(captions):
+def caption_splits(captions):
   """`[R]`: 0 training, 1 held out, 2 in neither (new in more than one way, so used nowhere)."""
   c = captions
   pair = np.isin(c.tag, (1, 4, 5)) & _HELD_PAIR[c.a, c.b]
@@ -138,7 +140,7 @@ def splits(captions):
 
 
 @functools.cache
-def grammar(tag, split):
+def list_captions(tag, split):
   """Every caption of one category and split, as `Captions`."""
   _check('tag', tag, TAGS), _check('split', split, SPLITS)
   t, one, z = TAGS.index(tag), (1,), (0,)
@@ -153,18 +155,18 @@ def grammar(tag, split):
   if tag == 'color_attr':
     rows = rows[rows[:, 3] != rows[:, 4]]
   captions = Captions(np.full(len(rows), t), *rows.T)
-  return captions.take(splits(captions) == SPLITS.index(split))
+  return captions.take(caption_splits(captions) == SPLITS.index(split))
 
 
 # ---- captions
-def captions(seed, index, split='train'):
+def draw_captions(seed, index, split='train'):
   """Captions of rows `index [R]`: a category uniformly, then one of its captions uniformly."""
   index = np.asarray(index)
   tag = _draw(seed, index, 0, 6)
   out = np.zeros((8, len(index)), np.int64)
   for t, name in enumerate(TAGS):
     rows = np.flatnonzero(tag == t)
-    table = grammar(name, split)
+    table = list_captions(name, split)
     out[:, rows] = np.stack(table)[:, _draw(seed, index[rows], 1, len(table.tag))]
   return Captions(*out)
 
@@ -173,7 +175,7 @@ def _article(word):
   return ('an ' if word[0] in 'aeiou' else 'a ') + word
 
 
-def texts(captions):
+def caption_texts(captions):
   """The sentences, a list of R strings."""
   return [_text(*row) for row in zip(*(f.tolist() for f in captions))]
 
@@ -187,10 +189,10 @@ def _text(tag, prefix, a, b, colour_a, colour_b, count, relation):
   return f'{PREFIXES[prefix]} {first}' + (join + _article(other) if join else '')
 
 
-def metadata(captions):
-  """GenEval's metadata, R dictionaries; in `position` the thing referred to comes first."""
+def caption_prompts(captions):
+  """R prompt rows with GenEval's metadata; in `position` the thing referred to comes first."""
   out = []
-  for text, tag, a, b, x, y, n, r in zip(texts(captions), *(
+  for text, tag, a, b, x, y, n, r in zip(caption_texts(captions), *(
       f.tolist() for f in captions._replace(prefix=captions.tag)[1:])):
     one = lambda shape, **more: {'class': SHAPES[shape], 'count': 1, **more}
     entry = {'tag': TAGS[tag], 'include': [one(a)]}
@@ -205,42 +207,42 @@ def metadata(captions):
       entry['include'] = [one(b), one(a, position=[RELATIONS[r], 0])]
     elif tag == 5:
       entry['include'] = [one(a, color=COLOURS[x]), one(b, color=COLOURS[y])]
-    out.append({**entry, 'prompt': text})
+    out.append({'text': text, **entry})
   return out
 
 
-def tokenize(texts):
+def tokenize_texts(texts):
   """Words to ids, `[R, 12]` int32, padded with 0; the empty text is the null prompt.
 
   Raises:
-    ValueError: a word outside the closed vocabulary, or more than 12 words.
+    ConfigError: a word outside the closed vocabulary, or more than 12 words.
   """
   ids = np.full((len(texts), TEXT_LENGTH), PAD, np.int32)
   for row, text in enumerate(texts):
     words = text.lower().replace('.', '').replace(',', '').split()
     unknown = [w for w in words if w not in _WORDS]
     if unknown:
-      raise ValueError(f'prompt {text!r}: word {unknown[0]!r} is not in the scene world; '
-                       f'allowed words: {", ".join(VOCABULARY[1:])}')
+      raise ConfigError(f'prompt {text!r}: word {unknown[0]!r} is not in the scene world; '
+                        f'allowed words: {", ".join(VOCABULARY[1:])}')
     if len(words) > TEXT_LENGTH:
-      raise ValueError(f'prompt {text!r} has {len(words)} words; at most {TEXT_LENGTH} fit')
+      raise ConfigError(f'prompt {text!r} has {len(words)} words; at most {TEXT_LENGTH} fit')
     ids[row, :len(words)] = [_WORDS[w] for w in words]
   return ids
 
 
 def prompts(split='held', count=240, seed=0):
-  """A fixed balanced list: `count / 6` metadata dictionaries per category, categories in turn.
+  """A fixed balanced list: `count / 6` prompt rows per category, categories in turn.
 
   Within a category prompts are distinct until it is used up, then they repeat (held-out sizes: 10,
   32, 24, 64, 112, 1056).
   """
   if count < 1 or count % 6:
-    raise ValueError(f'count={count}: give a positive multiple of 6 (the categories)')
+    raise ConfigError(f'count={count}: give a positive multiple of 6 (the categories)')
   columns = []
   for t, tag in enumerate(TAGS):
-    table = grammar(tag, split)
+    table = list_captions(tag, split)
     order = np.argsort(_bits(seed, np.arange(len(table.tag)), 100 + t))
-    columns.append(metadata(table.take(np.resize(order, count // 6))))
+    columns.append(caption_prompts(table.take(np.resize(order, count // 6))))
   return [entry for row in zip(*columns) for entry in row]
 
 
@@ -256,7 +258,7 @@ def _allowed():
   return np.stack([apart] + [m & n for m, n in zip(along, across)])
 
 
-def arrange(captions, seed, index):
+def arrange_scenes(captions, seed, index):
   """Scenes for given captions: what they leave open drawn from (seed, index). Returns `Scenes`."""
   index = np.asarray(index)
   c, slots = captions, np.arange(SLOTS)
@@ -289,18 +291,19 @@ def arrange(captions, seed, index):
   return Scenes(captions, count, shape, colour, size, place)
 
 
-def sample(seed, index, split='train'):
+def sample_scenes(seed, index, split='train'):
   """Captions and scenes of rows `index [R]` of the endless data set (seed, split), as `Scenes`.
 
-  >>> scenes = sample(seed=0, index=range(4))
-  >>> images, ids = render(scenes), tokenize(texts(scenes.captions))
+  >>> scenes = sample_scenes(seed=0, index=range(4))
+  >>> images = render_scenes(scenes)
+  >>> ids = tokenize_texts(caption_texts(scenes.captions))
   """
   index = np.asarray(index)
   salt = 2 * seed + SPLITS.index(_check('split', split, SPLITS))
-  return arrange(captions(salt, index, split), salt, index)
+  return arrange_scenes(draw_captions(salt, index, split), salt, index)
 
 
-def coverage(shape, radius, dy, dx):
+def pixel_coverage(shape, radius, dy, dx):
   """Share of each pixel that a shape covers; `dy, dx [...]`: pixel centre minus object centre."""
   sub = (np.arange(8) + 0.5) / 8 - 0.5
   y, x = (dy[..., None, None] + sub[:, None]) / radius, (dx[..., None, None] + sub) / radius
@@ -322,11 +325,11 @@ def _masks():
       for p in range(36):
         y, x = LATTICE[p // 6], LATTICE[p % 6]
         dy, dx = np.meshgrid(grid - y, grid - x, indexing='ij')
-        out[s, z, p] = coverage(shape, radius, dy, dx).ravel()
+        out[s, z, p] = pixel_coverage(shape, radius, dy, dx).ravel()
   return out
 
 
-def render(scenes):
+def render_scenes(scenes):
   """Pictures, `[R, 32, 32, 3]` float32 in [0, 1]."""
   alpha = _masks()[scenes.shape, scenes.size, scenes.place]  # [R, O, 1024]
   alpha = alpha * (np.arange(SLOTS) < scenes.count[:, None])[..., None]
@@ -334,7 +337,7 @@ def render(scenes):
   return (np.matmul(alpha.transpose(0, 2, 1), ink) + np.float32(GROUND)).reshape(-1, SIZE, SIZE, 3)
 
 
-def boxes(scenes):
+def object_boxes(scenes):
   """Truth for detectors: (`[R, O, 4]` x0, y0, x1, y1 in pixels, `[R, O]` bool present)."""
   lattice = np.array(LATTICE, np.float32)
   centre = np.stack([lattice[scenes.place % 6], lattice[scenes.place // 6]], -1)  # [R, O, 2]
@@ -343,9 +346,9 @@ def boxes(scenes):
   return np.concatenate([centre - radius, centre + radius], -1), present
 
 
-def objects(scenes):
+def object_detections(scenes):
   """The same as GenEval detections: R lists of {'class', 'color', 'box': [x0, y0, x1, y1]}."""
-  box, present = boxes(scenes)
+  box, present = object_boxes(scenes)
   return [[{'class': SHAPES[scenes.shape[i, j]], 'color': COLOURS[scenes.colour[i, j]],
             'box': box[i, j].tolist()} for j in np.flatnonzero(present[i])]
           for i in range(len(present))]
@@ -357,7 +360,7 @@ _ASPECTS_OF = np.array([  # [tag, aspect]: which aspects a caption of the catego
   [1, 1, 0, 0, 0], [1, 0, 0, 1, 0], [1, 1, 0, 0, 1]], bool)
 
 
-def negatives(scenes, seed, index, split='train'):
+def wrong_captions(scenes, seed, index, split='train'):
   """Captions false of the scene in exactly one aspect: (`Captions`, `[R]` index into ASPECTS).
 
   The wrong caption is one of the grammar and, with `split='train'`, never holds a held-out
@@ -387,7 +390,7 @@ def negatives(scenes, seed, index, split='train'):
     cand = Captions(tag, c.prefix, a, b, x, y, n, r)
     good = ~(np.isin(c.tag, (1, 4, 5)) & (a == b)) & ~((c.tag == 5) & (x == y))
     if split == 'train':
-      good &= splits(cand) == 0
+      good &= caption_splits(cand) == 0
     new[:, todo], aspect[todo] = np.stack(cand), what
     todo, attempt = todo[~good], attempt + 1
   return Captions(*new), aspect
@@ -395,5 +398,5 @@ def negatives(scenes, seed, index, split='train'):
 
 def _check(name, value, allowed):
   if value not in allowed:
-    raise ValueError(f'{name}={value!r}: allowed are {", ".join(allowed)}')
+    raise ConfigError(f'{name}={value!r}: allowed are {", ".join(allowed)}')
   return value

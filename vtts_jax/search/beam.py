@@ -1,4 +1,4 @@
-"""Beam search over stages: extend, branch, look at (partial) pictures, keep the best prefixes.
+"""Beam search over stages: extend, branch, observe (partial) candidates, keep the best prefixes.
 
 The search of SoTo ("(1D) Ordered Tokens Enable Efficient Test-Time Search", arXiv 2604.15453;
 published defaults width 5, branch 10, geometric schedule), with lookahead (Snell et al.,
@@ -12,7 +12,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vtts_jax import components, core
+from vtts_jax import core
 from vtts_jax.errors import ConfigError
 from vtts_jax.search import checks, schedules, select
 
@@ -22,17 +22,17 @@ class Beam(core.Algorithm):
   """Beam search.
 
   Attributes:
-    width: beams kept; an integer, or a tuple with one entry a step.
+    width: beams kept; an integer, or a tuple (or text, '4,4,2') with one entry a step.
     branch: children of each beam; an integer or a tuple with one entry a step. With branch 1 the
       beam is best-of-N.
     roots: beams at the start; 0 for the (first) width. The published loop has 1.
     schedule: 'geometric', 'linear', 'fixed' or a tuple of cumulative stage counts; see
-      `schedules.cuts`.
+      `schedules.schedule_cuts`.
     size: base of 'geometric', stages a step of 'linear'.
     steps: at most so many steps; 0 for as many as the schedule has.
     branch_at: 'last' draws K children at the last stage of a chunk, 'first' draws K whole chunks.
     replace: whether children are drawn with replacement ('last' only).
-    lookahead: greedy stages that a candidate is continued by before it is looked at; -1 to the end.
+    lookahead: greedy stages that a candidate is continued by before it is observed; -1 to the end.
     lookahead_steps: the first so many steps look ahead; -1 for all.
     complete: after the last step, finish the unfinished beams greedily and score them once more.
     initial: stages that are given and not drawn; their tokens are an argument of `search`.
@@ -51,163 +51,156 @@ class Beam(core.Algorithm):
   complete: bool = True
   initial: int = 0
 
-  donates = True
+  offers_caches = True
 
   def __post_init__(self):
+    for name in ('width', 'branch', 'schedule'):
+      object.__setattr__(self, name, checks.parse_integers(getattr(self, name)))
     for name in ('width', 'branch'):
       value = getattr(self, name)
       for v in value if isinstance(value, tuple) else (value,):
-        checks.integer(name, v, 1)
-    checks.integer('roots', self.roots, 0)
-    checks.integer('steps', self.steps, 0)
-    checks.integer('lookahead', self.lookahead, -1)
-    checks.integer('lookahead_steps', self.lookahead_steps, -1)
-    checks.integer('initial', self.initial, 0)
-    checks.one_of('branch_at', self.branch_at, ('last', 'first'))
-    checks.flag('replace', self.replace)
-    checks.flag('complete', self.complete)
+        checks.check_integer(name, v, 1)
+    checks.check_integer('roots', self.roots, 0)
+    checks.check_integer('steps', self.steps, 0)
+    checks.check_integer('lookahead', self.lookahead, -1)
+    checks.check_integer('lookahead_steps', self.lookahead_steps, -1)
+    checks.check_integer('initial', self.initial, 0)
+    checks.check_choice('branch_at', self.branch_at, ('last', 'first'))
+    checks.check_flag('replace', self.replace)
+    checks.check_flag('complete', self.complete)
     if isinstance(self.schedule, str):
-      checks.one_of(
+      checks.check_choice(
         'schedule', self.schedule, (*schedules.SCHEDULES, 'a list of cumulative stage counts')
       )
     if self.branch_at == 'first' and not self.replace:
       raise ConfigError("search.replace=False: needs search.branch_at='last'")
 
-  # ------------------------------------------------------------------------------------- static
-  # shapes
+  # --------------------------------------------------------------------------------- static shapes
 
-  def plan(self, gen) -> tuple['Chunk', ...]:
-    """What each step does, all of it known before anything runs."""
+  def chunks(self, gen) -> list[tuple['Chunk', int]]:
+    """Each step's shape and the stage at which it begins."""
     end = gen.num_stages
-    checks.integer('initial', self.initial, 0, end - 1)
-    marks = schedules.cuts(self.schedule, self.size, self.steps, self.initial, end)
-    widths = schedules.per_step('width', self.width, len(marks))
-    branches = schedules.per_step('branch', self.branch, len(marks))
-    chunks, begin, beams = [], self.initial, self.roots or widths[0]
+    checks.check_integer('initial', self.initial, 0, end - 1)
+    marks = schedules.schedule_cuts(self.schedule, self.size, self.steps, self.initial, end)
+    widths = schedules.setting_per_step('width', self.width, len(marks))
+    branches = schedules.setting_per_step('branch', self.branch, len(marks))
+    steps, begin, beams = [], self.initial, self.roots or widths[0]
     for i, (mark, width, branch) in enumerate(zip(marks, widths, branches)):
-      looks = self.lookahead if self.lookahead_steps < 0 or i < self.lookahead_steps else 0
-      look = end - mark if looks < 0 else min(looks, end - mark)
+      wanted = self.lookahead if self.lookahead_steps < 0 or i < self.lookahead_steps else 0
+      ahead = end - mark if wanted < 0 else min(wanted, end - mark)
       kept = min(width, beams * branch)
-      chunks.append(Chunk(begin, mark - begin, beams, branch, kept, look))
+      steps.append((Chunk(mark - begin, beams, branch, kept, ahead), begin))
       begin, beams = mark, kept
     if self.complete and begin < end:
-      chunks.append(Chunk(begin, end - begin, beams, 0, beams, 0))
-    return tuple(chunks)
+      steps.append((Chunk(end - begin, beams, 0, beams, 0), begin))
+    return steps
+
+  def plan(self, gen):
+    """A row holds the stage at which the step begins."""
+    steps = [(chunk, (begin,)) for chunk, begin in self.chunks(gen)]
+    return schedules.group_steps(gen, steps, lambda chunk: chunk.beams == chunk.kept)
 
   def check(self, gen):
-    chunks = self.plan(gen)
-    if not self.replace and max(c.branch for c in chunks) > gen.vocab:
+    steps = self.chunks(gen)
+    if not self.replace and 'fork_distinct' not in gen.offers:
+      raise ConfigError(
+        f"search.replace=False: {type(gen).__name__} does not offer 'fork_distinct'; allowed: True"
+      )
+    if not self.replace and max(chunk.branch for chunk, _ in steps) > gen.vocab:
       raise ConfigError(
         f'search.replace=False with search.branch={self.branch}: {type(gen).__name__} has '
         f'{gen.vocab} choices a stage; allowed: True, or a smaller branch'
       )
-    reached = chunks[-1].begin + chunks[-1].size + chunks[-1].look
-    if not gen.anytime and reached < gen.num_stages:
+    reached = self.stages_shown(gen, steps[-1][0], steps[-1][1:])
+    if not gen.prefixes_are_samples and reached < gen.num_stages:
       raise ConfigError(
         f'search.complete=False: the schedule ends at stage {reached} of {gen.num_stages} and an '
-        f'unfinished sample of {type(gen).__name__} is no picture; allowed: True'
+        f'unfinished candidate of {type(gen).__name__} is no sample; allowed: True'
       )
 
-  def reach(self, gen, step):
-    chunk = self.plan(gen)[step]
-    return chunk.begin + chunk.size + chunk.look
+  def stages_shown(self, gen, shape, row):
+    return row[0] + shape.size + shape.lookahead
 
-  def phases(self, gen):
-    runs, shapes = [], [dataclasses.replace(c, begin=0) for c in self.plan(gen)]
-    for i, shape in enumerate(shapes):
-      same = runs and shape == shapes[runs[-1][0]] and shape.beams == shape.kept
-      if same:
-        runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-      else:
-        runs.append((i, 1))
-    return tuple(runs)
+  # ---------------------------------------------------------------------------------- ask and tell
 
-  # --------------------------------------------------------------------------------------- ask and
-  # tell
-
-  def init(self, gen, params, ctx, keys, initial):
-    beams = self.plan(gen)[0].beams
-    roots = core.candidate_keys(keys, jnp.arange(beams))
-    frontier = schedules.start(gen, params, ctx, roots, initial)
+  def init(self, sampler, keys, initial):
+    roots = core.candidate_keys(keys, jnp.arange(self.chunks(sampler.gen)[0][0].beams))
     scores = jnp.full(roots.shape, core.NEG_INF)
-    return core.Told(frontier, roots, scores, jnp.zeros(roots.shape, jnp.int32))
+    return core.Frontier(sampler.init(roots, initial), roots, scores)
 
-  def ask(self, gen, params, ctx, state, step):
-    chunk, begin = self._at(gen, step)
-    index = jnp.broadcast_to(
-      jnp.arange(chunk.beams * max(chunk.branch, 1)), (state.keys.shape[0], chunk.proposed)
-    )
-    parent = index // max(chunk.branch, 1)
-    last = begin + chunk.size - 1
-    if chunk.branch == 0:  # the completion after the last step
-      donor = gen.extend(params, ctx, state.frontier, state.keys, begin, chunk.size, greedy=True)
-      drawn, keys, source = gen.slim(donor), state.keys, index
-    elif self.branch_at == 'first':
-      keys = core.child_keys(state.keys, begin, chunk.branch).reshape(index.shape)
-      donor = gen.extend(
-        params, ctx, core.repeat(state.frontier, chunk.branch), keys, begin, chunk.size
-      )
-      drawn, source = gen.slim(donor), index
-    else:
-      trunk = state.frontier
-      if chunk.size > 1:
-        trunk = gen.extend(params, ctx, trunk, state.keys, begin, chunk.size - 1)
-      keys = core.child_keys(state.keys, last, chunk.branch)
-      drawn, donor = gen.fork(params, ctx, trunk, keys, last, chunk.branch, replace=self.replace)
-      keys, source = keys.reshape(index.shape), parent
+  def ask(self, sampler, frontier, shape, row):
+    (begin,) = row
+    after = begin + shape.size
+    drawn, keys, cache_owner = self._extend_beams(sampler, frontier, shape, begin)
+    states, owner = cache_owner
     shown = drawn
-    if chunk.look:
-      state_of = gen.fatten(params, ctx, drawn, last + 1, like=core.take(donor, source))
-      shown = gen.slim(gen.extend(params, ctx, state_of, keys, last + 1, chunk.look, greedy=True))
-    stage = jnp.int32(last + 1 + chunk.look)
-    return core.Candidates(shown, stage, parent, (drawn, keys), (donor, source))
+    if shape.lookahead:
+      ahead = sampler.rebuild_cache(drawn, after, share=core.take(states, owner))
+      ahead = sampler.extend(ahead, keys, after, shape.lookahead, greedy=True)
+      shown = sampler.drop_cache(ahead)
+    parent = _parents(shape, frontier.keys.shape[0])
+    stage = after + shape.lookahead
+    return core.Candidates(shown, stage, parent, own=(drawn, keys), cache_owner=cache_owner)
 
-  def tell(self, gen, params, ctx, state, cands, totals, step):
-    chunk, begin = self._at(gen, step)
-    (drawn, keys), (donor, source) = cands.inner, cands.donor
-    kept, scores = select.top(totals, chunk.kept)
-    drawn, keys = core.take((drawn, keys), kept)
-    like = core.take(donor, jnp.take_along_axis(source, kept, axis=1))
-    frontier = gen.fatten(params, ctx, drawn, begin + chunk.size, like=like)
-    return core.Told(frontier, keys, scores, kept)
+  def _extend_beams(self, sampler, frontier, shape, begin):
+    """(candidates without caches `[B, M, ...]`, their keys `[B, M]`, (cache owners, index))."""
+    batch, last = frontier.keys.shape[0], begin + shape.size - 1
+    own = jnp.broadcast_to(jnp.arange(shape.proposed), (batch, shape.proposed))
+    if shape.branch == 0:  # the completion after the last step
+      grown = sampler.extend(frontier.state, frontier.keys, begin, shape.size, greedy=True)
+      return sampler.drop_cache(grown), frontier.keys, (grown, own)
+    if self.branch_at == 'first':  # every child draws the whole chunk
+      keys = core.child_keys(frontier.keys, begin, shape.branch).reshape(own.shape)
+      grown = core.repeat(frontier.state, shape.branch)
+      grown = sampler.extend(grown, keys, begin, shape.size)
+      return sampler.drop_cache(grown), keys, (grown, own)
+    # the beam draws the chunk but for its last stage, which its children draw from one cache
+    trunk = frontier.state
+    if shape.size > 1:
+      trunk = sampler.extend(trunk, frontier.keys, begin, shape.size - 1)
+    keys = core.child_keys(frontier.keys, last, shape.branch)
+    drawn, owners = sampler.fork(trunk, keys, last, shape.branch, replace=self.replace)
+    return drawn, keys.reshape(own.shape), (owners, _parents(shape, batch))
 
-  def _at(self, gen, step):
-    chunks = self.plan(gen)
-    chunk = chunks[step.first]
-    if isinstance(step.index, int):
-      return chunk, chunks[step.index].begin
-    return chunk, jnp.asarray([c.begin for c in chunks], jnp.int32)[step.index]
+  def tell(self, sampler, frontier, candidates, totals, shape, row):
+    (drawn, keys), (states, owner) = candidates.own, candidates.cache_owner
+    kept, scores = select.top_candidates(totals, shape.kept)
+    drawn, keys, owner = core.take((drawn, keys, owner), kept)
+    state = sampler.rebuild_cache(drawn, row[0] + shape.size, share=core.take(states, owner))
+    return core.Frontier(state, keys, scores), kept
 
-  def step_cost(self, gen, step):
-    chunk = self.plan(gen)[step]
-    begin, last = chunk.begin, chunk.begin + chunk.size - 1
-    cost = chunk.beams * schedules.start_cost(gen, self.initial) if step == 0 else core.Cost()
-    if chunk.branch == 0 or self.branch_at == 'first':
-      cost += chunk.proposed * gen.cost('extend', begin, chunk.size)
+  # ------------------------------------------------------------------------------------------ bill
+
+  def init_cost(self, gen):
+    return self.chunks(gen)[0][0].beams * schedules.given_cost(gen, self.initial)
+
+  def step_cost(self, gen, shape, row):
+    begin, last = row[0], row[0] + shape.size - 1
+    if shape.branch == 0 or self.branch_at == 'first':
+      cost = shape.proposed * gen.cost('extend', begin, shape.size)
     else:
-      cost += chunk.beams * (
-        gen.cost('extend', begin, chunk.size - 1) + gen.cost('fork', last, chunk.branch)
-      )
-    return cost + chunk.proposed * gen.cost('extend', last + 1, chunk.look), chunk.proposed
+      trunk = gen.cost('extend', begin, shape.size - 1)
+      cost = shape.beams * (trunk + gen.cost('fork', last, shape.branch))
+    return cost + shape.proposed * gen.cost('extend', last + 1, shape.lookahead), shape.proposed
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """One step: stages `begin .. begin + size - 1` of `beams` beams, `branch` children each, `look`
-  stages ahead."""
+  """The shape of a step: `size` stages of `beams` beams, `branch` children each (0: the beam is
+  completed), of which `kept` go on; candidates are observed `lookahead` greedy stages later."""
 
-  begin: int
   size: int
   beams: int
   branch: int
   kept: int
-  look: int
+  lookahead: int
 
   @property
   def proposed(self) -> int:
     return self.beams * max(self.branch, 1)
 
 
-def build(**given) -> Beam:
-  """From settings; lists may be given as text, '4,8,32'."""
-  return components.build_dataclass(Beam, **{k: checks.numbers(v) for k, v in given.items()})
+def _parents(shape: Chunk, batch: int):
+  """The beam that each candidate comes from `[B, M]`; children of one beam are neighbours."""
+  parent = jnp.arange(shape.proposed) // max(shape.branch, 1)
+  return jnp.broadcast_to(parent, (batch, shape.proposed))

@@ -9,7 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vtts_jax import components, core
+from vtts_jax import core
 from vtts_jax.errors import ConfigError
 from vtts_jax.search import checks, schedules
 
@@ -31,44 +31,40 @@ class BestOfN(core.Algorithm):
   initial: int = 0
 
   def __post_init__(self):
-    checks.integer('n', self.n, 1)
-    checks.integer('round', self.round, 0)
-    checks.integer('initial', self.initial, 0)
+    checks.check_integer('n', self.n, 1)
+    checks.check_integer('round', self.round, 0)
+    checks.check_integer('initial', self.initial, 0)
     if self.round and self.n % self.round:
       raise ConfigError(f'search.round={self.round}: must divide search.n={self.n}')
 
   @property
-  def per_step(self) -> int:
+  def samples_per_step(self) -> int:
     return self.round or self.n
 
   def check(self, gen):
-    checks.integer('initial', self.initial, 0, gen.num_stages - 1)
+    checks.check_integer('initial', self.initial, 0, gen.num_stages - 1)
 
-  def phases(self, gen):
-    return ((0, self.n // self.per_step),)
+  def plan(self, gen):
+    """A row holds the number of the step's first candidate."""
+    steps = [('round', (first,)) for first in range(0, self.n, self.samples_per_step)]
+    return schedules.group_steps(gen, steps, lambda shape: True)
 
-  def init(self, gen, params, ctx, keys, initial):
+  def init(self, sampler, keys, initial):
     empty = jnp.zeros((keys.shape[0], 0))
-    return core.Told(
-      (), keys[:, None][:, :0], empty, empty.astype(jnp.int32), inner=(keys, initial)
-    )
+    return core.Frontier((), keys[:, None][:, :0], empty, own=(keys, initial))
 
-  def ask(self, gen, params, ctx, state, step):
-    prompt_keys, initial = state.inner
-    ids = step.index * self.per_step + jnp.arange(self.per_step)
-    keys = core.candidate_keys(prompt_keys, ids)
-    drawn = schedules.start(gen, params, ctx, keys, initial)
-    drawn = gen.extend(params, ctx, drawn, keys, self.initial, gen.num_stages - self.initial)
-    return core.Candidates(gen.slim(drawn), jnp.int32(gen.num_stages), jnp.full(keys.shape, -1), ())
+  def ask(self, sampler, frontier, shape, row):
+    prompt_keys, initial = frontier.own
+    keys = core.candidate_keys(prompt_keys, row[0] + jnp.arange(self.samples_per_step))
+    drawn = sampler.init(keys, initial)
+    drawn = sampler.extend(drawn, keys, self.initial, sampler.num_stages - self.initial)
+    none = jnp.full(keys.shape, -1, jnp.int32)
+    return core.Candidates(sampler.drop_cache(drawn), sampler.num_stages, none)
 
-  def tell(self, gen, params, ctx, state, cands, totals, step):
-    kept = jnp.zeros((totals.shape[0], 0), jnp.int32)
-    return core.Told((), state.keys, state.scores, kept, state.inner)
+  def tell(self, sampler, frontier, candidates, totals, shape, row):
+    return frontier, jnp.zeros((totals.shape[0], 0), jnp.int32)
 
-  def step_cost(self, gen, step):
+  def step_cost(self, gen, shape, row):
     one = gen.cost('extend', self.initial, gen.num_stages - self.initial)
-    return self.per_step * (schedules.start_cost(gen, self.initial) + one), self.per_step
-
-
-def build(**given) -> BestOfN:
-  return components.build_dataclass(BestOfN, **given)
+    given = schedules.given_cost(gen, self.initial)
+    return self.samples_per_step * (given + one), self.samples_per_step

@@ -3,7 +3,7 @@
 from vtts_jax.errors import ConfigError
 
 
-def integer(name: str, value, low: int, high: int | None = None) -> None:
+def check_integer(name: str, value, low: int, high: int | None = None) -> None:
   """Raises `ConfigError` unless `search.<name>` is an integer in `low .. high`."""
   wanted = f'an integer >= {low}' if high is None else f'an integer in {low} .. {high}'
   if (
@@ -15,7 +15,7 @@ def integer(name: str, value, low: int, high: int | None = None) -> None:
     raise ConfigError(f'search.{name}={value!r}: must be {wanted}')
 
 
-def number(name: str, value, low: float, high: float | None = None) -> None:
+def check_number(name: str, value, low: float, high: float | None = None) -> None:
   """Raises `ConfigError` unless `search.<name>` is a finite number in `low .. high`."""
   real = isinstance(value, int | float) and not isinstance(value, bool)
   if not real or not low <= value < float('inf') or (high is not None and value > high):
@@ -23,18 +23,20 @@ def number(name: str, value, low: float, high: float | None = None) -> None:
     raise ConfigError(f'search.{name}={value!r}: must be {wanted}')
 
 
-def numbers(value):
+def parse_integers(value):
   """A list of integers given as text, '4,8,32', as a tuple; anything else as it is."""
   if isinstance(value, str) and ',' in value and value.replace(',', '').isdigit():
     return tuple(int(v) for v in value.split(','))
   return value
 
 
-def flag(name: str, value) -> None:
+def check_flag(name: str, value) -> None:
+  """Raises `ConfigError` unless `search.<name>` is True or False."""
   if not isinstance(value, bool):
     raise ConfigError(f'search.{name}={value!r}: must be True or False')
 
 
-def one_of(name: str, value, allowed) -> None:
+def check_choice(name: str, value, allowed) -> None:
+  """Raises `ConfigError` unless `search.<name>` is one of `allowed`."""
   if value not in allowed:
     raise ConfigError(f'search.{name}={value!r}: must be one of {", ".join(map(repr, allowed))}')

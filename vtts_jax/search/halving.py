@@ -1,23 +1,24 @@
-"""Multi-fidelity verification: successive halving over how well a candidate is looked at.
+"""Multi-fidelity verification: successive halving over how well a candidate is observed.
 
 A full decode and its verification cost many times the tokens of a candidate (about 16 x at released
 sizes), and most candidates are not worth it. Any algorithm's candidates go through *rungs*
-(successive halving, Jamieson and Talwalkar 2016): all are rendered as drafts (fewer decoder steps,
-`Generator.draft`) or after a short lookahead, a share is kept, and only the last rung is looked at
-in full. The wrapped algorithm is told the scores of the last rung; the others are out. Each rung is
-a step of its own, so that the bill is exact and no draft is ever returned.
+(successive halving, Jamieson and Talwalkar 2016): all are observed as drafts (fewer decoder steps,
+`Generator.draft`) or after a short lookahead, a share is kept, and only the last rung observes in
+full. The wrapped algorithm is told the scores of the last rung; the others are out. Each rung is a
+step of its own, so that the bill is exact and no draft is ever returned.
 
 Letters: B prompts, M candidates of the wrapped algorithm, m of a rung, R rungs.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vtts_jax import components, core
+from vtts_jax import core
 from vtts_jax.errors import ConfigError
 from vtts_jax.search import checks, select
 
@@ -28,14 +29,30 @@ class Rung:
 
   Attributes:
     keep: share of the candidates of this rung that go on to the next (of the last rung: 1).
-    look: greedy stages that a candidate is continued by, counted from where the wrapped algorithm
-      shows it; -1 to the end. Must not shrink from rung to rung.
-    draft: settings of the generator that make rendering cheaper, as pairs; () renders in full.
+    lookahead: greedy stages that a candidate is continued by, counted from where the wrapped
+      algorithm shows it; -1 to the end. Must not shrink from rung to rung.
+    draft: settings of the generator that make observing cheaper, as pairs; () observes in full.
   """
 
   keep: float = 1.0
-  look: int = 0
+  lookahead: int = 0
   draft: tuple[tuple[str, object], ...] = ()
+
+
+class RungShape(NamedTuple):
+  """The shape of a step: the wrapped algorithm's, the rung's number, and its m candidates."""
+
+  inner: Hashable
+  rung: int
+  size: int
+
+
+class Proposed(NamedTuple):
+  """What the rungs carry besides the wrapped algorithm's own arrays: its candidates, and which of
+  them are left `[B, m]`."""
+
+  candidates: Any
+  index: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,43 +61,47 @@ class Halving(core.Algorithm):
 
   Attributes:
     inner: the algorithm.
-    rungs: fidelities, from cheap to full.
+    rungs: fidelities, from cheap to full; mappings of `Rung`'s settings in a config.
     least: candidates that a rung keeps at least (a beam wants its width).
   """
 
   inner: core.Algorithm
-  rungs: tuple[Rung, ...] = (Rung(keep=0.25), Rung(look=-1))
+  rungs: tuple[Rung, ...] = (Rung(keep=0.25), Rung(lookahead=-1))
   least: int = 1
 
   def __post_init__(self):
-    checks.integer('least', self.least, 1)
+    if not isinstance(self.inner, core.Algorithm):
+      raise ConfigError(f'search.inner={self.inner!r}: needs a name, e.g. search.beam')
+    object.__setattr__(self, 'rungs', tuple(map(_as_rung, self.rungs)))
+    checks.check_integer('least', self.least, 1)
     if not self.rungs:
       raise ConfigError('search.rungs=(): must hold at least one')
     for i, rung in enumerate(self.rungs):
-      checks.number(f'rungs.{i}.keep', rung.keep, 0, 1)
-      checks.integer(f'rungs.{i}.look', rung.look, -1)
-    looks = [float('inf') if rung.look < 0 else rung.look for rung in self.rungs]
-    if looks != sorted(looks):
+      checks.check_number(f'rungs.{i}.keep', rung.keep, 0, 1)
+      checks.check_integer(f'rungs.{i}.lookahead', rung.lookahead, -1)
+    ahead = [float('inf') if rung.lookahead < 0 else rung.lookahead for rung in self.rungs]
+    if ahead != sorted(ahead):
       raise ConfigError(
-        f'search.rungs: look={[r.look for r in self.rungs]} must not shrink from rung to rung'
+        f'search.rungs: lookahead={[r.lookahead for r in self.rungs]} must not shrink from rung to '
+        'rung'
       )
     if self.rungs[-1].draft:
-      raise ConfigError('search.rungs: the last one must render in full (draft=())')
+      raise ConfigError('search.rungs: the last one must observe in full (draft=())')
+    if 'features' in self.inner.needs:
+      raise ConfigError(
+        f'search.inner: {type(self.inner).__name__} needs features of all of its candidates'
+      )
 
   @property
   def initial(self):
     return self.inner.initial
 
   @property
-  def uses_value(self):
-    return self.inner.uses_value
+  def needs(self):
+    return self.inner.needs
 
   def check(self, gen):
     self.inner.check(gen)
-    if self.inner.features:
-      raise ConfigError(
-        f'search.inner: {type(self.inner).__name__} needs features of all of its candidates'
-      )
     fields = [f.name for f in dataclasses.fields(gen)] if dataclasses.is_dataclass(gen) else []
     for rung in self.rungs:
       for name, _ in rung.draft:
@@ -92,113 +113,106 @@ class Halving(core.Algorithm):
 
   # -------------------------------------------------------------------------------- static shapes
 
-  def _place(self, step: int) -> tuple[int, int]:
-    """Step of the wrapped algorithm, and rung."""
-    return divmod(step, len(self.rungs))
+  def plan(self, gen):
+    """Every rung of every step of the wrapped algorithm, whose rows are kept."""
+    phases = []
+    for shape, row in core.steps_of(self.inner, gen):
+      size = self.inner.step_cost(gen, shape, row)[1]
+      for number, rung in enumerate(self.rungs):
+        phases.append(core.Phase(RungShape(shape, number, size), (row,)))
+        if number < len(self.rungs) - 1:
+          size = min(size, max(self.least, math.ceil(rung.keep * size)))
+    return tuple(phases)
 
-  def phases(self, gen):
-    return tuple((i, 1) for i in range(self.inner.num_steps(gen) * len(self.rungs)))
+  def _next_size(self, shape: RungShape) -> int:
+    """Candidates of the next rung."""
+    kept = math.ceil(self.rungs[shape.rung].keep * shape.size)
+    return min(shape.size, max(self.least, kept))
 
-  def view(self, gen, step):
-    draft = self.rungs[self._place(step)[1]].draft
+  def observer(self, gen, shape):
+    draft = self.rungs[shape.rung].draft
     return gen.draft(**dict(draft)) if draft else gen
 
-  def reach(self, gen, step):
-    at, rung = self._place(step)
-    return self._seen(gen, at, rung)
-
-  def _seen(self, gen, at: int, rung: int) -> int:
-    """Stages done of what a rung shows."""
-    end, from_ = gen.num_stages, self.inner.reach(gen, at)
-    look = self.rungs[rung].look
-    return end if look < 0 else min(end, from_ + look)
-
-  def _sizes(self, m: int) -> list[int]:
-    """Candidates of each rung."""
-    sizes = [m]
-    for rung in self.rungs[:-1]:
-      sizes.append(min(sizes[-1], max(self.least, math.ceil(rung.keep * sizes[-1]))))
-    return sizes
+  def stages_shown(self, gen, shape, row):
+    begin = self.inner.stages_shown(gen, shape.inner, row)
+    ahead = self.rungs[shape.rung].lookahead
+    return gen.num_stages if ahead < 0 else min(gen.num_stages, begin + ahead)
 
   # ---------------------------------------------------------------------------------- ask and tell
 
-  def init(self, gen, params, ctx, keys, initial):
-    told = self.inner.init(gen, params, ctx, keys, initial)
-    return told._replace(inner=(told.inner,))
+  def init(self, sampler, keys, initial):
+    frontier = self.inner.init(sampler, keys, initial)
+    return frontier._replace(own=(frontier.own, ()))
 
-  def ask(self, gen, params, ctx, state, step):
-    at, rung = self._place(step.first)
-    if rung == 0:
-      own = state._replace(inner=state.inner[0])
-      cands = self.inner.ask(gen, params, ctx, own, core.Step(at, at))
-      cands = cands._replace(stage=jnp.broadcast_to(cands.stage, cands.parent.shape))
-      index = jnp.broadcast_to(jnp.arange(cands.parent.shape[1]), cands.parent.shape)
-      parent = cands.parent
-    else:
-      _, cands, index = state.inner
-      parent = jnp.broadcast_to(jnp.arange(index.shape[1]), index.shape)
-    shown, stage = core.take((cands.shown, cands.stage), index)
-    more = self._seen(gen, at, rung) - self.inner.reach(gen, at)
-    if more:
-      like = None
-      if self.inner.donates:
-        donor, source = cands.donor
-        like = core.take(donor, jnp.take_along_axis(source, index, axis=1))
-      shown = gen.fatten(params, ctx, shown, self.inner.reach(gen, at), like=like)
-      keys = jnp.broadcast_to(jax.random.key(0), index.shape)  # a greedy look uses none
-      reach = self.inner.reach(gen, at)
-      shown = gen.slim(gen.extend(params, ctx, shown, keys, reach, more, greedy=True))
+  def ask(self, sampler, frontier, shape, row):
+    inner_own, proposed = frontier.own
+    if shape.rung == 0:
+      inner = self.inner.ask(sampler, frontier._replace(own=inner_own), shape.inner, row)
+      inner = inner._replace(stage=jnp.broadcast_to(jnp.asarray(inner.stage), inner.parent.shape))
+      index = jnp.broadcast_to(jnp.arange(inner.parent.shape[1]), inner.parent.shape)
+      proposed, parent = Proposed(inner, index), inner.parent
+    else:  # the parent of what a rung observes is the same candidate, one rung before
+      parent = jnp.broadcast_to(jnp.arange(proposed.index.shape[1]), proposed.index.shape)
+    cands, index = proposed
+    shown, stage = core.take((cands.state, cands.stage), index)
+    begin = self.inner.stages_shown(sampler.gen, shape.inner, row)
+    if more := self.stages_shown(sampler.gen, shape, row) - begin:
+      share = None
+      if cands.cache_owner:
+        states, owner = cands.cache_owner
+        share = core.take(states, jnp.take_along_axis(owner, index, axis=1))
+      shown = sampler.rebuild_cache(shown, begin, share=share)
+      keys = jnp.broadcast_to(jax.random.key(0), index.shape)  # greedy stages use none
+      shown = sampler.drop_cache(sampler.extend(shown, keys, begin, more, greedy=True))
       stage = stage + more
-    return core.Candidates(shown, stage, parent, (cands, index))
+    return core.Candidates(shown, stage, parent, own=proposed)
 
-  def tell(self, gen, params, ctx, state, cands, totals, step):
-    at, rung = self._place(step.first)
-    proposed, index = cands.inner
-    if rung < len(self.rungs) - 1:
-      m = self._sizes(proposed.parent.shape[1])[rung + 1]
-      kept, _ = select.top(totals, m)
+  def tell(self, sampler, frontier, candidates, totals, shape, row):
+    inner_own, _ = frontier.own
+    proposed, index = candidates.own
+    if shape.rung < len(self.rungs) - 1:
+      kept, _ = select.top_candidates(totals, self._next_size(shape))
       index = jnp.take_along_axis(index, kept, axis=1)
-      inner = (state.inner[0], proposed, index)
-      return core.Told(state.frontier, state.keys, state.scores, kept, inner)
+      return frontier._replace(own=(inner_own, Proposed(proposed, index))), kept
+    # the wrapped algorithm is told of all of its candidates; those that fell out are at -inf
     whole = jnp.full(proposed.parent.shape, core.NEG_INF)
     whole = jax.vmap(lambda row, i, t: row.at[i].max(t))(whole, index, totals)
-    own = state._replace(inner=state.inner[0])
-    told = self.inner.tell(gen, params, ctx, own, proposed, whole, core.Step(at, at))
+    proposed = proposed._replace(scores=candidates.scores, context=candidates.context)
+    frontier, kept = self.inner.tell(
+      sampler, frontier._replace(own=inner_own), proposed, whole, shape.inner, row
+    )
     # by the number that a candidate has in this rung
-    kept = jnp.argmax(told.kept[:, :, None] == index[:, None, :], axis=2)
-    return told._replace(kept=kept, inner=(told.inner,))
+    matches = kept[:, :, None] == index[:, None, :]
+    kept = jnp.where(matches.any(axis=2), jnp.argmax(matches, axis=2), -1)
+    return frontier._replace(own=(frontier.own, ())), kept
 
-  def done(self, gen, state):
-    return self.inner.done(gen, state._replace(inner=state.inner[0]))
+  def finished_prompts(self, gen, frontier):
+    return self.inner.finished_prompts(gen, frontier._replace(own=frontier.own[0]))
 
-  def step_cost(self, gen, step):
-    at, rung = self._place(step)
-    cost, m = self.inner.step_cost(gen, at)
-    cost = cost if rung == 0 else core.Cost()
-    m = self._sizes(m)[rung]
-    reach = self.inner.reach(gen, at)
-    if more := self._seen(gen, at, rung) - reach:
-      one = gen.cost('extend', reach, more)
-      cost += m * (one if self.inner.donates else one + gen.cost('fatten', reach))
-    return cost, m
+  # ------------------------------------------------------------------------------------------ bill
+
+  def init_cost(self, gen):
+    return self.inner.init_cost(gen)
+
+  def step_cost(self, gen, shape, row):
+    cost = self.inner.step_cost(gen, shape.inner, row)[0] if shape.rung == 0 else core.Cost()
+    begin = self.inner.stages_shown(gen, shape.inner, row)
+    if more := self.stages_shown(gen, shape, row) - begin:
+      one = gen.cost('extend', begin, more)
+      if not self.inner.offers_caches:
+        one = one + gen.cost('rebuild_cache', begin)
+      cost += shape.size * one
+    return cost, shape.size
 
 
-def build(inner: Mapping | core.Algorithm = (), rungs=Halving.rungs, least: int = 1) -> Halving:
-  """From settings: `inner={'name': 'search.beam', ...}`, `rungs=({'keep': 0.25}, {'look': -1})`.
-
-  Raises:
-    ConfigError: no or an unknown inner algorithm, an unknown setting of a rung.
-  """
-  if not isinstance(inner, core.Algorithm):
-    settings_of = dict(inner)
-    if 'name' not in settings_of:
-      raise ConfigError('search.inner.name: missing; e.g. search.beam')
-    inner = components.load(settings_of.pop('name'), **settings_of)
-  made = []
-  for rung in rungs:
-    if not isinstance(rung, Rung):
-      rung = dict(rung)
-      rung['draft'] = tuple(sorted(dict(rung.get('draft', {})).items()))
-      rung = components.build_dataclass(Rung, **rung)
-    made.append(rung)
-  return Halving(inner, tuple(made), least)
+def _as_rung(given) -> Rung:
+  """A rung from its settings, of which `draft` may be a mapping."""
+  if isinstance(given, Rung):
+    return given
+  known = [field.name for field in dataclasses.fields(Rung)]
+  settings = dict(given) if isinstance(given, Mapping) else {}
+  unknown = [name for name in settings if name not in known]
+  if unknown or not isinstance(given, Mapping):
+    raise ConfigError(f'search.rungs: {given!r} must be a mapping of {", ".join(known)}')
+  settings['draft'] = tuple(sorted(dict(settings.get('draft', ())).items()))
+  return Rung(**settings)

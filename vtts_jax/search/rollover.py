@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from vtts_jax import components, core
+from vtts_jax import core
 from vtts_jax.errors import ConfigError
 from vtts_jax.search import checks, schedules
 
@@ -47,7 +47,7 @@ class Rollover(core.Algorithm):
     schedule: 'linear' or 'fixed': all chunks have the same size.
     size: stages of a chunk.
     threshold: a finite number: take what reaches it; infinity: take what beats the best so far.
-    lookahead: greedy stages before a candidate is looked at; -1 to the end.
+    lookahead: greedy stages before a candidate is observed; -1 to the end.
   """
 
   quota: int = 8
@@ -58,11 +58,11 @@ class Rollover(core.Algorithm):
   lookahead: int = -1
 
   def __post_init__(self):
-    checks.integer('quota', self.quota, 1)
-    checks.integer('round', self.round, 1)
-    checks.integer('size', self.size, 1)
-    checks.integer('lookahead', self.lookahead, -1)
-    checks.one_of('schedule', self.schedule, ('linear', 'fixed'))
+    checks.check_integer('quota', self.quota, 1)
+    checks.check_integer('round', self.round, 1)
+    checks.check_integer('size', self.size, 1)
+    checks.check_integer('lookahead', self.lookahead, -1)
+    checks.check_choice('schedule', self.schedule, ('linear', 'fixed'))
     if self.quota % self.round:
       raise ConfigError(
         f'search.quota={self.quota}: must be a multiple of search.round={self.round}'
@@ -70,51 +70,59 @@ class Rollover(core.Algorithm):
     if not isinstance(self.threshold, float | int) or self.threshold != self.threshold:
       raise ConfigError(f'search.threshold={self.threshold!r}: must be a number')
 
-  def _chunks(self, gen) -> int:
-    return len(schedules.cuts(self.schedule, self.size, 0, 0, gen.num_stages))
+  needs = frozenset({'ragged_stages'})
 
-  def _size(self, gen):
+  def _chunks(self, gen) -> int:
+    return len(schedules.schedule_cuts(self.schedule, self.size, 0, 0, gen.num_stages))
+
+  def _size(self, gen) -> int:
     return min(self.size if self.schedule == 'linear' else 1, gen.num_stages)
 
-  def _look(self, gen):
+  def _lookahead(self, gen) -> int:
     rest = gen.num_stages - self._size(gen)
     return rest if self.lookahead < 0 else min(self.lookahead, rest)
 
   def check(self, gen):
-    if not gen.anytime and self.lookahead >= 0 and gen.num_stages % self._size(gen):
+    if not gen.prefixes_are_samples and self.lookahead >= 0 and gen.num_stages % self._size(gen):
       raise ConfigError(
         f'search.size={self.size}: must divide the {gen.num_stages} stages where '
         'search.lookahead is not -1'
       )
 
-  def phases(self, gen):
-    return ((0, self._chunks(gen) * self.quota // self.round),)
+  def plan(self, gen):
+    """All rounds are alike: how far a prompt is stands in its frontier."""
+    rounds = self._chunks(gen) * self.quota // self.round
+    return (core.Phase('round', tuple((number,) for number in range(rounds))),)
 
-  def init(self, gen, params, ctx, keys, initial):
+  def init(self, sampler, keys, initial):
     roots = core.candidate_keys(keys, jnp.arange(1))
-    state = gen.init(params, ctx, roots)
+    state = sampler.drop_cache(sampler.init(roots))
     zero = jnp.zeros(keys.shape, jnp.int32)
     none = jnp.full(keys.shape, core.NEG_INF)
-    own = Own(zero, zero + self.quota, zero, none, (gen.slim(state), roots, none))
-    return core.Told(gen.slim(state), roots, none[:, None], zero[:, None], own)
+    own = Own(zero, zero + self.quota, zero, none, (state, roots, none))
+    return core.Frontier(state, roots, none[:, None], own)
 
-  def ask(self, gen, params, ctx, state, step):
-    own, size = state.inner, self._size(gen)
+  def ask(self, sampler, frontier, shape, row):
+    own, size, end = frontier.own, self._size(sampler.gen), sampler.num_stages
     index = own.used[:, None] + jnp.arange(self.round)
-    begin = jnp.broadcast_to(jnp.minimum(own.chunk * size, gen.num_stages)[:, None], index.shape)
-    keys = core.child_key(jnp.broadcast_to(state.keys, index.shape), begin, index)
-    trunk = gen.fatten(params, ctx, state.frontier, begin[:, :1])
-    grown = gen.extend(params, ctx, core.repeat(trunk, self.round), keys, begin, size)
-    stage = jnp.minimum(begin + size, gen.num_stages)
-    shown, look = grown, self._look(gen)
-    if look:
-      shown = gen.extend(params, ctx, grown, keys, stage, look, greedy=True)
-    seen = jnp.minimum(stage + look, gen.num_stages)
-    parent = jnp.zeros(index.shape, jnp.int32)
-    return core.Candidates(gen.slim(shown), seen, parent, (gen.slim(grown), keys))
+    begin = jnp.broadcast_to(jnp.minimum(own.chunk * size, end)[:, None], index.shape)
+    keys = core.child_key(jnp.broadcast_to(frontier.keys, index.shape), begin, index)
+    trunk = sampler.rebuild_cache(frontier.state, begin[:, :1])
+    grown = sampler.extend(core.repeat(trunk, self.round), keys, begin, size)
+    stage = jnp.minimum(begin + size, end)
+    shown, ahead = grown, self._lookahead(sampler.gen)
+    if ahead:
+      shown = sampler.extend(grown, keys, stage, ahead, greedy=True)
+    return core.Candidates(
+      sampler.drop_cache(shown),
+      jnp.minimum(stage + ahead, end),
+      parent=jnp.zeros(index.shape, jnp.int32),
+      own=(sampler.drop_cache(grown), keys),
+    )
 
-  def tell(self, gen, params, ctx, state, cands, totals, step):
-    own, (grown, keys) = state.inner, cands.inner
+  def tell(self, sampler, frontier, candidates, totals, shape, row):
+    own, (grown, keys) = frontier.own, candidates.own
+    # the best of this chunk so far
     top = jnp.argmax(totals, axis=1)[:, None]
     score = totals.max(axis=1)
     better = score > own.found[2]
@@ -122,16 +130,17 @@ class Rollover(core.Algorithm):
     found = tuple(core.where(better, a, b) for a, b in zip(new, own.found))
     used, left = own.used + self.round, own.left - self.round
     bar = own.bar
+    # taken is what reaches the threshold, or beats the best so far; or the best of a spent quota
     if self.threshold < float('inf'):
       enough = found[2] >= self.threshold
     else:
       enough = (found[2] > bar) & (bar > core.NEG_INF)
-    # the first look sets the bar that the next ones have to beat
+    # the first observation sets the bar that the next ones have to beat
     bar = jnp.where(bar > core.NEG_INF, bar, totals[:, 0])
     take = (enough | (left <= 0)) & (found[2] > core.NEG_INF)
     bar = jnp.where(take, jnp.maximum(bar, found[2]), bar)
-    frontier = core.where(take, found[0], state.frontier)
-    frontier_keys = core.where(take, found[1], state.keys)
+    state = core.where(take, found[0], frontier.state)
+    keys = core.where(take, found[1], frontier.keys)
     moved = Own(
       own.chunk + take,
       jnp.where(take, left + self.quota, left),
@@ -139,16 +148,14 @@ class Rollover(core.Algorithm):
       bar,
       (*found[:2], jnp.where(take, core.NEG_INF, found[2])),
     )
-    return core.Told(frontier, frontier_keys, found[2][:, None], top, moved)
+    # -1: the prompt stays where it is, or takes what an earlier round proposed
+    kept = jnp.where((take & better)[:, None], top, -1)
+    return core.Frontier(state, keys, found[2][:, None], moved), kept
 
-  def done(self, gen, state):
-    return state.inner.chunk >= self._chunks(gen)
+  def finished_prompts(self, gen, frontier):
+    return frontier.own.chunk >= self._chunks(gen)
 
-  def step_cost(self, gen, step):
+  def step_cost(self, gen, shape, row):
     size = self._size(gen)
-    one = gen.cost('extend', 0, size) + gen.cost('extend', size, self._look(gen))
-    return gen.cost('fatten') + self.round * one, self.round
-
-
-def build(**given) -> Rollover:
-  return components.build_dataclass(Rollover, **given)
+    one = gen.cost('extend', 0, size) + gen.cost('extend', size, self._lookahead(gen))
+    return gen.cost('rebuild_cache') + self.round * one, self.round

@@ -1,15 +1,13 @@
-"""Token schedules: after how many stages a search looks."""
+"""Schedules: after how many stages a search observes and chooses, and steps as phases."""
 
-import jax.numpy as jnp
-
-from vtts_jax.core import Cost
+from vtts_jax.core import Cost, Generator, Phase
 from vtts_jax.errors import ConfigError
 from vtts_jax.search import checks
 
 SCHEDULES = ('geometric', 'linear', 'fixed')
 
 
-def cuts(schedule, size: int, steps: int, start: int, end: int) -> tuple[int, ...]:
+def schedule_cuts(schedule, size: int, steps: int, start: int, end: int) -> tuple[int, ...]:
   """Stages done after each step, from `start` (not included) to at most `end`.
 
   Args:
@@ -35,7 +33,7 @@ def cuts(schedule, size: int, steps: int, start: int, end: int) -> tuple[int, ..
         f'search.schedule={list(marks)}: must be increasing integers in {start + 1} .. {end}'
       )
     return marks[:steps] if steps else marks
-  checks.integer('size', size, 2 if schedule == 'geometric' else 1)
+  checks.check_integer('size', size, 2 if schedule == 'geometric' else 1)
   marks, at = [], 0
   while not marks or (marks[-1] < end and (not steps or len(marks) < steps)):
     at = {'geometric': size ** len(marks), 'linear': at + size, 'fixed': at + 1}[schedule]
@@ -43,7 +41,7 @@ def cuts(schedule, size: int, steps: int, start: int, end: int) -> tuple[int, ..
   return tuple(marks)
 
 
-def per_step(name: str, value, steps: int) -> tuple[int, ...]:
+def setting_per_step(name: str, value, steps: int) -> tuple[int, ...]:
   """A setting for each step: an integer stands for all, a list must have one entry a step."""
   values = value if isinstance(value, tuple) else (value,) * steps
   if len(values) != steps:
@@ -51,20 +49,28 @@ def per_step(name: str, value, steps: int) -> tuple[int, ...]:
       f'search.{name}={list(values)}: must be an integer or a list of {steps}, one a step'
     )
   for v in values:
-    checks.integer(name, v, 1)
+    checks.check_integer(name, v, 1)
   return values
 
 
-def start(gen, params, ctx, keys, initial):
-  """Empty candidates for keys `[B, N]`, continued by the initial tokens `[B, t]` where there are
-  any."""
-  state = gen.init(params, ctx, keys)
-  if initial.shape[1]:
-    tokens = jnp.broadcast_to(initial[:, None], (*keys.shape, initial.shape[1]))
-    state = gen.force(params, ctx, state, tokens)
-  return state
+def group_steps(gen: Generator, steps, keeps_size) -> tuple[Phase, ...]:
+  """Steps as phases: neighbours of one shape are one program.
+
+  Args:
+    gen: where its stages are not uniform, every step is a phase of its own, whose numbers are
+      static.
+    steps: (shape, row) of each step.
+    keeps_size: says of a shape whether the frontier is as large after the step as before.
+  """
+  phases = []
+  for shape, row in steps:
+    if phases and phases[-1].shape == shape and keeps_size(shape) and gen.uniform_stages:
+      phases[-1] = Phase(shape, (*phases[-1].rows, row))
+    else:
+      phases.append(Phase(shape, (row,)))
+  return tuple(phases)
 
 
-def start_cost(gen, initial: int) -> Cost:
-  """Cost of `start` for one candidate."""
-  return gen.cost('force', 0, initial) if initial else Cost()
+def given_cost(gen: Generator, initial: int) -> Cost:
+  """Cost of one candidate that starts from `initial` given tokens."""
+  return gen.cost('extend_with_tokens', 0, initial) if initial else Cost()

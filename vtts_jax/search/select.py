@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from vtts_jax.core import NEG_INF
 
 
-def top(totals: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+def top_candidates(totals: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
   """Indices and totals `[B, N]` of the n best of `totals [B, M]`, best first, the earlier one on
   ties.
 
@@ -23,7 +23,7 @@ def top(totals: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
   return jnp.take_along_axis(index, slot, axis=1), jnp.take_along_axis(values, slot, axis=1)
 
 
-def ranks(values: jax.Array, valid: jax.Array) -> jax.Array:
+def mean_ranks(values: jax.Array, valid: jax.Array) -> jax.Array:
   """Ranks `[B, M]` among the valid entries, 0 the lowest, ties sharing their mean rank; float32."""
   low = jnp.where(valid, values, NEG_INF)
   below = (low[:, None, :] < low[:, :, None]) & valid[:, None, :]
@@ -31,7 +31,7 @@ def ranks(values: jax.Array, valid: jax.Array) -> jax.Array:
   return below.sum(-1) + (equal.sum(-1) - 1) / 2.0
 
 
-def min_max(values: jax.Array, valid: jax.Array) -> jax.Array:
+def scale_min_max(values: jax.Array, valid: jax.Array) -> jax.Array:
   """Values `[B, M]` scaled to [0, 1] over the valid entries of each prompt; 0.5 where these are
   all equal."""
   low = jnp.where(valid, values, jnp.inf).min(axis=1, keepdims=True)
@@ -47,7 +47,7 @@ def min_max(values: jax.Array, valid: jax.Array) -> jax.Array:
 RESAMPLERS = ('multinomial', 'systematic', 'stratified', 'residual', 'ssp')
 
 
-def resample(kind: str, keys: jax.Array, logw: jax.Array, n: int) -> jax.Array:
+def resample_ancestors(kind: str, keys: jax.Array, logw: jax.Array, n: int) -> jax.Array:
   """Ancestors `[B, n]` int32, in increasing order, drawn by log-weights `[B, M]`, keys `[B]`.
 
   A log-weight of -inf is never drawn while a finite one exists; where none is, all are alike.
@@ -59,7 +59,7 @@ def resample(kind: str, keys: jax.Array, logw: jax.Array, n: int) -> jax.Array:
   return jax.vmap(lambda key, w: _ancestors(kind, key, w, n))(keys, weights)
 
 
-def ess(logw: jax.Array) -> jax.Array:
+def effective_sample_size(logw: jax.Array) -> jax.Array:
   """Effective sample size `[B]`, 1 / sum of squared normalised weights, of log-weights `[B, M]`; M
   where none is finite."""
   alive = jnp.isfinite(logw).any(axis=1, keepdims=True)
@@ -132,7 +132,7 @@ def _ssp(key, parts, total):
 # --------------------------------------------------------------------------------------- diversity
 
 
-def diverse(keys: jax.Array, features: jax.Array, valid: jax.Array, n: int) -> jax.Array:
+def pick_diverse(keys: jax.Array, features: jax.Array, valid: jax.Array, n: int) -> jax.Array:
   """Indices `[B, n]` of candidates that lie far apart: k-means++ seeding (Arthur and Vassilvitskii
   2007) on features `[B, M, D]`, then of each cluster the candidate nearest to its mean.
 

@@ -10,7 +10,7 @@ Weights stay in logs and are carried forward where no resampling takes place, an
 divides out the potentials of the way, so that the particles target p(x) exp(strength * score)
 whatever the potential (Singhal et al., section 3): checked on an enumerable problem.
 
-A key belongs to the slot and not to the lineage: copies of a particle part ways at the next stage.
+A key belongs to the slot and not to the lineage: copies of a particle diverge at the next stage.
 Letters: B prompts, N particles, K children of each, M = N * K, S steps.
 """
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vtts_jax import components, core
+from vtts_jax import core
 from vtts_jax.errors import ConfigError
 from vtts_jax.search import checks, schedules, select
 
@@ -74,26 +74,27 @@ class SMC(core.Algorithm):
   Attributes:
     particles: N; an integer, or a tuple with one entry a step (a population that shrinks).
     branch: children of each particle at each step.
-    groups: particles are resampled within so many groups of neighbours; 1 for all together.
-    schedule, size, steps: stages at which particles are weighed; see `schedules.cuts`.
+    groups: particles are resampled within so many groups of neighbours; 1 for all together,
+      'particles' for each one among its own children.
+    schedule, size, steps: stages at which particles are weighed; see `schedules.schedule_cuts`.
     strength: inverse temperature, in units of the verifier's score; 0 is best-of-N.
     anneal: 'constant'; 'increasing', from near 0 to `strength` as 2 ** (s / S) - 1 (the shape of
       DAS); 'infinite', only the best is copied.
     potential: what a particle is weighed by: its score, its gain, its best or its sum.
-    resampler: see `select.resample`.
-    every: weigh and resample at every so manieth step, and at the last.
+    resampler: see `select.resample_ancestors`.
+    every: weigh and resample every `every` steps, and at the last.
     ess: and only if the effective sample size is below this share of M (1: whenever weights
       differ).
     resample_at: the steps (from 0) at which particles are weighed and resampled; empty for `every`.
       Where the population shrinks they always are.
     diverse: steps at which particles are picked by k-means++ on the verifier's features instead.
-    lookahead: greedy stages before a particle is looked at; -1 to the end.
+    lookahead: greedy stages before a particle is observed; -1 to the end.
     initial: stages that are given and not drawn.
   """
 
   particles: int | tuple[int, ...] = 8
   branch: int = 1
-  groups: int = 1
+  groups: int | str = 1
   schedule: str | tuple[int, ...] = 'linear'
   size: int = 4
   steps: int = 0
@@ -108,125 +109,127 @@ class SMC(core.Algorithm):
   lookahead: int = 0
   initial: int = 0
 
-  donates = True
+  offers_caches = True
 
   def __post_init__(self):
+    for name in ('particles', 'schedule', 'resample_at', 'diverse'):
+      object.__setattr__(self, name, checks.parse_integers(getattr(self, name)))
+    if self.groups == 'particles':
+      object.__setattr__(self, 'groups', self.particles)
+    checks.check_integer('groups', self.groups, 1)
     values = self.particles if isinstance(self.particles, tuple) else (self.particles,)
     for value in values:
-      checks.integer('particles', value, 1)
+      checks.check_integer('particles', value, 1)
       if value % self.groups:
         raise ConfigError(f'search.groups={self.groups}: must divide search.particles={value}')
-    for name, low in (('branch', 1), ('groups', 1), ('steps', 0), ('every', 1), ('initial', 0)):
-      checks.integer(name, getattr(self, name), low)
-    checks.integer('lookahead', self.lookahead, -1)
-    checks.number('strength', self.strength, 0)
-    checks.number('ess', self.ess, 0, 1)
-    checks.one_of('anneal', self.anneal, ANNEAL)
-    checks.one_of('potential', self.potential, POTENTIALS)
-    checks.one_of('resampler', self.resampler, select.RESAMPLERS)
+    for name, low in (('branch', 1), ('steps', 0), ('every', 1), ('initial', 0)):
+      checks.check_integer(name, getattr(self, name), low)
+    checks.check_integer('lookahead', self.lookahead, -1)
+    checks.check_number('strength', self.strength, 0)
+    checks.check_number('ess', self.ess, 0, 1)
+    checks.check_choice('anneal', self.anneal, ANNEAL)
+    checks.check_choice('potential', self.potential, POTENTIALS)
+    checks.check_choice('resampler', self.resampler, select.RESAMPLERS)
     if any(b > a for a, b in zip(values, values[1:])):
       raise ConfigError(f'search.particles={list(values)}: must not grow from step to step')
     if isinstance(self.schedule, str):
-      checks.one_of(
+      checks.check_choice(
         'schedule', self.schedule, (*schedules.SCHEDULES, 'a list of cumulative stage counts')
       )
 
   @property
-  def features(self):
-    return bool(self.diverse)
+  def needs(self):
+    return frozenset({'stochastic'} | ({'features'} if self.diverse else set()))
 
   # -------------------------------------------------------------------------------- static shapes
 
-  def plan(self, gen) -> tuple['Move', ...]:
-    """What each step does; the last one always reaches the end."""
+  def moves(self, gen) -> list[tuple['Move', int]]:
+    """Each step's shape and the stage at which it begins; the last one always reaches the end."""
     end = gen.num_stages
-    checks.integer('initial', self.initial, 0, end - 1)
-    marks = schedules.cuts(self.schedule, self.size, self.steps, self.initial, end)
+    checks.check_integer('initial', self.initial, 0, end - 1)
+    marks = schedules.schedule_cuts(self.schedule, self.size, self.steps, self.initial, end)
     marks = (*marks[:-1], end)
-    sizes = schedules.per_step('particles', self.particles, len(marks))
-    moves, begin = [], self.initial
+    sizes = schedules.setting_per_step('particles', self.particles, len(marks))
+    steps, begin = [], self.initial
     for s, (mark, n) in enumerate(zip(marks, sizes)):
       after = sizes[min(s + 1, len(sizes) - 1)]
       chosen = s in self.resample_at if self.resample_at else (s + 1) % self.every == 0
       chosen |= s == len(marks) - 1
-      look = end - mark if self.lookahead < 0 else min(self.lookahead, end - mark)
+      ahead = end - mark if self.lookahead < 0 else min(self.lookahead, end - mark)
       how = 'diverse' if s in self.diverse else 'resample' if chosen else 'carry'
       if how == 'carry' and (after < n or self.branch > 1):
         how = 'resample'
-      moves.append(Move(begin, mark - begin, n, after, look, how))
+      steps.append((Move(mark - begin, n, after, ahead, how), begin))
       begin = mark
-    return tuple(moves)
+    return steps
+
+  def plan(self, gen):
+    """A row holds the stage at which the step begins, its number, the inverse temperature, and
+    whether it is the last."""
+    steps, rows = self.moves(gen), []
+    for number, (move, begin) in enumerate(steps):
+      share = 2 ** ((number + 1) / len(steps)) - 1 if self.anneal == 'increasing' else 1.0
+      last = number == len(steps) - 1
+      rows.append((move, (begin, number, float(self.strength * share), last)))
+    return schedules.group_steps(gen, rows, lambda move: move.before == move.after)
 
   def check(self, gen):
-    moves = self.plan(gen)
+    steps = len(self.moves(gen))
     for name in ('resample_at', 'diverse'):
       for s in getattr(self, name):
-        if not isinstance(s, int) or not 0 <= s < len(moves):
+        if not isinstance(s, int) or not 0 <= s < steps:
           raise ConfigError(
-            f'search.{name}={list(getattr(self, name))}: must be steps in 0 .. {len(moves) - 1}'
+            f'search.{name}={list(getattr(self, name))}: must be steps in 0 .. {steps - 1}'
           )
-    if not gen.stochastic:
-      raise ConfigError(
-        f'search: copies of a particle never part ways with a {type(gen).__name__} that draws '
-        'nothing after the start; allowed: a stochastic sampler (generator.eta above 0)'
-      )
 
-  def reach(self, gen, step):
-    move = self.plan(gen)[step]
-    return move.begin + move.size + move.look
-
-  def phases(self, gen):
-    shapes = [dataclasses.replace(move, begin=0) for move in self.plan(gen)]
-    runs = []
-    for i, shape in enumerate(shapes):
-      if runs and shape == shapes[runs[-1][0]] and shape.before == shape.after:
-        runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-      else:
-        runs.append((i, 1))
-    return tuple(runs)
+  def stages_shown(self, gen, shape, row):
+    return row[0] + shape.size + shape.lookahead
 
   # ---------------------------------------------------------------------------------- ask and tell
 
-  def init(self, gen, params, ctx, keys, initial):
-    n = self.plan(gen)[0].before
-    slots = core.candidate_keys(keys, jnp.arange(n))
-    frontier = schedules.start(gen, params, ctx, slots, initial)
+  def init(self, sampler, keys, initial):
+    slots = core.candidate_keys(keys, jnp.arange(self.moves(sampler.gen)[0][0].before))
     zero = jnp.zeros(slots.shape)
     weights = Weights(zero, zero, zero, zero + core.NEG_INF, zero)
-    return core.Told(frontier, slots, zero, jnp.zeros(slots.shape, jnp.int32), (weights, keys))
+    return core.Frontier(sampler.init(slots, initial), slots, zero, own=(weights, keys))
 
-  def ask(self, gen, params, ctx, state, step):
-    move, begin, _ = self._at(gen, step)
-    keys = core.child_keys(state.keys, begin, self.branch).reshape(len(state.keys), -1)
-    parent = jnp.broadcast_to(jnp.arange(keys.shape[1]) // self.branch, keys.shape)
-    moved = core.repeat(state.frontier, self.branch)
-    moved = gen.extend(params, ctx, moved, keys, begin, move.size)
-    shown, stage = moved, begin + move.size
-    if move.look:
-      shown = gen.extend(params, ctx, moved, keys, stage, move.look, greedy=True)
-    own = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape)
-    stage = jnp.int32(stage + move.look)
-    return core.Candidates(gen.slim(shown), stage, parent, moved, (moved, own))
+  def ask(self, sampler, frontier, shape, row):
+    begin = row[0]
+    keys = core.child_keys(frontier.keys, begin, self.branch)
+    keys = keys.reshape(len(frontier.keys), -1)
+    index = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape)
+    moved = core.repeat(frontier.state, self.branch)
+    moved = sampler.extend(moved, keys, begin, shape.size)
+    shown, stage = moved, begin + shape.size
+    if shape.lookahead:
+      shown = sampler.extend(moved, keys, stage, shape.lookahead, greedy=True)
+    return core.Candidates(
+      sampler.drop_cache(shown),
+      stage + shape.lookahead,
+      parent=index // self.branch,
+      own=moved,
+      cache_owner=(moved, index),
+    )
 
-  def tell(self, gen, params, ctx, state, cands, totals, step):
-    move, _, strength = self._at(gen, step)
-    weights, prompt = state.inner
-    last = step.index == len(self.plan(gen)) - 1
+  def tell(self, sampler, frontier, candidates, totals, shape, row):
+    _, number, strength, last = row
+    weights, prompt = frontier.own
     weights = core.repeat(weights, self.branch)
-    if move.how == 'carry':  # not due: particles are not weighed, but a bad score is out
+    if shape.how == 'carry':  # not due: particles are not weighed, but a bad score is out
       bad = jnp.isneginf(totals)
       weights = weights._replace(logw=jnp.where(bad, core.NEG_INF, weights.logw))
     else:
       weights = self._weigh(weights, totals, strength, last)
-    keys = core.fold(core.fold(prompt, RESAMPLE), step.index)
-    if move.how == 'diverse':
-      index = select.diverse(keys, cands.features, totals > core.NEG_INF, move.after)
+    keys = core.fold(core.fold(prompt, RESAMPLE), number)
+    if shape.how == 'diverse':
+      valid = totals > core.NEG_INF
+      index = select.pick_diverse(keys, candidates.features, valid, shape.after)
       logw = jnp.take_along_axis(weights.logw, index, axis=1)
     else:
-      index, logw = self._pick(weights.logw, keys, move)
-    moved, weights, scores = core.take((cands.inner, weights, totals), index)
-    inner = (weights._replace(logw=logw), prompt)
-    return core.Told(moved, state.keys[:, : move.after], scores, index, inner)
+      index, logw = self._resample(weights.logw, keys, shape)
+    moved, weights, scores = core.take((candidates.own, weights, totals), index)
+    own = (weights._replace(logw=logw), prompt)
+    return core.Frontier(moved, frontier.keys[:, : shape.after], scores, own), index
 
   def _weigh(self, w: Weights, score, strength, last) -> Weights:
     """Weights `[B, M]` after the scores of this step."""
@@ -246,16 +249,17 @@ class SMC(core.Algorithm):
       logw = w.logw + gain
     return Weights(jnp.where(good, logw, core.NEG_INF), w.done + gain, level, high, total)
 
-  def _pick(self, logw, keys, move):
+  def _resample(self, logw, keys, shape: 'Move'):
     """Which particles go on `[B, N']`, and their log-weights."""
     batch = len(logw)
+    # every group of neighbours is a row of its own
     grouped = logw.reshape(batch * self.groups, -1)
-    size, n = grouped.shape[1], move.after // self.groups
+    size, n = grouped.shape[1], shape.after // self.groups
     keys = jax.vmap(lambda k: jax.random.split(k, self.groups))(keys).reshape(-1)
-    index = select.resample(self.resampler, keys, grouped, n)
+    index = select.resample_ancestors(self.resampler, keys, grouped, n)
     if n == size:
-      low = select.ess(grouped) < self.ess * size * (1 - 1e-5)
-      if move.how == 'carry':
+      low = select.effective_sample_size(grouped) < self.ess * size * (1 - 1e-5)
+      if shape.how == 'carry':
         low = jnp.zeros_like(low)
       low |= ~jnp.isfinite(grouped).all(axis=1)  # what must not be kept is not
       stay = jnp.broadcast_to(jnp.arange(size), index.shape)
@@ -263,55 +267,48 @@ class SMC(core.Algorithm):
       kept = jnp.where(low[:, None], 0.0, grouped)
     else:
       kept = jnp.zeros(index.shape)
+    # back from places in a group to places among all
     offset = (jnp.arange(batch * self.groups) % self.groups * size)[:, None]
     index = (index + offset).reshape(batch, -1).astype(jnp.int32)
     return index, kept.reshape(batch, -1)
 
-  def _at(self, gen, step):
-    """The static move of this phase, and begin and strength of this step."""
-    moves = self.plan(gen)
-    move, s = moves[step.first], step.index
-    share = 2 ** ((s + 1) / len(moves)) - 1 if self.anneal == 'increasing' else 1.0
-    if isinstance(s, int):
-      return move, moves[s].begin, self.strength * share
-    begins = jnp.asarray([m.begin for m in moves], jnp.int32)
-    return move, begins[s], self.strength * share
+  # ------------------------------------------------------------------------------------------ bill
 
-  def step_cost(self, gen, step):
-    move = self.plan(gen)[step]
-    m = move.before * self.branch
-    cost = m * (
-      gen.cost('extend', move.begin, move.size)
-      + gen.cost('extend', move.begin + move.size, move.look)
-    )
-    if step == 0:
-      cost += move.before * schedules.start_cost(gen, self.initial)
-    return cost, m
+  def init_cost(self, gen):
+    return self.moves(gen)[0][0].before * schedules.given_cost(gen, self.initial)
+
+  def step_cost(self, gen, shape, row):
+    m, after = shape.before * self.branch, row[0] + shape.size
+    extended = gen.cost('extend', row[0], shape.size)
+    return m * (extended + gen.cost('extend', after, shape.lookahead)), m
 
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-  """One step: stages `begin .. begin + size - 1` of `before` particles, of which `after` go on, by
-  'resample', 'diverse' or 'carry'; `look` stages ahead."""
+  """The shape of a step: `size` stages of `before` particles, of which `after` go on, by
+  'resample', 'diverse' or 'carry'; particles are observed `lookahead` greedy stages later."""
 
-  begin: int
   size: int
   before: int
   after: int
-  look: int
+  lookahead: int
   how: str
 
 
-def build(preset: str = '', **given) -> SMC:
+def build(preset: str = '', **settings) -> SMC:
   """From settings; `preset` names a published method whose settings the others replace.
 
   Raises:
     ConfigError: an unknown preset or setting.
   """
   if preset:
-    checks.one_of('preset', preset, PRESETS)
-    given = PRESETS[preset] | given
-  given = {name: checks.numbers(value) for name, value in given.items()}
-  if given.get('groups') == 'particles':
-    given['groups'] = given.get('particles', SMC.particles)
-  return components.build_dataclass(SMC, **given)
+    checks.check_choice('preset', preset, PRESETS)
+    settings = PRESETS[preset] | settings
+  known = [field.name for field in dataclasses.fields(SMC)]
+  for name, value in settings.items():
+    if name not in known:
+      raise ConfigError(
+        f'search.smc: unknown setting {name}={value!r}; allowed: preset, {", ".join(known)}'
+      )
+  as_tuple = lambda value: tuple(value) if isinstance(value, list) else value
+  return SMC(**{name: as_tuple(value) for name, value in settings.items()})

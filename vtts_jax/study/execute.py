@@ -1,319 +1,240 @@
-"""A study: arms (generator x verifier x search) over prompts and seeds, with held-out measurements.
+"""Runs a study: every arm over prompts and seeds, and writes one result line for each.
 
-An arm is the base config with some of its settings replaced. For each (arm, seed, batch of prompts)
-the search runs, then every snapshot of its result (best-of-N: each smaller budget; other
-algorithms: each step) is rendered, scored by the verifiers of `config.measure` and graded by
-`config.metric`, none of which the search has seen; then the lines are written. Of best-of-N every
-single sample is graded, see `samples.py`.
+For each (arm, seed, batch of prompts) the search runs once and collects what grading needs. Every
+snapshot of its result is graded by `config.metric` and measured by the verifiers of
+`config.measure`, none of which the search has seen. Nothing is decoded a second time: what a study
+decodes is what its bill says.
+
+Letters: P prompts of a batch, S budgets.
 """
 
-import dataclasses
-import functools
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import components, core
 from vtts_jax.core import Cost
-from vtts_jax.engine import search as run
-from vtts_jax.engine import sharding
-from vtts_jax.engine.step import signals
+from vtts_jax.engine.result import SearchResult
+from vtts_jax.engine.scorer import Scorer
+from vtts_jax.engine.search import (
+  PreparedSearch,
+  load_parameters,
+  overlapped,
+  prepare_search,
+)
 from vtts_jax.errors import ConfigError
-from vtts_jax.search.best_of_n import BestOfN
-from vtts_jax.study import genealogy, grading
-from vtts_jax.study import graded_samples as samples
+from vtts_jax.study import genealogy
+from vtts_jax.study.arms import Arm, Study, searched_name
+from vtts_jax.study.graded_samples import GradedSamples, grade_samples, record_samples
+from vtts_jax.study.snapshots import Snapshots, collected_names, prefix_totals, take_snapshots
 from vtts_jax.study.store import Store
-from vtts_jax.verifiers import ensemble
-
-PARTS = ('generator', 'verifier', 'search')
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-  """One arm, built: its name, its parts, the driver's settings and its bill per prompt."""
+class PreparedArm(NamedTuple):
+  """An arm whose prompts are tokenized and whose weights are placed, and the scorer of the
+  verifiers that measure what was collected, or None."""
 
-  name: str
-  gen: core.Generator
-  ver: core.Verifier
-  algo: core.Algorithm
-  measure: core.Verifier
-  mode: str
-  batch: int
-  render_chunk: int
-  stop: float
-  cost: Cost
+  arm: Arm
+  search: PreparedSearch
+  scorer: Scorer | None
 
 
-def arms(config: Mapping[str, Any]) -> list[Arm]:
-  """Builds and checks every arm before anything is compiled.
-
-  Raises:
-    ConfigError: an unknown component or setting, an impossible value, parts that do not fit, or a
-      search whose bill is above `config.budget`; the message starts with the arm.
-  """
-  texts = [entry['prompt'] for entry in prompts(config)]
-  grading.metric(config['metric'], texts)
-  made = []
-  for name, changes in (config['arms'] or {'': {}}).items():
-    settings = merge(config, changes)
-    try:
-      gen, ver, algo = (build(settings[part], part) for part in PARTS)
-      measure = ensemble.build(members=settings['measure'], mode='minmax')
-      run.validate(algo, gen, ver, settings['mode'])
-      run.validate(BestOfN(), gen, measure, 'stepped')  # measures only
-      run.tokenize(gen, ver, texts)
-      run.tokenize(gen, measure, texts)
-      cost = sum(run.bill(algo, gen, ver), Cost())
-      run.check_budget(cost, settings['budget'])
-      for field in ('batch', 'render_chunk'):
-        if settings[field] < 0:
-          raise ConfigError(f'{field}={settings[field]}: must be >= 0')
-    except ConfigError as err:
-      raise ConfigError(f'arm {name}: {err}' if name else str(err)) from None
-    mode, batch, chunk = (settings[k] for k in ('mode', 'batch', 'render_chunk'))
-    stop = settings.get('stop')
-    stop = float('inf') if stop is None else float(stop)
-    made.append(Arm(name or 'main', gen, ver, algo, measure, mode, batch, chunk, stop, cost))
-  return made
-
-
-def merge(base: Mapping, changes: Mapping) -> dict:
-  """`base` with nested `changes`; a changed `name` of a component replaces all of its settings."""
-  out = dict(base)
-  for key, value in changes.items():
-    if key not in base:
-      raise ConfigError(f'arms: unknown setting {key!r}; allowed: {", ".join(base)}')
-    if not isinstance(value, Mapping) or (key in PARTS and 'name' in value):
-      out[key] = value
-    else:
-      out[key] = {**base[key], **value}
-  return out
-
-
-def build(settings: Mapping, part: str):
-  """A component from its settings, `name` among them."""
-  settings = dict(settings)
-  if 'name' not in settings:
-    raise ConfigError(f'{part}.name: missing; allowed: {", ".join(components.components())}')
-  name = settings.pop('name')
-  try:
-    return components.load(name, **settings)
-  except ConfigError as err:
-    raise ConfigError(f'{part}: {err}') from None
-
-
-def prompts(config: Mapping[str, Any]) -> list[dict]:
-  """The prompt set: a list of GenEval-style metadata, each with its global `id`."""
-  settings = dict(config['prompts'])
-  name = settings.pop('name')
-  try:
-    entries = components.module(name, 'prompts').prompts(**settings)
-  except (TypeError, ValueError) as err:
-    raise ConfigError(f'prompts: {err}') from None
-  return [{'id': i, **entry} for i, entry in enumerate(entries)]
-
-
-@functools.cache
-def parameters(part) -> Any:
-  """Loaded once for each component, on the device."""
-  return jax.tree.map(jnp.asarray, part.load())
-
-
-# ---------------------------------------------------------------------------------------- snapshots
-
-
-def prefixes(arm: Arm, result: run.SearchResult) -> list[np.ndarray]:
-  """Totals `[P, n]` of best-of-N's first n samples, for n = 1, 2, 4 .. N; -inf where not finite."""
-  step, samples = result.steps[0], arm.algo.n
-  valid = np.isfinite(step.totals)
-  totals = []
-  for n in sorted({2**i for i in range(samples.bit_length())} | {samples}):
-    scores = {k: np.where(valid, v, 0)[:, :n] for k, v in step.scores.items()}
-    own = np.asarray(arm.ver.total(scores, valid[:, :n]))
-    totals.append(np.where(valid[:, :n], own, -np.inf))
-  return totals
-
-
-def snapshots(arm: Arm, result: run.SearchResult):
-  """The best candidates at each budget: (costs `[P, S, 4]` in the order of `Cost`, slim states `[P,
-  S, ...]`, stages and totals `[P, S]`).
-
-  Best-of-N holds every smaller budget as its prefix; of the others, the best after each step, from
-  the first on at which there is a picture to hand out.
-  """
-  algo, gen, ver = arm.algo, arm.gen, arm.ver
-  if is_ladder(algo):
-    found = prefixes(arm, result)
-    sized = [dataclasses.replace(algo, n=totals.shape[1]) for totals in found]
-    costs = [dataclasses.astuple(sum(run.bill(a, gen, ver), Cost())) for a in sized]
-    costs = np.broadcast_to(costs, (len(found[0]), len(sized), len(costs[0])))
-    index = np.stack([totals.argmax(axis=1) for totals in found], axis=1)
-    states = jax.tree.map(lambda x: x[np.arange(len(x))[:, None], index], result.steps[0].shown)
-    stages = np.full(index.shape, gen.num_stages, np.int32)
-    return costs, states, stages, np.stack([t.max(axis=1) for t in found], axis=1)
-  first = next((i for i, step in enumerate(result.steps) if np.any(step.final)), 0)
-  done = range(first, len(result.steps))
-  costs = result.spent()[:, first:]
-  # to stop at a step is to render the best there; the last step has that, for whom it ran
-  unpaid = np.ones(costs.shape[:2], bool)
-  unpaid[:, -1] = ~np.asarray(result.steps[-1].active)
-  costs = costs + unpaid[..., None] * np.array(dataclasses.astuple(gen.cost('render')))
-  bests = [result.steps[i].best for i in done]
-  states = jax.tree.map(lambda *x: np.stack(x, axis=1), *(b.state for b in bests))
-  stages = np.stack([b.stage for b in bests], axis=1)
-  totals = np.stack([b.total for b in bests], axis=1)
-  return costs, states, stages, totals
-
-
-def searched(ver, measure) -> str:
-  """What is searched on, joined by '+', by the names that it has among the measured verifiers."""
-  parts = [ver]
-  if isinstance(ver, ensemble.Ensemble):
-    parts = [member for name, member in ver.members if dict(ver.weights)[name]]
-  known = {member: name for name, member in measure.members}
-  return '+'.join(known.get(part, part.names[0]) for part in parts)
-
-
-def is_ladder(algo) -> bool:
-  """Whether one run holds every smaller budget as its prefix (candidates known from a single
-  step)."""
-  return isinstance(algo, BestOfN) and algo.per_step == algo.n
-
-
-def observe(gen, measure, params, prompts, states, stages):
-  """Renders and measures snapshots: images `[P, S, H, W, 3]` and `{name: [P, S]}`."""
-  images, told = _rendered(gen, measure, params['generator'], prompts, states, stages)
-  call = _measured if measure.jittable else _measured.__wrapped__
-  return images, call(measure, params['measure'], prompts['measure'], images, told)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _rendered(gen, measure, params, prompts, states, stages):
-  ctx = gen.encode(params, prompts['generator'])
-  images = gen.render(params, ctx, states, stages)
-  return images, signals(gen, measure, params, ctx, states, stages)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _measured(measure, params, prompt, images, told):
-  return measure.score(params, measure.encode(params, prompt), images, **told)
-
-
-# -------------------------------------------------------------------------------------------
-# running
-
-
-def execute(config: Mapping[str, Any], built: list[Arm], store: Store, on_batch=None) -> int:
+def execute_study(study: Study, store: Store, on_batch: Callable | None = None) -> int:
   """Runs what is not done yet; returns how many lines were written.
 
   Prompts are cut into the same batches in every session, so a batch that was cut off is run again
   whole and gives the same numbers; only its missing lines are written.
+
+  Args:
+    on_batch: called with (arm, seed, prompts of the batch) after each.
+
+  Raises:
+    ConfigError: a prompt that a part cannot read, or weights that cannot be loaded; nothing has
+      been written then.
   """
-  entries = prompts(config)
-  metric = grading.metric(config['metric'])
-  mesh = sharding.make_mesh() if len(jax.local_devices()) > 1 else None
+  # all arms with work left are prepared before the first one runs, so that errors come at once
+  prepared = {
+    arm.name: prepare_arm(study, arm)
+    for arm in study.arms
+    if any(_batches_to_do(study, arm, seed, store) for seed in study.config['seeds'])
+  }
+  store.begin()
   written = 0
-  for arm in built:
-    size = arm.batch or len(entries)
-    for seed in config['seeds']:
-      batches = [entries[low : low + size] for low in range(0, len(entries), size)]
-      batches = batches[store.process :: store.processes]
-      wanted = {e['id'] for e in entries if (arm.name, seed, e['id']) not in store.done}
-
-      def one(batch, arm=arm, seed=seed, size=size):
-        begun = time.perf_counter()
-        rows, timing = _batch(config, arm, seed, batch, size, mesh, metric, store)
-        return rows, {**timing, 'total_seconds': time.perf_counter() - begun}
-
-      todo = [batch for batch in batches if any(e['id'] in wanted for e in batch)]
-      made = run.ahead(one, todo, arm.ver)
-      for batch in batches:
-        rows = []
-        if batch in todo:
-          rows, timing = next(made)
-          rows = [r for r in rows if r['id'] in wanted]
-          store.timing.append([timing])
-          store.results.append(rows)
-        written += len(rows)
-        if on_batch:
-          on_batch(arm, seed, batch, len(rows))
+  for arm in study.arms:
+    for seed in study.config['seeds']:
+      written += _run_seed(study, arm, prepared.get(arm.name), seed, store, on_batch)
   return written
 
 
-def _batch(config, arm, seed, batch, size, mesh, metric, store):
-  texts = [e['prompt'] for e in batch]
-  params = {'generator': parameters(arm.gen), 'verifier': parameters(arm.ver)}
-  result = run.search(
-    arm.algo,
-    arm.gen,
-    arm.ver,
-    params,
-    texts,
-    jax.random.key(seed),
-    ids=[e['id'] for e in batch],
-    mesh=mesh,
-    mode=arm.mode,
-    batch=size,
-    render_chunk=arm.render_chunk,
-    stop=arm.stop,
-    trace=True,
-  )
-  costs, states, stages, totals = snapshots(arm, result)
-  arrays = {'generator': arm.gen.tokenize(texts), 'measure': arm.measure.tokenize(texts)}
-  pad = lambda x: np.asarray(x)[np.minimum(np.arange(size), len(batch) - 1)]
-  arrays, states, stages = jax.tree.map(pad, (arrays, states, stages))
-  held = {'generator': params['generator'], 'measure': parameters(arm.measure)}
-  images, measured = jax.tree.map(
-    np.asarray, observe(arm.gen, arm.measure, held, arrays, states, stages)
-  )
-  images = np.where(np.isfinite(images), images, 0)
-  count, graded = costs.shape[1], None
-  if is_ladder(arm.algo):
-    cut = prefixes(arm, result)
-    drawn = jax.tree.map(pad, result.steps[0].shown)
-    graded = samples.grade(arm, held, arrays, drawn, np.isfinite(cut[-1]), batch, metric)
-    picked = np.stack([t.argmax(axis=1) for t in cut], axis=1)
-    correct = np.take_along_axis(graded.correct, picked, axis=1)
-  else:
-    correct = metric.score(
-      images[: len(batch)].reshape(-1, *images.shape[2:]), [e for e in batch for _ in range(count)]
-    ).reshape(len(batch), count)
-  rows = []
-  for i, entry in enumerate(batch):
-    name = f'{arm.name}/{seed}/{entry["id"]:05d}'
-    done = bool(np.isfinite(totals[i, -1]))
-    row = {'arm': arm.name, 'seed': seed, 'id': entry['id'], 'prompt': entry['prompt']}
-    row |= {'tag': entry.get('tag', ''), 'found': done}
-    row['bad'] = {k: int(v[i]) for k, v in result.bad.items() if v[i]}
-    row['searched'] = searched(arm.ver, arm.measure)
-    row['ladder'] = is_ladder(arm.algo)
-    row['stage'] = int(result.best.stage[i])
-    row['scores'] = {k: _number(v[i]) for k, v in result.best.scores.items()}
-    row['curve'] = [
-      {
-        **Cost(*costs[i, j].tolist()).asdict(),
-        'total': _number(totals[i, j]),
-        'correct': int(correct[i, j]) if np.isfinite(totals[i, j]) else 0,
-        'measured': {k: _number(v[i, j]) for k, v in measured.items()},
-      }
-      for j in range(count)
+def prepare_arm(study: Study, arm: Arm) -> PreparedArm:
+  """Tokenizes the prompts and places the weights of an arm, once for all seeds and batches."""
+  after, measure = arm.measured_after, arm.measured_in_search
+  scorer = None if after is None else Scorer(after, study.mesh)
+  try:
+    # member by member, so that what is searched on and measured has its weights once on the device
+    members = measure.members if measure is not None else ()
+    weights = {name: load_parameters(member, study.mesh) for name, member in members}
+    search = prepare_search(
+      arm.algo,
+      arm.gen,
+      arm.ver,
+      study.prompts,
+      params={'measure': weights},
+      measure=measure,
+      mesh=study.mesh,
+      mode=arm.mode,
+      batch=arm.batch,
+      render_chunk=arm.render_chunk,
+      stop=arm.stop,
+      collect=collected_names(arm, draws_genealogy=study.config['traces'] > 0),
+    )
+    if scorer is not None:
+      scorer.tokenize_prompts(study.prompts)
+  except ConfigError as err:
+    raise ConfigError(f'arm {arm.name}: {err}') from None
+  return PreparedArm(arm, search, scorer)
+
+
+def _batches(study: Study, arm: Arm, store: Store) -> list[range]:
+  """This process's batches, as places in the prompt set."""
+  count = len(study.prompts)
+  size = arm.batch or count
+  batches = [range(low, min(low + size, count)) for low in range(0, count, size)]
+  return batches[store.process :: store.processes]
+
+
+def _batches_to_do(study: Study, arm: Arm, seed: int, store: Store) -> list[range]:
+  is_done = lambda place: (arm.name, seed, study.prompts[place]['id']) in store.done
+  return [batch for batch in _batches(study, arm, store) if not all(map(is_done, batch))]
+
+
+def _run_seed(study, arm, prepared, seed, store, on_batch) -> int:
+  """One arm with one seed: runs and writes what is missing."""
+
+  def run_timed(batch):
+    begun = time.perf_counter()
+    lines, timing = run_batch(study, prepared, seed, batch, store)
+    return lines, {**timing, 'total_seconds': time.perf_counter() - begun}
+
+  todo = _batches_to_do(study, arm, seed, store)
+  results, written = overlapped(run_timed, todo, arm.ver), 0
+  for batch in _batches(study, arm, store):
+    if batch in todo:
+      lines, timing = next(results)
+      lines = [line for line in lines if (arm.name, seed, line['id']) not in store.done]
+      store.timing.append([timing])
+      store.results.append(lines)
+      written += len(lines)
+    if on_batch:
+      on_batch(arm, seed, [study.prompts[place] for place in batch])
+  return written
+
+
+# ------------------------------------------------------------------------------------------ a batch
+
+
+class GradedBatch(NamedTuple):
+  """A batch that was searched and graded.
+
+  Attributes:
+    result, snapshots: what was found.
+    correct: `[P, S]` bool, which snapshots are right.
+    measured: `{name: [P, S]}` by all measuring verifiers.
+    samples, prefixes: of best-of-N, every sample graded and the totals of its prefixes; else None.
+  """
+
+  result: SearchResult
+  snapshots: Snapshots
+  correct: np.ndarray
+  measured: dict[str, np.ndarray]
+  samples: GradedSamples | None = None
+  prefixes: list[np.ndarray] | None = None
+
+
+def run_batch(
+  study: Study, prepared: PreparedArm, seed: int, batch: Sequence[int], store: Store
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+  """Searches, grades and saves the prompts at the places `batch`: (result lines, timing line)."""
+  arm, prompts = prepared.arm, [study.prompts[place] for place in batch]
+  result = prepared.search.run(batch, seed)
+  graded = _grade_batch(study, prepared, result, prompts)
+  lines = [_write_line(study, arm, graded, seed, i, prompts[i], store) for i in range(len(batch))]
+  timing = {'arm': arm.name, 'seed': seed, 'first_id': prompts[0]['id'], **result.seconds}
+  return lines, timing
+
+
+def _grade_batch(study, prepared, result, prompts) -> GradedBatch:
+  arm = prepared.arm
+  snapshots = take_snapshots(arm, result)
+  count = snapshots.totals.shape[1]
+  flat = snapshots.outputs.reshape(-1, *snapshots.outputs.shape[2:])
+  repeated = [prompt for prompt in prompts for _ in range(count)]
+
+  measured = dict(snapshots.measured)
+  if prepared.scorer is not None:
+    scores = prepared.scorer({arm.output: flat}, repeated)
+    measured |= {name: v.reshape(len(prompts), count) for name, v in scores.items()}
+
+  if not arm.holds_all_budgets:
+    correct = study.metric.grade(flat, repeated).reshape(len(prompts), count)
+    return GradedBatch(result, snapshots, correct, measured)
+  # each snapshot of best-of-N is one of its samples, and all of these are graded
+  prefixes = prefix_totals(arm, result)
+  valid = np.isfinite(prefixes[-1])
+  samples = grade_samples(arm, result.steps[0], valid, prompts, study.metric)
+  correct = np.take_along_axis(samples.correct, snapshots.picked, axis=1)
+  return GradedBatch(result, snapshots, correct, measured, samples, prefixes)
+
+
+def _write_line(study, arm: Arm, graded: GradedBatch, seed, i, prompt, store) -> dict[str, Any]:
+  """The result line of prompt `i` of a batch; the files that it names are written first."""
+  result, snapshots, config = graded.result, graded.snapshots, study.config
+  name = f'{arm.name}/{seed}/{prompt["id"]:05d}'
+  found = bool(np.isfinite(snapshots.totals[i, -1]))
+  line = {
+    'arm': arm.name,
+    'seed': seed,
+    'id': prompt['id'],
+    'prompt': prompt_text(prompt),
+    'tag': prompt.get('tag', ''),
+    'found': found,
+    'bad': {key: int(count[i]) for key, count in result.bad.items() if count[i]},
+    'searched': searched_name(arm.ver, arm.measured),
+    'ladder': arm.holds_all_budgets,
+    'stage': int(result.best.stage[i]),
+    'scores': {key: _number(value[i]) for key, value in result.best.scores.items()},
+    'curve': [_curve_point(graded, i, j) for j in range(snapshots.totals.shape[1])],
+  }
+  if graded.samples is not None:
+    line['samples'] = record_samples(graded.samples, graded.prefixes, i)
+  if found:
+    line[arm.kind] = store.save_output(name, arm.kind, snapshots.outputs[i, -1])
+    line['state'] = store.save_state(name, result.best, i)
+  if prompt['id'] < config['traces'] and seed == config['seeds'][0]:
+    line['grid'] = [
+      store.save_output(f'{name}-{j}', arm.kind, output)
+      for j, output in enumerate(snapshots.outputs[i])
     ]
-    if graded:
-      row['samples'] = samples.record(graded, cut, i)
-    if done:
-      row['image'] = store.save_image(name, images[i, -1])
-    if i < config['traces'] and entry['id'] < config['traces'] and seed == config['seeds'][0]:
-      row['grid'] = [store.save_image(f'{name}-{j}', images[i, j]) for j in range(count)]
-      found = genealogy.tree(result, i)
-      found['images'] = genealogy.pictures(arm.gen, params['generator'], result, i, found)
-      row['trace'] = store.save_trace(name, found)
-    rows.append(row)
-  timing = {'arm': arm.name, 'seed': seed, 'first_id': batch[0]['id'], **result.seconds}
-  return rows, timing
+    tree = genealogy.family_tree(result, i) | genealogy.leader_outputs(result, i)
+    line['trace'] = store.save_trace(name, tree)
+  return line
+
+
+def _curve_point(graded: GradedBatch, i, j) -> dict[str, Any]:
+  """What a line says of one budget."""
+  total = graded.snapshots.totals[i, j]
+  return {
+    **Cost(*graded.snapshots.costs[i, j].tolist()).asdict(),
+    'total': _number(total),
+    'correct': int(graded.correct[i, j]) if np.isfinite(total) else 0,
+    'measured': {name: _number(value[i, j]) for name, value in graded.measured.items()},
+  }
+
+
+def prompt_text(prompt) -> str:
+  """What a prompt is called in a result line: its text, or the class that it asks for."""
+  return str(prompt.get('text', prompt.get('label', '')))
 
 
 def _number(value) -> float | None:

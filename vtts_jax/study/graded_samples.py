@@ -1,77 +1,53 @@
-"""Best-of-N's samples, one by one: which are right, and what each selection rule would hand out.
+"""Best-of-N's samples, one by one: which are right, and what each selection rule would return.
 
-The N samples are rendered once more, `render_chunk` of a prompt at a time, graded by the metric and
-embedded by the first measured verifier that has `features(params, images)`. Pass@1 of a prompt (its
-difficulty) and every rule at every smaller budget are read off these.
+The search collects every sample, its measured scores and its features; here they are graded by the
+metric. Pass@1 of a prompt (its difficulty) and every rule at every smaller budget are read off
+these.
 
 Letters: P prompts, N samples, D features.
 """
 
-import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from vtts_jax import core
-from vtts_jax.study import selection as rules
+from vtts_jax.core import Prompt
+from vtts_jax.engine.program import StepTrace
+from vtts_jax.study import selection
+from vtts_jax.study.arms import Arm
 
 
-class Graded(NamedTuple):
-  """Samples of a batch: right ones `[P, N]` bool, features `[P, N, D]` or None, and whose."""
+class GradedSamples(NamedTuple):
+  """Samples of a batch: which are right `[P, N]` bool, their features `[P, N, D]` or None, and the
+  name of the measured verifier whose features they are."""
 
   correct: np.ndarray
   features: np.ndarray | None
   space: str
 
 
-def embedder(measure) -> tuple[str, core.Verifier | None]:
-  """The first member of a measured ensemble with `features`, and its name; ('', None) for none."""
-  found = ((name, member) for name, member in measure.members if hasattr(member, 'features'))
-  return next(found, ('', None))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _look(gen, ver, params, prompts, states, stages):
-  """Pictures `[P, n, H, W, 3]` of slim states and their features `[P, n, D]` (or None)."""
-  ctx = gen.encode(params['generator'], prompts['generator'])
-  images = gen.render(params['generator'], ctx, states, stages)
-  return images, ver.features(params['features'], images) if ver else None
-
-
-def grade(arm, params, prompts, states, valid, entries, metric) -> Graded:
-  """Renders, grades and embeds all samples.
+def grade_samples(
+  arm: Arm, trace: StepTrace, valid: np.ndarray, prompts: Sequence[Prompt], metric
+) -> GradedSamples:
+  """Grades every sample of a batch.
 
   Args:
-    arm: `study.Arm`.
-    params: `{'generator': .., 'measure': {name: ..}}`.
-    prompts: `{'generator': arrays [P', ...]}`, padded: P' >= P.
-    states: slim states `[P', N, ...]`, padded alike.
+    trace: of the one step, with 'samples' and 'measured' collected.
     valid: `[P, N]` bool; samples that are not valid are never right.
-    entries: P prompt entries, for the metric.
-    metric: a module with `score(images, entries)`.
+    prompts: P prompt rows.
+    metric: what grades, see `grading`.
   """
-  space, ver = embedder(arm.measure)
-  held = {'generator': params['generator'], 'features': params['measure'][space] if ver else {}}
-  count, samples = valid.shape
-  chunk = min(arm.render_chunk or samples, samples)
-  correct, features = np.zeros(valid.shape, bool), []
-  for low in range(0, samples, chunk):
-    index = np.minimum(np.arange(low, low + chunk), samples - 1)  # one shape: compiled once
-    piece = jax.tree.map(lambda x, i=index: x[:, i], states)
-    stages = np.full((len(jax.tree.leaves(piece)[0]), chunk), arm.gen.num_stages, np.int32)
-    images, found = _look(arm.gen, ver, held, prompts, piece, stages)
-    high = min(low + chunk, samples)
-    images = np.asarray(images)[:count, : high - low]
-    images = np.where(np.isfinite(images), images, 0).reshape(-1, *images.shape[2:])
-    repeated = [e for e in entries for _ in range(high - low)]
-    correct[:, low:high] = metric.score(images, repeated).reshape(count, -1)
-    if ver:
-      features.append(np.asarray(found)[:count, : high - low])
-  return Graded(correct & valid, np.concatenate(features, axis=1) if ver else None, space)
+  shown = trace.outputs[arm.output]
+  flat = shown.reshape(-1, *shown.shape[2:])
+  repeated = [prompt for prompt in prompts for _ in range(valid.shape[1])]
+  correct = metric.grade(flat, repeated).reshape(valid.shape)
+  if not len(trace.features):
+    return GradedSamples(correct & valid, None, '')
+  return GradedSamples(correct & valid, trace.features, arm.measured_in_search.features_of)
 
 
-def record(graded: Graded, prefixes: list[np.ndarray], row: int) -> dict:
+def record_samples(graded: GradedSamples, prefixes: list[np.ndarray], row: int) -> dict:
   """What a result line keeps of one prompt's samples.
 
   Args:
@@ -81,7 +57,7 @@ def record(graded: Graded, prefixes: list[np.ndarray], row: int) -> dict:
 
   Returns:
     `correct` N times 0 or 1; `totals` N numbers or None; `sizes` the prefixes n; `space` whose
-    features; `picks` for each rule the sample handed out of each prefix, -1 for none.
+    features; `picks` for each rule the sample returned of each prefix, -1 for none.
   """
   totals = [t[row] for t in prefixes]
   features = None if graded.features is None else graded.features[row]
@@ -90,5 +66,5 @@ def record(graded: Graded, prefixes: list[np.ndarray], row: int) -> dict:
     'totals': [float(t) if np.isfinite(t) else None for t in totals[-1]],
     'sizes': [len(t) for t in totals],
     'space': graded.space,
-    'picks': rules.picks(totals, features),
+    'picks': selection.pick_samples(totals, features),
   }

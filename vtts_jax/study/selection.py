@@ -1,4 +1,4 @@
-"""Which of N samples to hand out: selection rules beside the best score.
+"""Which of N samples to return: selection rules beside the best score.
 
     best      the largest total (best-of-N)
     weighted  weighted best-of-N: totals are summed over equal answers (Snell et al., 2408.03314,
@@ -20,7 +20,7 @@ import numpy as np
 RULES = ('best', 'weighted', 'medoid')
 
 
-def distances(features: np.ndarray) -> np.ndarray:
+def squared_distances(features: np.ndarray) -> np.ndarray:
   """Squared Euclidean distances `[N, N]` of features `[N, D]`."""
   features = np.asarray(features, np.float64)
   square = (features**2).sum(1)
@@ -29,12 +29,12 @@ def distances(features: np.ndarray) -> np.ndarray:
   return found
 
 
-def best(totals: np.ndarray) -> int:
+def pick_best(totals: np.ndarray) -> int:
   """Index of the largest of `totals [N]`; -1 where none is finite."""
   return int(np.argmax(totals)) if np.isfinite(totals).any() else -1
 
 
-def weighted(totals: np.ndarray, apart: np.ndarray, bandwidth: float | None = None) -> int:
+def pick_weighted(totals: np.ndarray, apart: np.ndarray, bandwidth: float | None = None) -> int:
   """Index of the largest kernel-weighted sum of totals.
 
   Args:
@@ -57,7 +57,7 @@ def weighted(totals: np.ndarray, apart: np.ndarray, bandwidth: float | None = No
   return int(valid[_first(kernel @ np.exp(z - z.max()), own)])
 
 
-def medoid(valid: np.ndarray, apart: np.ndarray) -> int:
+def pick_medoid(valid: np.ndarray, apart: np.ndarray) -> int:
   """Index of the sample with the least mean distance to the others, the first among ties.
 
   Args:
@@ -77,8 +77,8 @@ def _first(values, tiebreak) -> int:
   return int(close[np.argmax(tiebreak[close])])
 
 
-def picks(totals: list[np.ndarray], features: np.ndarray | None) -> dict[str, list[int]]:
-  """What each rule hands out of the first n samples, for rising n.
+def pick_samples(totals: list[np.ndarray], features: np.ndarray | None) -> dict[str, list[int]]:
+  """What each rule returns of the first n samples, for rising n.
 
   Args:
     totals: one `[n]` for each prefix (totals may be relative to the candidates at hand).
@@ -87,11 +87,15 @@ def picks(totals: list[np.ndarray], features: np.ndarray | None) -> dict[str, li
   Returns:
     `{rule: [index, ...]}`, one for each prefix; -1 where no sample is valid.
   """
-  made = {'best': [best(t) for t in totals]}
+  picks = {'best': [pick_best(t) for t in totals]}
   if features is not None:
+    # a sample whose features are not finite is out of the two rules that need them
     valid = np.isfinite(features).all(1)
-    apart = distances(np.where(valid[:, None], features, 0))
-    cut = lambda t: np.where(valid[: len(t)], t, -np.inf)
-    made['weighted'] = [weighted(cut(t), apart[: len(t), : len(t)]) for t in totals]
-    made['medoid'] = [medoid(np.isfinite(cut(t)), apart[: len(t), : len(t)]) for t in totals]
-  return made
+    apart = squared_distances(np.where(valid[:, None], features, 0))
+    picks |= {'weighted': [], 'medoid': []}
+    for own in totals:
+      n = len(own)
+      own = np.where(valid[:n], own, -np.inf)
+      picks['weighted'].append(pick_weighted(own, apart[:n, :n]))
+      picks['medoid'].append(pick_medoid(np.isfinite(own), apart[:n, :n]))
+  return picks

@@ -1,18 +1,18 @@
 """Sweeps: the arms of algorithm x verifier x budget, named so that a family is read as one curve.
 
-    grid({'best-of-n': over('search.best_of_n', 'n', (16, 64)),
-          'beam': over('search.beam', 'width', (2, 4), branch=8)},
-         {'clip_a': {...}, 'clip_b': {...}})
+    build_grid({'best-of-n': vary_setting('search.best_of_n', 'n', (16, 64)),
+                'beam': vary_setting('search.beam', 'width', (2, 4), branch=8)},
+               {'clip_a': {...}, 'clip_b': {...}})
     -> 'best-of-n clip_a', 'beam/w2 clip_a', 'beam/w4 clip_a', 'best-of-n clip_b', ...
 
-Seeds, prompts and processes are the study's: each arm resumes by itself, see `study.py`.
+Seeds, prompts and processes are the study's: each arm resumes by itself, see `execute`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.study import execute as study
+from vtts_jax.study.arms import build_part, holds_all_budgets
 
 
 class Sweep(NamedTuple):
@@ -24,9 +24,10 @@ class Sweep(NamedTuple):
   fixed: Mapping[str, Any]
 
 
-def over(component: str, setting: str, values: Sequence, **fixed) -> Sweep:
-  """One algorithm at several budgets: `over('search.beam', 'width', (1, 2, 4, 8), branch=8)`. The
-  setting may lie inside another: 'inner.width'.
+def vary_setting(component: str, setting: str, values: Sequence, **fixed) -> Sweep:
+  """One algorithm at several budgets: `vary_setting('search.beam', 'width', (1, 2, 4), branch=8)`.
+
+  The setting may lie inside another: 'inner.width'.
 
   Raises:
     ConfigError: no values, or a setting that is given twice.
@@ -38,7 +39,7 @@ def over(component: str, setting: str, values: Sequence, **fixed) -> Sweep:
   return Sweep(component, setting, tuple(values), fixed)
 
 
-def grid(
+def build_grid(
   algorithms: Mapping[str, Sweep], verifiers: Mapping[str, Mapping] | None = None
 ) -> dict[str, dict]:
   """Arms for `config.arms`: every algorithm at every budget, searched on with every verifier.
@@ -55,22 +56,24 @@ def grid(
     for name, sweep in algorithms.items():
       if '/' in name or '/' in label:
         raise ConfigError(f"sweep: {name!r}, {label!r}: names must not hold '/'")
-      made = [
-        _with({'name': sweep.component, **sweep.fixed}, sweep.setting, v) for v in sweep.values
-      ]
-      letter = sweep.setting.split('.')[-1][0]
-      names = [f'{name}/{letter}{value}' for value in sweep.values]
-      ladders = [study.is_ladder(study.build(settings, 'search')) for settings in made]
-      if all(ladders):
-        most = max(range(len(made)), key=lambda i: sweep.values[i])
-        made, names = [made[most]], [name]
-      for settings, arm in zip(made, names):
+      for arm, settings in _arms_of_sweep(name, sweep).items():
         arm = f'{arm} {label}' if verifiers and len(verifiers) > 1 else arm
         arms[arm] = {'search': settings} | ({'verifier': dict(verifier)} if verifier else {})
   return arms
 
 
-def _with(settings: Mapping, path: str, value) -> dict:
+def _arms_of_sweep(name: str, sweep: Sweep) -> dict[str, dict]:
+  """Arm to the settings of its search."""
+  base = {'name': sweep.component, **sweep.fixed}
+  made = [_set_at(base, sweep.setting, value) for value in sweep.values]
+  if all(holds_all_budgets(build_part(settings, 'search')) for settings in made):
+    largest = max(range(len(made)), key=lambda i: sweep.values[i])
+    return {name: made[largest]}
+  letter = sweep.setting.split('.')[-1][0]
+  return {f'{name}/{letter}{value}': own for value, own in zip(sweep.values, made)}
+
+
+def _set_at(settings: Mapping, path: str, value) -> dict:
   """`settings` with `value` at a dotted path."""
   first, _, rest = path.partition('.')
-  return {**settings, first: _with(settings.get(first, {}), rest, value) if rest else value}
+  return {**settings, first: _set_at(settings.get(first, {}), rest, value) if rest else value}

@@ -14,199 +14,225 @@ import numpy as np
 
 from vtts_jax import core
 from vtts_jax.core import Cost
-from vtts_jax.engine import search as run
 from vtts_jax.engine import step
-from vtts_jax.errors import ConfigError
+from vtts_jax.engine.program import SearchProgram
+from vtts_jax.engine.search import search
 from vtts_jax.search.beam import Beam
 from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.search.smc import SMC
+from vtts_jax.testing.offers import (
+  TOLERANCE,
+  GeneratorTrial,
+  assert_refused,
+  assert_same,
+  check_offers,
+  mixed_stages,
+)
 
-TOLERANCE = 2e-5
-
-
-def same(a, b, what: str, tolerance: float = TOLERANCE) -> None:
-  """Asserts that two pytrees are equal: integers exactly, floats to `tolerance`."""
-  assert jax.tree.structure(a) == jax.tree.structure(b), f'{what}: other structure'
-  for path, x in jax.tree_util.tree_leaves_with_path(a):
-    y = functools.reduce(
-      lambda t, k: t[_index(k)] if not hasattr(k, 'name') else getattr(t, k.name), path, b
-    )
-    if jnp.issubdtype(getattr(x, 'dtype', np.int32), jax.dtypes.prng_key):
-      x, y = jax.random.key_data(x), jax.random.key_data(y)
-    x, y = np.asarray(x), np.asarray(y)
-    assert x.shape == y.shape, f'{what}{jax.tree_util.keystr(path)}: {x.shape} against {y.shape}'
-    close = np.isclose(x, y, tolerance, tolerance) if x.dtype.kind == 'f' else x == y
-    assert close.all(), f'{what}{jax.tree_util.keystr(path)}: {(~close).sum()} of {x.size} differ'
+# -------------------------------------------------------------------------------------- generators
 
 
-def _index(key):
-  return getattr(key, 'key', getattr(key, 'idx', key))
+def check_generator(gen: core.Generator, prompts, key, *, stages: int | None = None) -> None:
+  """A generator keeps the protocol.
 
-
-def parameters(gen, ver):
-  """`{'generator': ..., 'verifier': ...}` as `search` takes them."""
-  return {'generator': gen.load(), 'verifier': ver.load()}
-
-
-# -------------------------------------------------------------------------------------- conformance
-
-
-def check_generator(gen: core.Generator, prompts, key, *, stages=None) -> None:
-  """A generator keeps the protocol; `stages`: where to cut (a third of the way by default)."""
+  Args:
+    prompts: at least two texts or prompt rows.
+    stages: where to cut a candidate; a third of the way by default.
+  """
   gen.check()
   assert hash(gen) == hash(dataclasses.replace(gen)), 'a generator must be a frozen dataclass'
-  params = gen.load()
-  end, b, n = gen.num_stages, len(prompts), 3
-  cut = stages or max(1, end // 3)
-  ctx = jax.jit(gen.encode)(params, jax.tree.map(jnp.asarray, gen.tokenize(prompts)))
+  prompts = core.as_prompts(prompts)
+  params, b, n = gen.load(), len(prompts), 3
+  arrays = jax.tree.map(jnp.asarray, gen.tokenize(prompts))
+  ctx = jax.jit(gen.encode)(params, arrays)
   for leaf in jax.tree.leaves(ctx):
     assert leaf.shape[0] == b, f'context leaf {leaf.shape} has no prompt axis of {b}'
   keys = core.candidate_keys(core.prompt_keys(key, jnp.arange(b)), jnp.arange(n))
-
-  @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-  def run_from(ctx, state, keys, begin, count, greedy=False):
-    return gen.extend(params, ctx, state, keys, begin, count, greedy=greedy)
-
-  render = jax.jit(lambda ctx, state, stage: gen.render(params, ctx, state, stage))
-  start = gen.init(params, ctx, keys)
-  for leaf in jax.tree.leaves(start):
+  end = gen.num_stages
+  trial = GeneratorTrial(gen, params, ctx, keys, stages or max(1, end // 3), end)
+  for leaf in jax.tree.leaves(trial.start):
     assert leaf.shape[:2] == (b, n), f'state leaf {leaf.shape} must start with {(b, n)}'
-  whole = run_from(ctx, start, keys, 0, end)
-  part = run_from(ctx, start, keys, 0, cut)
-  same(gen.slim(run_from(ctx, part, keys, cut, end - cut)), gen.slim(whole), 'extend in two pieces')
-  traced = jax.jit(lambda s, t: gen.extend(params, ctx, s, keys, t, end - cut))(
-    part, jnp.int32(cut)
+  _check_pieces(trial)
+  if gen.uniform_stages:
+    _check_ragged_stages(trial)
+  _check_fork(trial)
+  _check_outputs(trial)
+  _check_finished(trial)
+  check_offers(trial)
+  _check_generator_costs(trial)
+
+
+def _check_pieces(trial: GeneratorTrial) -> None:
+  """A candidate is the same however it is cut, batched, or rebuilt from what identifies it."""
+  gen, params, ctx, cut, end = trial.gen, trial.params, trial.ctx, trial.cut, trial.end
+  whole = trial.slim(trial.whole)
+  once = trial.extend(trial.start, trial.keys, 0, end)
+  assert_same(trial.slim(once), whole, 'extend in two pieces')
+  rebuilt = jax.jit(lambda s: gen.rebuild_cache(params, ctx, trial.slim(s), cut))(trial.part)
+  again = trial.extend(rebuilt, trial.keys, cut, end - cut)
+  assert_same(trial.slim(again), whole, 'rebuild_cache and extend')
+  one = trial.extend(gen.init(params, ctx, trial.keys[:, :1]), trial.keys[:, :1], 0, end)
+  first = jnp.zeros((len(trial.keys), 1), int)
+  assert_same(trial.slim(one), core.take(whole, first), 'a candidate alone')
+  a = trial.extend(trial.part, trial.keys, cut, end - cut, greedy=True)
+  c = trial.extend(trial.part, trial.keys[:, ::-1], cut, end - cut, greedy=True)
+  assert_same(trial.slim(a), trial.slim(c), 'greedy extension must not depend on keys')
+
+
+def _check_ragged_stages(trial: GeneratorTrial) -> None:
+  """`stage` may be traced, and may differ from candidate to candidate."""
+  gen, params, ctx, cut, end = trial.gen, trial.params, trial.ctx, trial.cut, trial.end
+  whole = trial.slim(trial.whole)
+
+  @jax.jit
+  def extend_traced(state, stage):
+    return gen.extend(params, ctx, state, trial.keys, stage, end - cut)
+
+  assert_same(trial.slim(extend_traced(trial.part, jnp.int32(cut))), whole, 'a traced stage')
+  mixed, reached = mixed_stages(trial)
+
+  @jax.jit
+  def extend_ragged(state):
+    ready = gen.rebuild_cache(params, ctx, state, reached)
+    return gen.extend(params, ctx, ready, trial.keys, reached, end)
+
+  assert_same(trial.slim(extend_ragged(mixed)), whole, 'extend with a stage for each candidate')
+
+
+def _check_fork(trial: GeneratorTrial) -> None:
+  """Child 0 is its parent's next stage; a child and its cache owner are a state again."""
+  gen, params, ctx, cut, end = trial.gen, trial.params, trial.ctx, trial.cut, trial.end
+  if cut >= end:
+    return
+  b, n = trial.keys.shape
+  children = core.child_keys(trial.keys, cut, 4)
+  parent = jnp.broadcast_to(jnp.arange(4 * n) // 4, (b, 4 * n))
+
+  @jax.jit
+  def fork_and_finish(state):
+    forked, owners = gen.fork(params, ctx, state, children, cut, 4)
+    grown = gen.rebuild_cache(params, ctx, forked, cut + 1, share=core.take(owners, parent))
+    keys = children.reshape(b, -1)
+    return forked, gen.drop_cache(gen.extend(params, ctx, grown, keys, cut + 1, end - cut - 1))
+
+  forked, grown = fork_and_finish(trial.part)
+  first = jnp.broadcast_to(jnp.arange(n) * 4, (b, n))
+  next_stage = trial.extend(trial.part, trial.keys, cut, 1)
+  assert_same(
+    core.take(trial.slim(forked), first), trial.slim(next_stage), 'child 0 of a fork'
   )
-  same(gen.slim(traced), gen.slim(whole), 'extend from a traced stage')
-  rebuilt = jax.jit(lambda s: gen.fatten(params, ctx, gen.slim(s), cut))(part)
-  again = run_from(ctx, rebuilt, keys, cut, end - cut)
-  same(gen.slim(again), gen.slim(whole), 'fatten(slim) and extend')
-  reached = jnp.broadcast_to(jnp.array([0, cut, end]), (b, n))
-  pick = lambda *rows: jnp.stack([x[:, i] for i, x in enumerate(rows)], axis=1)
-  mixed = jax.tree.map(pick, gen.slim(start), gen.slim(part), gen.slim(whole))
-  ragged = jax.jit(
-    lambda s: gen.extend(params, ctx, gen.fatten(params, ctx, s, reached), keys, reached, end)
-  )(mixed)
-  same(gen.slim(ragged), gen.slim(whole), 'extend with a stage for each candidate')
-  few = run_from(ctx, gen.init(params, ctx, keys[:, :1]), keys[:, :1], 0, end)
-  same(gen.slim(few), core.take(gen.slim(whole), jnp.zeros((b, 1), int)), 'a candidate alone')
-  a, c = run_from(ctx, part, keys, cut, 1, True), run_from(ctx, part, keys[:, ::-1], cut, 1, True)
-  same(gen.slim(a), gen.slim(c), 'greedy extension must not depend on keys')
-  children = core.child_keys(keys, cut, 4)
-  forked, donor = jax.jit(lambda s: gen.fork(params, ctx, s, children, cut, 4))(part)
-  first = core.take(forked, jnp.broadcast_to(jnp.arange(n) * 4, (b, n)))
-  same(gen.slim(first), gen.slim(run_from(ctx, part, keys, cut, 1)), 'child 0 of a fork')
-  if cut + 1 < end:
-    parent = jnp.broadcast_to(jnp.arange(4 * n) // 4, (b, 4 * n))
-    grown = gen.fatten(params, ctx, forked, cut + 1, like=core.take(donor, parent))
-    grown = run_from(ctx, grown, children.reshape(b, -1), cut + 1, end - cut - 1)
-    first = core.take(gen.slim(grown), jnp.broadcast_to(jnp.arange(n) * 4, (b, n)))
-    same(first, gen.slim(whole), 'a forked child 0 run to the end')
-  images = render(ctx, gen.slim(whole), end)
-  assert images.shape == (b, n, *gen.image_shape), f'images {images.shape}'
-  assert images.dtype == jnp.float32 and float(images.min()) >= 0 and float(images.max()) <= 1
-  same(
-    render(ctx, whole, jnp.full((b, n), end)), images, 'render of slim or fat, one stage or many'
-  )
-  ahead = {'value': gen.value_of, 'rollout': gen.rollout_policy}
-  state = (gen.slim(start), gen.slim(part), gen.slim(whole))
-  _check_value(gen, params, ctx, state, mixed, (0, cut, end))
-  _check_rollout(gen, params, ctx, keys, state, mixed, (0, cut, end))
-  for op in ('encode', 'extend', 'fork', 'force', 'fatten', 'render', *filter(ahead.get, ahead)):
+  assert_same(core.take(grown, first), trial.slim(trial.whole), 'a forked child 0 run to the end')
+
+
+def _check_outputs(trial: GeneratorTrial) -> None:
+  """Everything in `outputs` can be observed, of candidates with caches or without."""
+  gen, params, ctx, end = trial.gen, trial.params, trial.ctx, trial.end
+  names = tuple(sorted(gen.outputs))
+  observe = jax.jit(lambda state, stage: gen.observe(params, ctx, state, stage, names))
+  seen = observe(trial.slim(trial.whole), end)
+  assert set(seen) == set(names), f'observed {set(seen)}, outputs {set(names)}'
+  for name, output in gen.outputs.items():
+    assert output.kind in core.KINDS, f'{name}: kind {output.kind!r}'
+    shape = (*trial.keys.shape, *output.shape)
+    assert seen[name].shape == shape, f'{name}: {seen[name].shape}, must be {shape}'
+    if output.kind == 'image':
+      low, high = float(seen[name].min()), float(seen[name].max())
+      assert seen[name].dtype == jnp.float32 and low >= 0 and high <= 1, f'{name}: not in [0, 1]'
+  many = observe(trial.whole, jnp.full(trial.keys.shape, end))
+  assert_same(many, seen, 'observe with caches, a stage for each candidate')
+
+
+def _check_finished(trial: GeneratorTrial) -> None:
+  gen, end = trial.gen, trial.end
+  done = gen.finished(trial.slim(trial.whole), end)
+  assert done.shape == trial.keys.shape and bool(done.all()), 'complete candidates are finished'
+  stages = gen.stages_done(trial.slim(trial.whole), end)
+  assert stages.dtype == jnp.int32 and int(stages.max()) <= end, 'stages_done'
+  if not core.finishes_early(gen):
+    assert not bool(gen.finished(trial.slim(trial.start), 0).any()), 'empty and yet finished'
+
+
+def _check_generator_costs(trial: GeneratorTrial) -> None:
+  gen, cut, end = trial.gen, trial.cut, trial.end
+  ops = ['encode', 'extend', 'fork', 'rebuild_cache', *(f'observe:{name}' for name in gen.outputs)]
+  ops += [op for op in ('value', 'rollout') if op in gen.offers]
+  for op in ops:
     assert isinstance(gen.cost(op), Cost), f'cost({op!r})'
-  assert gen.cost('extend', 0, end) == gen.cost('extend', 0, cut) + gen.cost(
-    'extend', cut, end - cut
-  )
+  pieces = gen.cost('extend', 0, cut) + gen.cost('extend', cut, end - cut)
+  assert gen.cost('extend', 0, end) == pieces, 'the cost of two pieces'
   assert gen.cost('extend', 0, 0) == Cost(), 'no stages cost nothing'
 
 
-def _refused(call, what: str) -> None:
-  """Asserts that an optional method which is not offered raises `ConfigError`."""
-  try:
-    call()
-  except ConfigError:
-    return
-  raise AssertionError(f'{what} is not offered and yet answers')
+# --------------------------------------------------------------------------------------- verifiers
 
 
-def _check_value(gen, params, ctx, states, mixed, stages) -> None:
-  """`value` of slim `states`, of which `stages` are done; candidate i of `mixed` is of state i."""
-  if not gen.value_of:
-    return _refused(lambda: gen.value(params, ctx, states[0], 0), 'value')
-  ask = jax.jit(lambda slim, stage: gen.value(params, ctx, slim, stage))
-  shape = jax.tree.leaves(mixed)[0].shape[:2]
-  alike = jnp.stack([ask(s, t)[:, i] for i, (s, t) in enumerate(zip(states, stages))], 1)
-  assert alike.shape == shape and alike.dtype == jnp.float32, f'values {alike.shape} {alike.dtype}'
-  assert np.isfinite(np.asarray(alike)).all(), 'a value is not finite'
-  reached = jnp.broadcast_to(jnp.array(stages), shape)
-  same(ask(mixed, reached), alike, 'value with a stage for each candidate')
-  first = jnp.zeros((shape[0], 1), int)
-  few = ask(core.take(states[1], first), stages[1])
-  same(few, ask(states[1], stages[1])[:, :1], 'value of a candidate alone')
-  blind = ask(states[2], stages[1])
-  same(blind, ask(states[1], stages[1]), 'value must not see stages that are not done')
-  assert gen.cost('value').generator > 0, 'a value costs an evaluation'
+def check_verifier(ver: core.Verifier, prompts, observed) -> None:
+  """A verifier keeps the protocol.
 
-
-def _check_rollout(gen, params, ctx, keys, states, mixed, stages) -> None:
-  """`rollout` of the same candidates."""
-  if not gen.rollout_policy:
-    return _refused(lambda: gen.rollout(params, ctx, states[0], keys, 0, 1), 'rollout')
-  (b, n), (_, cut, end) = keys.shape, stages
-
-  @functools.partial(jax.jit, static_argnames=('count', 'greedy'))
-  def run_on(slim, keys, stage, count, greedy=False):
-    return gen.rollout(params, ctx, slim, keys, stage, count, greedy=greedy)
-
-  done = [gen.rollout(params, ctx, s, keys, t, end - t) for s, t in zip(states, stages)]
-  same(done[2], states[2], 'a rollout of a finished candidate')
-  past = [gen.rollout(params, ctx, s, keys, t, end) for s, t in zip(states, stages)]
-  same(past, done, 'a rollout past the end')
-  traced = [run_on(s, keys, jnp.int32(t), end) for s, t in zip(states, stages)]
-  same(traced, done, 'a rollout from a traced stage')
-  pick = lambda *rows: jnp.stack([x[:, i] for i, x in enumerate(rows)], axis=1)
-  reached = jnp.broadcast_to(jnp.array(stages), (b, n))
-  ragged = run_on(mixed, keys, reached, end)
-  same(ragged, jax.tree.map(pick, *done), 'a rollout with a stage for each candidate')
-  some = run_on(states[1], keys, cut, 1)
-  same(run_on(some, keys, cut + 1, end - cut - 1), done[1], 'a rollout in two pieces')
-  first = jnp.zeros((b, 1), int)
-  few = run_on(core.take(states[1], first), keys[:, :1], cut, end - cut)
-  same(few, core.take(done[1], first), 'a rollout of a candidate alone')
-  a, c = (run_on(states[1], k, cut, end - cut, True) for k in (keys, keys[:, ::-1]))
-  same(a, c, 'a greedy rollout must not depend on keys')
-  for stage in (0, cut):
-    whole, less = gen.cost('rollout', stage, end - stage), gen.cost('rollout', stage, 0)
-    assert whole == gen.cost('rollout', stage, end), 'stages past the end cost nothing'
-    assert whole.generator - less.generator == end - stage, 'a stage is an evaluation'
-    assert less.generator == 1, 'reading the candidate is an evaluation'
-
-
-def check_verifier(ver: core.Verifier, prompts, images) -> None:
-  """A verifier keeps the protocol; images `[B, M, H, W, 3]` for B prompts."""
+  Args:
+    prompts: B texts or prompt rows.
+    observed: `{name: [B, M, ...]}`, or images `[B, M, H, W, 3]`.
+  """
   ver.check()
-  params = ver.load()
-  images = jnp.asarray(images)
-  b, m = images.shape[:2]
-  encode = jax.jit(ver.encode) if ver.jittable else ver.encode  # as the drivers run it
-  vctx = encode(params, jax.tree.map(jnp.asarray, ver.tokenize(prompts)))
-  signals = {'log_prob': images.mean((2, 3, 4)), 'length': 3} if 'log_prob' in ver.uses else {}
-  signals |= {'early': images[:, :, ::-1]} if 'early' in ver.uses else {}
-  call = lambda vctx, images, told: ver.score(params, vctx, images, **told)
-  call = jax.jit(call) if ver.jittable else call
-  scores = call(vctx, images, signals)
+  prompts, params = core.as_prompts(prompts), ver.load()
+  observed = dict(observed) if isinstance(observed, dict) else {'image': observed}
+  observed = {name: jnp.asarray(value) for name, value in observed.items()}
+  missing = ver.needs - observed.keys()
+  assert not missing, f'give the check {sorted(missing)} as well'
+  b, m = next(iter(observed.values())).shape[:2]
+  # compiled or not, as the drivers run it; all that is checked is one program
+  encode = jax.jit(ver.encode) if ver.jittable else ver.encode
+  see = functools.partial(_score_and_more, ver)
+  see = jax.jit(see) if ver.jittable else see
+
+  def call(prompts, observed):
+    return see(params, encode(params, jax.tree.map(jnp.asarray, ver.tokenize(prompts))), observed)
+
+  scores, features, gradient = call(prompts, observed)
   assert set(scores) == set(ver.names), f'scores {set(scores)}, names {ver.names}'
   for name, value in scores.items():
     assert np.shape(value) == (b, m), f'{name}: {np.shape(value)}'
-    assert np.isfinite(np.asarray(value)).all(), f'{name}: not finite on finite images'
-  flip = lambda t: jax.tree.map(lambda x: x[:, ::-1] if np.ndim(x) > 1 else x, t)
-  same(call(vctx, images[:, ::-1], flip(signals)), flip(scores), 'candidates in another order')
-  turn = lambda t: jax.tree.map(lambda x: x[::-1] if np.ndim(x) else x, t)
-  turned = encode(params, jax.tree.map(jnp.asarray, ver.tokenize(prompts[::-1])))
-  same(call(turned, images[::-1], turn(signals)), turn(scores), 'prompts in another order')
+    assert np.isfinite(np.asarray(value)).all(), f'{name}: not finite on what is finite'
+  flip = lambda tree: jax.tree.map(lambda x: x[:, ::-1], tree)
+  assert_same(call(prompts, flip(observed))[0], flip(scores), 'candidates in another order')
+  turn = lambda tree: jax.tree.map(lambda x: x[::-1], tree)
+  assert_same(call(prompts[::-1], turn(observed))[0], turn(scores), 'prompts in another order')
   total = ver.total({k: jnp.asarray(v) for k, v in scores.items()}, jnp.ones((b, m), bool))
   assert total.shape == (b, m), f'total {total.shape}'
   assert isinstance(ver.cost('encode'), Cost) and ver.cost('score').verify > 0
+  unknown = ver.gives - {'features', 'gradient'}
+  assert not unknown, f'unknown capabilities {sorted(unknown)}'
+  if 'features' in ver.gives:
+    assert features.shape[:2] == (b, m) and features.ndim == 3, f'features {features.shape}'
+  else:
+    assert_refused(lambda: ver.embed_images(params, observed.get('image')), 'embed_images')
+  if 'gradient' in ver.gives:
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
+    assert all(np.isfinite(leaf).all() for leaf in leaves), 'a gradient is not finite'
+    assert any((leaf != 0).any() for leaf in leaves), "gives 'gradient', and it is 0 everywhere"
+
+
+def _score_and_more(ver: core.Verifier, params, vctx, observed):
+  """Scores, and the features and the gradient in what was observed where these are given."""
+
+  # only numbers on a scale have a gradient
+  smooth = {n: x for n, x in observed.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+
+  def total(smooth):
+    scores = ver.score(params, vctx, {**observed, **smooth})
+    return sum(x.sum() for x in scores.values()), scores
+
+  features = gradient = None
+  if 'features' in ver.gives:
+    features = ver.embed_images(params, observed['image'])
+  if 'gradient' in ver.gives:
+    (_, scores), gradient = jax.value_and_grad(total, has_aux=True)(smooth)
+  else:
+    scores = ver.score(params, vctx, observed)
+  return scores, features, gradient
+
+
+# -------------------------------------------------------------------------------------- algorithms
 
 
 def check_algorithm(algo: core.Algorithm, gen, ver, prompts, key, *, shapes: bool = True) -> None:
@@ -214,107 +240,53 @@ def check_algorithm(algo: core.Algorithm, gen, ver, prompts, key, *, shapes: boo
 
   `shapes=False` leaves out those that need a program of another shape (batches, render chunks).
   """
-  params = parameters(gen, ver)
-  find = functools.partial(run.search, algo, gen, ver, params, trace=True)
-  base = find(prompts, key)
-  same(find(prompts, key, mode='stepped').best, base.best, 'stepped against fused')
+  find = functools.partial(search, algo, gen, ver, seed=key)
+  base = find(prompts)
+  best = base.best
+  assert_same(find(prompts, mode='stepped').best, best, 'stepped against fused')
   if shapes:
-    same(find(prompts, key, batch=2).best, base.best, 'batches of two, padded')
-    same(find(prompts, key, render_chunk=3).best, base.best, 'rendered three at a time')
+    assert_same(find(prompts, batch=2).best, best, 'batches of two, padded')
+    assert_same(find(prompts, render_chunk=3).best, best, 'observed three at a time')
   ids = np.arange(len(prompts))[::-1]
-  turned = find(prompts[::-1], key, ids=ids)
-  same(jax.tree.map(lambda x: x[::-1], turned.best), base.best, 'prompts in another order')
-  best = np.stack([s.best.total for s in base.steps], 1)
-  assert (best[:, 1:] >= best[:, :-1] - TOLERANCE).all(), 'the best score fell'
-  offered = [np.where(s.final, s.totals, -np.inf) for s in base.steps]
+  turned = find(prompts[::-1], ids=ids)
+  assert_same(jax.tree.map(lambda x: x[::-1], turned.best), best, 'prompts in another order')
+  totals = np.stack([trace.best.total for trace in base.steps], 1)
+  assert (totals[:, 1:] >= totals[:, :-1] - TOLERANCE).all(), 'the best score fell'
+  offered = [np.where(trace.final, trace.totals, -np.inf) for trace in base.steps]
   offered = np.concatenate(offered, axis=1).max(axis=1)
-  same(base.best.total, offered, 'the best is the best of what was looked at')
-  assert counted(algo, gen, ver, params, prompts[:1], key) == sum(base.costs, Cost()), 'the bill'
+  assert_same(best.total, offered, 'the best is the best of what was observed')
+  assert counted_cost(algo, gen, ver, prompts[:1], key) == sum(base.costs, Cost()), 'the bill'
+  generator = sum(base.costs, Cost()).generator
+  if core.finishes_early(gen):
+    assert (base.measured_evals <= generator).all(), 'measured above the bill'
 
 
-def _least(stage) -> int:
-  """The stage of a call, or of its least finished candidate."""
-  return int(np.min(stage))
-
-
-class _Counted:
-  """A part that passes everything on and adds up what the calls cost."""
-
-  def __init__(self, part, spent):
-    self._part, self._spent = part, spent
-
-  def __getattr__(self, name):
-    return getattr(self._part, name)
-
-  def __eq__(self, other):
-    return self._part == other._part
-
-  def draft(self, **changes):
-    return _Counted(self._part.draft(**changes), self._spent)
-
-  def _add(self, cost):
-    self._spent.append(cost)
-
-  def encode(self, params, prompt):
-    self._add(self._part.cost('encode'))
-    return self._part.encode(params, prompt)
-
-  def extend(self, params, ctx, state, keys, stage, count, **options):
-    self._add(keys.size * self._part.cost('extend', _least(stage), count))
-    return self._part.extend(params, ctx, state, keys, stage, count, **options)
-
-  def fork(self, params, ctx, state, keys, stage, k, **options):
-    self._add(keys.shape[0] * keys.shape[1] * self._part.cost('fork', _least(stage), k))
-    return self._part.fork(params, ctx, state, keys, stage, k, **options)
-
-  def force(self, params, ctx, state, tokens):
-    self._add(tokens.shape[0] * tokens.shape[1] * self._part.cost('force', 0, tokens.shape[2]))
-    return self._part.force(params, ctx, state, tokens)
-
-  def fatten(self, params, ctx, slim, stage, like=None):
-    if like is None:
-      rows = int(np.prod(jax.tree.leaves(slim)[0].shape[:2]))
-      self._add(rows * self._part.cost('fatten', 0, _least(stage)))
-    return self._part.fatten(params, ctx, slim, stage, like)
-
-  def value(self, params, ctx, slim, stage):
-    rows = int(np.prod(jax.tree.leaves(slim)[0].shape[:2]))
-    self._add(rows * self._part.cost('value', _least(stage)))
-    return self._part.value(params, ctx, slim, stage)
-
-  def rollout(self, params, ctx, slim, keys, stage, count, **options):
-    self._add(keys.size * self._part.cost('rollout', _least(stage), count))
-    return self._part.rollout(params, ctx, slim, keys, stage, count, **options)
-
-  def render(self, params, ctx, state, stage):
-    self._add(int(np.prod(jax.tree.leaves(state)[0].shape[:2])) * self._part.cost('render'))
-    return self._part.render(params, ctx, state, stage)
-
-  def early(self, params, ctx, state):
-    self._add(int(np.prod(jax.tree.leaves(state)[0].shape[:2])) * self._part.cost('render'))
-    return self._part.early(params, ctx, state)
-
-  def score(self, params, vctx, images, **signals):
-    rows = int(np.prod((images if images is not None else signals['log_prob']).shape[:2]))
-    self._add(rows * self._part.cost('score'))
-    return self._part.score(params, vctx, images, **signals)
-
-
-def counted(algo, gen, ver, params, prompts, key) -> Cost:
-  """What a search of one prompt costs, added up from the calls it makes; nothing is jitted."""
+def counted_cost(algo, gen, ver, prompts, key) -> Cost:
+  """What a search of one prompt costs, added up from the calls it makes; it is traced, not run."""
   assert len(prompts) == 1
-  spent: list[Cost] = []
-  job = step.Job(algo, _Counted(gen, spent), _Counted(ver, spent))
+  prompts, meter = core.as_prompts(prompts), []
+  program = SearchProgram(algo, gen, ver)
+  params = {'generator': gen.load(), 'verifier': ver.load()}
   arrays = {'generator': gen.tokenize(prompts), 'verifier': ver.tokenize(prompts)}
-  ctx, vctx = step.encode(job, params, jax.tree.map(jnp.asarray, arrays))
-  keys = core.prompt_keys(key, jnp.arange(1))
-  initial = jnp.zeros((1, algo.initial), jnp.int32)
-  state = step.begin(job, params, ctx, keys, initial)
-  for first, count in algo.phases(gen):
-    for i in range(first, first + count):
-      state, _ = step.advance(job, params, ctx, vctx, state, core.Step(i, first))
-  step.finish(job, params, ctx, state.best)
-  return sum(spent, Cost())
+
+  def run(params, arrays):
+    contexts = step.encode_prompts(program, params, arrays)
+    keys = core.prompt_keys(key, jnp.arange(1))
+    initial = jnp.zeros((1, algo.initial), jnp.int32)
+    state = step.begin_search(program, params, contexts, keys, initial, meter)
+    for shape, row in core.steps_of(algo, gen):
+      state, _ = step.silent_step(program, params, contexts, state, shape, row, meter)
+    step.finish_search(program, params, contexts, state.best, meter)
+
+  jax.eval_shape(run, params, arrays)
+  total = gen.cost('encode') + ver.cost('encode')
+  for call in meter:
+    if call.op == 'score':
+      total += call.candidates * call.part.cost('score')
+    else:  # where candidates differ in their stage, the bill counts from the first one
+      stage = algo.initial if isinstance(call.stage, jax.core.Tracer) else int(call.stage)
+      total += call.candidates * call.part.cost(call.op, stage, call.count)
+  return total
 
 
 # --------------------------------------------------------------------------------------------- laws
@@ -322,28 +294,29 @@ def counted(algo, gen, ver, params, prompts, key) -> Cost:
 
 def law_prefix(gen, ver, prompts, key, n: int = 4, more: int = 16) -> None:
   """Best-of-n is the first n of best-of-more, candidate by candidate."""
-  params = parameters(gen, ver)
   few, many = (
-    run.search(BestOfN(n=m), gen, ver, params, prompts, key, trace=True).steps[0] for m in (n, more)
+    search(BestOfN(n=m), gen, ver, prompts, seed=key, collect=('states',)).steps[0]
+    for m in (n, more)
   )
-  same(few.shown, jax.tree.map(lambda x: x[:, :n], many.shown), 'the first candidates')
-  same(few.totals, many.totals[:, :n], 'their totals')
+  first = jax.tree.map(lambda x: x[:, :n], many.states)
+  assert_same(few.states, first, 'the first candidates')
+  assert_same(few.totals, many.totals[:, :n], 'their totals')
 
 
 def law_beam_is_best_of_n(gen, ver, prompts, key, n: int = 6, **settings) -> None:
   """A beam of n with one child each ends in the n samples of best-of-n, as a set."""
-  params = parameters(gen, ver)
-  bon = run.search(BestOfN(n=n), gen, ver, params, prompts, key, trace=True)
-  beam = run.search(Beam(width=n, branch=1, **settings), gen, ver, params, prompts, key, trace=True)
-  ends = [np.sort(r.steps[-1].totals, axis=1) for r in (bon, beam)]
-  same(ends[1], ends[0], 'the final candidates')
+  bon = search(BestOfN(n=n), gen, ver, prompts, seed=key)
+  beam = search(Beam(width=n, branch=1, **settings), gen, ver, prompts, seed=key)
+  ends = [np.sort(result.steps[-1].totals, axis=1) for result in (bon, beam)]
+  assert_same(ends[1], ends[0], 'the final candidates')
 
 
 def law_particles_are_best_of_n(gen, ver, prompts, key, n: int = 5, **settings) -> None:
   """Particles of no strength (an infinite temperature) are the n samples of best-of-n."""
-  params = parameters(gen, ver)
-  bon = run.search(BestOfN(n=n), gen, ver, params, prompts, key, trace=True)
   smc = SMC(particles=n, strength=0.0, **settings)
-  found = run.search(smc, gen, ver, params, prompts, key, trace=True)
-  same(found.steps[-1].shown, bon.steps[-1].shown, 'the particles at the end')
-  same(found.steps[-1].totals, bon.steps[-1].totals, 'their totals')
+  ends = [
+    search(algo, gen, ver, prompts, seed=key, collect=('states',)).steps[-1]
+    for algo in (BestOfN(n=n), smc)
+  ]
+  assert_same(ends[1].states, ends[0].states, 'the particles at the end')
+  assert_same(ends[1].totals, ends[0].totals, 'their totals')

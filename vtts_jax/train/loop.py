@@ -2,7 +2,7 @@
 
 A batch is a pure function of the step, randomness is `fold_in(key(seed), step)`, and a checkpoint
 (Orbax) holds parameters, averages and optimiser state: a run that is killed and started again
-computes what it would have computed. `export` writes what is shipped, rounded to float16.
+computes what it would have computed. `export_weights` writes what is shipped, rounded to float16.
 """
 
 import argparse
@@ -14,26 +14,24 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from vtts_jax.checkpoints import files as weight_files
 from vtts_jax.models import modules
 
-ASSETS = epath.resource_path('vtts_jax') / 'scenes' / 'assets'
 
-
-def flags(steps, batch=64, rate=1e-3, **more):
-  """The parser all scripts share; `more` adds `--name` with a default (its type counts)."""
+def build_parser(steps, out, batch=64, rate=1e-3, **more):
+  """The command line that all scripts share: results go to the folder `out`; `more` adds `--name`
+  with a default, whose type counts."""
   parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   common = {'steps': steps, 'batch': batch, 'rate': rate, 'seed': 0, 'workdir': 'checkpoints',
-            'out': str(ASSETS)}
+            'out': out}
   for name, value in {**common, **more}.items():
     parser.add_argument(f'--{name}', type=type(value), default=value)
   return parser
 
 
-def train(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, clip=1.0, decay=0.01,
-          ema=0.999, folder=None, every=1000, log=200, evaluate=None):
+def train_model(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, clip=1.0,
+                decay=0.01, ema=0.999, folder=None, every=1000, log=200, evaluate=None):
   """Minimises `loss(params, batch, key, progress) -> (scalar, {name: scalar})`; returns averages.
 
   Args:
@@ -95,18 +93,18 @@ def train(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, clip=1
   return state['ema'] if ema else state['params']
 
 
-def rounded(params, dtype=jnp.float16):
-  """What `export` then `load` gives: shipped metrics are measured on this."""
+def round_weights(params, dtype=jnp.float16):
+  """What `export_weights` and loading give: shipped metrics are measured on this."""
   return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
 
 
-def export(path, params, *, kind, config, **card):
+def export_weights(path, params, *, kind, config, **card):
   """Writes float16 weights whose metadata rebuild the model: kind (module name), config, card.
 
   Args:
-    kind: module below `vtts_jax.scenes.models` that holds `Config` and `build`.
+    kind: name of the module that has `Config` and `build`.
     config: dictionary of that `Config`.
     card: metrics, command, seed, defaults: anything JSON.
   """
   weight_files.save(str(path), params, {'kind': kind, 'config': config, **card}, dtype=jnp.float16)
-  print(f'wrote {path}: {modules.size(params):,} parameters', flush=True)
+  print(f'wrote {path}: {modules.count_parameters(params):,} parameters', flush=True)

@@ -1,7 +1,7 @@
 """CLIPScore: how well a picture fits its prompt, by CLIP (any size) or SigLIP.
 
 Hessel et al. (2021), arXiv 2104.08718: 2.5 max(cosine, 0). The score's name has the backbone, and
-the scale where it is another: `clip_b16` is CLIPScore with OpenAI's B/16, `clip_b16_cosine` the
+the output where it is another: `clip_b16` is CLIPScore with OpenAI's B/16, `clip_b16_cosine` the
 cosine. Prompts are read as they are; the paper puts 'A photo depicts' before its captions.
 models/clip, models/siglip.
 """
@@ -10,47 +10,42 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vtts_jax.components import build_dataclass
 from vtts_jax.errors import ConfigError
-from vtts_jax.verifiers.parts.dual_encoder import Dual
+from vtts_jax.verifiers.parts.dual_encoder import DualEncoder
 
-SCALES = ('clipscore', 'cosine', 'percent', 'logit')
+OUTPUTS = ('clipscore', 'cosine', 'percent', 'logit')
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip(Dual):
-  """CLIP or SigLIP; `Dual` has the other settings.
+class Clip(DualEncoder):
+  """CLIP or SigLIP; `DualEncoder` has the other settings.
 
   Attributes:
-    model_from: as in `Dual`; 'google/siglip-base-patch16-224' is as good.
-    scale: 'clipscore': 2.5 max(cosine, 0); 'cosine'; 'percent': 100 cosine; 'logit': what the model
-      was trained on, for SigLIP with its bias.
+    weights: as in `DualEncoder`; any CLIP or SigLIP, e.g. 'google/siglip-base-patch16-224'.
+    output: 'clipscore': 2.5 max(cosine, 0); 'cosine'; 'percent': 100 cosine; 'logit': what the
+      model was trained on, for SigLIP with its bias.
   """
 
-  model_from: str = 'openai/clip-vit-base-patch16'
-  scale: str = 'clipscore'
+  weights: str = 'openai/clip-vit-base-patch16'
+  output: str = 'clipscore'
 
   def __post_init__(self):
     super().__post_init__()
-    if self.scale not in SCALES:
-      allowed = ', '.join(map(repr, SCALES))
-      raise ConfigError(f'verifier.scale={self.scale!r}: must be one of {allowed}')
+    if self.output not in OUTPUTS:
+      allowed = ', '.join(map(repr, OUTPUTS))
+      raise ConfigError(f'verifier.output={self.output!r}: must be one of {allowed}')
 
   @property
   def names(self):
-    return (self.backbone + ('' if self.scale == 'clipscore' else f'_{self.scale}'),)
+    return (self.backbone + ('' if self.output == 'clipscore' else f'_{self.output}'),)
 
-  def score(self, params, vctx, images, **signals):
+  def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    cosine = self.cosine(params, vctx, images)
-    if self.scale == 'clipscore':
+    cosine = self.cosine(params, vctx, observed['image'])
+    if self.output == 'clipscore':
       cosine = 2.5 * jnp.maximum(cosine, 0)
-    elif self.scale == 'percent':
+    elif self.output == 'percent':
       cosine = 100 * cosine
-    elif self.scale == 'logit':
-      cosine = self.merge(params).logits(cosine)
+    elif self.output == 'logit':
+      cosine = self.pretrained.bind(params).logits(cosine)
     return {self.names[0]: cosine}
-
-
-def build(**given):
-  return build_dataclass(Clip, **given)

@@ -6,12 +6,13 @@ is how a held-out score comes along. A member that fails fails the search; nothi
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from vtts_jax import components, core
+from vtts_jax import core
 from vtts_jax.errors import ConfigError
 from vtts_jax.search import select
 
@@ -23,26 +24,31 @@ class Ensemble(core.Verifier):
   """Verifiers with weights.
 
   Attributes:
-    members: `((name, verifier), ...)`; a member's scores are called `name` where it has one, else
-      `name/score`.
-    weights: `((name, weight >= 0), ...)`, one for each member.
+    members: `{name: verifier}`, or pairs; in a config a verifier is a mapping with a `name`, as in
+      `members={'clip': {'name': 'scenes.clip', 'which': 'a'}}`. A member's scores are called by its
+      name here where it has one, else `name/score`.
+    weights: `{name: weight >= 0}`, one for each member; by default all are 1.
     mode: 'rank' averages the ranks among the candidates at hand (0 worst, M - 1 best, ties share),
       'minmax' the scores scaled to [0, 1] over them. Both are relative: the best so far is always
       ranked along.
   """
 
-  members: tuple[tuple[str, core.Verifier], ...]
-  weights: tuple[tuple[str, float], ...] = ()
+  members: Mapping[str, core.Verifier] | tuple[tuple[str, core.Verifier], ...] = ()
+  weights: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
   mode: str = 'rank'
 
   def __post_init__(self):
-    names = [name for name, _ in self.members]
+    members = self.members.items() if isinstance(self.members, Mapping) else self.members
+    names = [name for name, _ in members]
     if self.mode not in MODES:
       raise ConfigError(
         f'verifier.mode={self.mode!r}: must be one of {", ".join(map(repr, MODES))}'
       )
     if not names or len(set(names)) != len(names):
       raise ConfigError(f'verifier.members: names must be given and differ, got {names}')
+    for name, member in members:
+      if not isinstance(member, core.Verifier):
+        raise ConfigError(f'verifier.members.{name}: needs a name, e.g. verifiers.likelihood')
     weights = dict(self.weights) or dict.fromkeys(names, 1.0)
     if set(weights) != set(names):
       raise ConfigError(
@@ -50,11 +56,28 @@ class Ensemble(core.Verifier):
       )
     if any(not np.isfinite(w) or w < 0 for w in weights.values()) or not any(weights.values()):
       raise ConfigError(f'verifier.weights={weights}: must be >= 0 and not all 0')
+    # tuples, so that the ensemble can be hashed
+    object.__setattr__(self, 'members', tuple(members))
     object.__setattr__(self, 'weights', tuple((name, float(weights[name])) for name in names))
 
   @property
-  def uses(self):
-    return frozenset().union(*(member.uses for _, member in self.members))
+  def needs(self):
+    return frozenset().union(*(member.needs for _, member in self.members))
+
+  @property
+  def gives(self):
+    """'features' if a member gives them; 'gradient' if all that are searched on do, and a gradient
+    of the total says something, as that of ranks does not."""
+    searched = [member for name, member in self.members if dict(self.weights)[name]]
+    found = {'features'} if self.features_of else set()
+    if self.mode != 'rank' and all('gradient' in member.gives for member in searched):
+      found.add('gradient')
+    return frozenset(found)
+
+  @property
+  def features_of(self) -> str:
+    """Name of the member whose features are given, the first that has them; '' if none has."""
+    return next((name for name, member in self.members if 'features' in member.gives), '')
 
   @property
   def jittable(self):
@@ -71,22 +94,36 @@ class Ensemble(core.Verifier):
   def load(self):
     return {name: member.load() for name, member in self.members}
 
-  def tokenize(self, texts):
-    return {name: member.tokenize(texts) for name, member in self.members}
+  def shardings(self, mesh):
+    return {name: member.shardings(mesh) for name, member in self.members}
+
+  def tokenize(self, prompts):
+    return {name: member.tokenize(prompts) for name, member in self.members}
 
   def encode(self, params, prompt):
     return {name: member.encode(params[name], prompt[name]) for name, member in self.members}
 
-  def score(self, params, vctx, images, **signals):
+  def score(self, params, vctx, observed):
+    """Outputs `{name: [B, M, ...]}` -> `{score: [B, M]}`, of all members."""
     scores = {}
     for name, member in self.members:
-      call = member.score if self.jittable or not member.jittable else _compiled(member)
-      got = call(params[name], vctx[name], images, **signals)
-      scores |= {label: got[own] for own, label in _labels(name, member).items()}
+      seen = {output: observed[output] for output in sorted(member.needs)}
+      call = member.score
+      if member.jittable and not self.jittable:  # compiled beside one on the host
+        call = functools.partial(_score_compiled, member)
+      found = call(params[name], vctx[name], seen)
+      scores |= {label: found[own] for own, label in _labels(name, member).items()}
     return scores
 
+  def embed_images(self, params, images):
+    """Those of the member `features_of`."""
+    name = self.features_of
+    if not name:
+      return super().embed_images(params, images)
+    return dict(self.members)[name].embed_images(params[name], images)
+
   def total(self, scores, valid):
-    relative = select.ranks if self.mode == 'rank' else select.min_max
+    relative = select.mean_ranks if self.mode == 'rank' else select.scale_min_max
     weights = dict(self.weights)
     total = 0.0
     for name, member in self.members:
@@ -105,28 +142,6 @@ def _labels(name, member) -> dict[str, str]:
   return {own[0]: name} if len(own) == 1 else {inner: f'{name}/{inner}' for inner in own}
 
 
-def _compiled(member):
-  """A jittable member beside one on the host; jit caches by the (hashable) member."""
-  return lambda params, vctx, images, **signals: _score(member, params, vctx, images, signals)
-
-
-@jax.jit(static_argnums=0)
-def _score(member, params, vctx, images, signals):
-  return member.score(params, vctx, images, **signals)
-
-
-def build(
-  members: Mapping | tuple = (), weights: Mapping | tuple = (), mode: str = 'rank'
-) -> Ensemble:
-  """From settings: `members={'a': {'name': 'scenes.clip', ...}, ...}`, `weights={'a':
-  1.0, ...}`."""
-  made = []
-  for name, settings in dict(members).items():
-    if isinstance(settings, core.Verifier):
-      made.append((name, settings))
-    elif 'name' not in settings:
-      raise ConfigError(f'verifier.members.{name}: needs a name, e.g. verifiers.likelihood')
-    else:
-      settings = dict(settings)
-      made.append((name, components.load(settings.pop('name'), **settings)))
-  return Ensemble(tuple(made), tuple(dict(weights).items()), mode)
+@functools.partial(jax.jit, static_argnums=0)
+def _score_compiled(member, params, vctx, observed):
+  return member.score(params, vctx, observed)

@@ -3,8 +3,9 @@
 Ma et al. (2025, arXiv 2501.09732) search ImageNet with the final metric itself: of the candidates,
 the one that makes the running FID least. A verifier has no memory, so the pictures kept so far come
 as a file of statistics, and between two batches of prompts the caller adds what was kept and takes
-`updated` parameters. The score `fid_inception_v3` is FID before minus FID after adding this one
-picture: exact, not an expansion. An oracle: never report the FID of a search on it as a finding.
+the parameters of `update_statistics`. The score `fid_inception_v3` is FID before minus FID after
+adding this one picture: exact, not an expansion. An oracle: never report the FID of a search on it
+as a finding.
 
 With n pictures kept (mean m, covariance S / (n - 1)), reference (mu, sigma), A its symmetric root,
 and d = x - m, the mean moves by d / (n + 1) and the covariance becomes (n - 1) / n of itself plus
@@ -27,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax import core
-from vtts_jax.components import build_dataclass
 from vtts_jax.errors import ConfigError
+from vtts_jax.metrics import inception
 from vtts_jax.metrics import statistics as stats
 from vtts_jax.models import modules
-from vtts_jax.models.inception import convert, modeling
+from vtts_jax.models.inception import modeling
+from vtts_jax.models.pretrained import Pretrained
 
-DTYPES = ('float32', 'bfloat16')
 REACH = 42.0  # natural logarithms by which the nodes go below and above the largest eigenvalue
 
 
@@ -42,97 +43,89 @@ class Fid(core.Verifier):
   """The oracle.
 
   Attributes:
-    model_from: InceptionV3 of 2015-12-05: a safetensors file, a folder or a repository
-      `owner/name@revision` of the hub (none of those known has it; see models/inception/README.md).
+    weights: InceptionV3 of 2015-12-05, as in `models.pretrained` (no repository known has it as
+      safetensors; see models/inception/README.md).
     reference_from: statistics of real pictures (`mu`, `sigma`: pytorch-fid, ADM, or ours).
     running_from: statistics of the pictures kept so far, at least 2 and better more than features,
-      as `python -m vtts_jax.metrics.fid --save` or `Statistics.save` write them.
-    random: '' loads; 'tiny' or a released size makes random weights, and random statistics unless
-      both files are named.
+      as `python -m vtts_jax.metrics.fid --save` or `Statistics.save` write them. Random weights
+      need neither file: without them they take random statistics.
     dtype: of the weights, 'float32' or 'bfloat16'; the statistics are float32.
-    look: how the network sees a picture: 'pytorch_fid' or, for references of ADM, 'tensorflow'.
+    preprocessing: how the network sees a picture: 'pytorch_fid' or, for references of ADM,
+      'tensorflow'.
   """
 
-  model_from: str = ''
+  weights: str = ''
   reference_from: str = ''
   running_from: str = ''
-  random: str = ''
   dtype: str = 'float32'
-  look: str = 'pytorch_fid'
+  preprocessing: str = 'pytorch_fid'
+
+  gives = frozenset({'gradient'})
 
   def __post_init__(self):
-    check_settings(self)
-    if not self.random and not (self.reference_from and self.running_from):
+    inception.check_preprocessing(self.preprocessing)
+    if not self.inception.is_random and not (self.reference_from and self.running_from):
       raise ConfigError(
         f'verifier.reference_from={self.reference_from!r}, running_from={self.running_from!r}: '
         f'both must name a file of statistics'
       )
 
   @property
+  def inception(self) -> Pretrained:
+    """The network."""
+    return inception.open_inception(self.weights, self.dtype)
+
+  @property
   def names(self):
     return ('fid_inception_v3',)
 
-  @property
-  def config(self) -> modeling.Config:
-    return convert.config_at(self.model_from, self.random)
+  def check(self):
+    _ = self.inception.config
 
   def load(self):
-    model = convert.params_at(self.model_from, self.random, self.dtype)
+    params = {'inception': self.inception.load()}
     if not self.reference_from or not self.running_from:
-      draw = np.random.default_rng(0).gamma(1.0, size=(2, 64, model['fc']['kernel'].shape[0]))
-      real, kept = (stats.Statistics.of(x, x[:, :2]) for x in draw)
-      return {'model': model, 'oracle': oracle(kept, real.mu, real.sigma)}
-    stats.check_look(self.running_from, stats.read(self.running_from), self.look)
-    return self.updated({'model': model}, stats.Statistics.load(self.running_from))
+      width = params['inception']['fc']['kernel'].shape[0]
+      real, kept = np.random.default_rng(0).gamma(1.0, size=(2, 64, width))
+      real, kept = (stats.Statistics.of(x, x[:, :2]) for x in (real, kept))
+      return params | {'statistics': tabulate_fid(kept, real.mu, real.sigma)}
+    stats.check_preprocessing(
+      self.running_from, stats.read_arrays(self.running_from), self.preprocessing
+    )
+    return self.update_statistics(params, stats.Statistics.load(self.running_from))
 
-  def updated(self, params, kept: stats.Statistics):
+  def update_statistics(self, params, kept: stats.Statistics):
     """Parameters for other pictures kept: `kept + Statistics.of(features, logits)` of new ones."""
-    return params | {'oracle': oracle(kept, *_reference(self.reference_from, self.look))}
+    reference = _read_reference(self.reference_from, self.preprocessing)
+    return params | {'statistics': tabulate_fid(kept, *reference)}
 
-  def score(self, params, vctx, images, **signals):
+  def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    features = see(self, params['model'], images)[1]
-    return {self.names[0]: fall(params['oracle'], features).reshape(images.shape[:2])}
+    images = observed['image']
+    rows = images.reshape(-1, *images.shape[2:])
+    features, _ = inception.features_and_logits(
+      self.inception, params['inception'], rows, self.preprocessing
+    )
+    fall = fid_reduction(params['statistics'], features)
+    return {self.names[0]: fall.reshape(images.shape[:2])}
 
   def cost(self, op):
     if op == 'encode':
       return core.Cost()
-    return core.Cost(verify=1, flops=modeling.flops(self.config) + _flops(self.config))
-
-  def check(self):
-    _ = self.config
-
-
-def check_settings(ver) -> None:
-  """Raises `ConfigError` on a random, dtype or look that there is none of."""
-  if ver.random and ver.random not in modeling.SIZES:
-    raise ConfigError(
-      f"verifier.random={ver.random!r}: must be '' or one of {', '.join(modeling.SIZES)}"
-    )
-  for name, allowed in (('dtype', DTYPES), ('look', modeling.LOOKS)):
-    if getattr(ver, name) not in allowed:
-      raise ConfigError(
-        f'verifier.{name}={getattr(ver, name)!r}: must be one of {", ".join(allowed)}'
-      )
-
-
-def see(ver, params, images):
-  """The network and the features `[B M, D]` of images `[B, M, H, W, 3]`."""
-  model = modules.merge(convert.graph(ver.config), params)
-  rows = images.reshape(-1, *images.shape[2:])
-  return model, model(modeling.prepare(rows, ver.config.side, ver.look))
+    config = self.inception.config
+    return core.Cost(verify=1, flops=modeling.flops(config) + _reduction_flops(config))
 
 
 @functools.cache
-def _reference(place, look):
-  found = stats.read(place)
-  stats.check_look(place, found, look)
-  return stats.gaussian(place, found)
+def _read_reference(path, preprocessing):
+  arrays = stats.read_arrays(path)
+  stats.check_preprocessing(path, arrays, preprocessing)
+  return stats.gaussian_of(path, arrays)
 
 
-def oracle(kept: stats.Statistics, mu, sigma) -> dict:
-  """What `fall` needs of the pictures kept and the reference `mu [D]`, `sigma [D, D]`; float64 in
-  here, float32 what comes out.
+def tabulate_fid(kept: stats.Statistics, mu, sigma) -> dict:
+  """What `fid_reduction` needs of the pictures kept and the reference `mu [D]`, `sigma [D, D]`;
+  computed in float64, returned in float32.
 
   Raises:
     ConfigError: fewer than 2 pictures kept, other numbers of features.
@@ -143,40 +136,40 @@ def oracle(kept: stats.Statistics, mu, sigma) -> dict:
     raise ConfigError(
       f'running_from has {len(kept.mu)} features, reference_from has {len(mu)}: must be the same'
     )
-  n, spread, half = kept.count, kept.sigma, stats.root(sigma)
-  values, vectors = np.linalg.eigh(half @ spread @ half)
+  n, spread = kept.count, kept.sigma
+  mixed, half = stats.mixed_covariance(sigma, spread)
+  values, vectors = np.linalg.eigh(mixed)
   values = np.maximum(values, 0)
+  # eigenvalues of C, and nodes t around the largest of `mixed`
   shrunk, top = values * (n - 1) / n, max(values.max(), 1e-30)
   nodes = np.exp(np.log(top) + np.arange(-REACH, REACH + 1))
+  # what the shrinking of the covariance alone does to its trace and to the root
   fixed = -np.trace(spread) / n - 2 * (np.sqrt((n - 1) / n) - 1) * np.sqrt(values).sum()
-  found = {
+  tables = {
     'mean': kept.mu,
     'offset': 2 * (kept.mu - mu) / (n + 1),
     'stretch': 1 / (n + 1) ** 2 + 1 / (n + 1),
     'fixed': fixed,
-    'turn': half @ vectors / np.sqrt(n + 1),  # [D, D]
-    'table': 1 / (shrunk[:, None] + nodes),  # [D, J]
-    'share': np.sqrt(nodes) / (2 * np.pi),
+    'turn': half @ vectors / np.sqrt(n + 1),  # d -> w in the eigenvectors of C, [D, D]
+    'inverse': 1 / (shrunk[:, None] + nodes),  # of C + t, [D, J]
+    'share': np.sqrt(nodes) / (2 * np.pi),  # of each node in the integral, [J]
   }
-  return {k: jnp.asarray(v, jnp.float32) for k, v in found.items()}
+  return {k: jnp.asarray(v, jnp.float32) for k, v in tables.items()}
 
 
-def fall(oracle, features):
+def fid_reduction(tables, features):
   """FID now minus FID with each of features `[R, D]` added, `[R]`."""
   dot = functools.partial(jnp.matmul, precision='highest')
-  d = features - oracle['mean']
-  w = dot(d, oracle['turn'])
-  root = dot(jnp.log1p(dot(w * w, oracle['table'])), oracle['share'])
-  change = dot(d, oracle['offset']) + oracle['stretch'] * (d * d).sum(-1) + oracle['fixed']
+  d = features - tables['mean']
+  w = dot(d, tables['turn'])
+  root = dot(jnp.log1p(dot(w * w, tables['inverse'])), tables['share'])
+  change = dot(d, tables['offset']) + tables['stretch'] * (d * d).sum(-1) + tables['fixed']
   return 2 * root - change
 
 
 @functools.cache
-def _flops(config):
-  """Of the two products of `fall` for one picture."""
-  width = modules.abstract(lambda: modeling.build(config))[1]['fc']['kernel'].shape[0]
+def _reduction_flops(config):
+  """Of the two products of `fid_reduction` for one picture."""
+  _, params = modules.abstract_module(lambda: modeling.build(config))
+  width = params['fc']['kernel'].shape[0]
   return 2 * width * (width + int(2 * REACH) + 1)
-
-
-def build(**given):
-  return build_dataclass(Fid, **given)

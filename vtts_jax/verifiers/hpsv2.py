@@ -10,60 +10,55 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vtts_jax.components import build_dataclass
 from vtts_jax.errors import ConfigError
-from vtts_jax.media import preprocess as pictures
+from vtts_jax.media import preprocess
 from vtts_jax.models.clip import modeling
-from vtts_jax.verifiers.parts.dual_encoder import H14, Dual
+from vtts_jax.verifiers.parts.dual_encoder import H14, DualEncoder
 
 PUBLISHED = {'2.0': 'HPS_v2_compressed.pt', '2.1': 'HPS_v2.1_compressed.pt'}  # in xswu/HPSv2
 
 
 @dataclasses.dataclass(frozen=True)
-class HPSv2(Dual):
-  """HPS v2; `Dual` has the other settings.
+class HPSv2(DualEncoder):
+  """HPS v2; `DualEncoder` has the other settings.
 
   Attributes:
-    model_from: the checkpoint of this version as safetensors. The published ones are pickles, which
+    weights: the checkpoint of this version as safetensors. The published ones are pickles, which
       are never loaded: models/clip/README.md has the two lines that convert one.
     version: '2.0' or '2.1'.
   """
 
-  tokenizer_from: str = H14
+  tokenizer: str = H14
   version: str = '2.1'
 
   size = 'h14'
 
   def __post_init__(self):
-    super().__post_init__()
     if self.version not in PUBLISHED:
       allowed = ', '.join(map(repr, PUBLISHED))
       raise ConfigError(f'verifier.version={self.version!r}: must be one of {allowed}')
-    if not self.model_from and not self.random:
+    if not self.weights:
       raise ConfigError(
-        f"verifier.model_from='': must be {PUBLISHED[self.version]} of xswu/HPSv2 as safetensors; "
+        f"verifier.weights='': must be {PUBLISHED[self.version]} of xswu/HPSv2 as safetensors; "
         'that is a pickle, which is never loaded: models/clip/README.md says how to convert it'
       )
+    super().__post_init__()
 
   @property
   def names(self):
     return (self.published(f'hpsv{self.version.replace(".", "_")}_h14'),)
 
-  def prepare(self, images):
+  def preprocess(self, images):
     """The longer side to S, without rounding to 8 bits, black around: as published, and not CLIP's
     own."""
-    size, sides = self.config.image_size, images.shape[1:3]
+    size, sides = self.pretrained.config.image_size, images.shape[1:3]
     new = tuple(round(side * (size / max(sides))) for side in sides)
-    x = pictures.resize(images, new, 'bicubic', rounded=False)
+    x = preprocess.resize(images, new, 'bicubic', rounded=False)
     before = [(size - side) // 2 for side in new]
     around = [(b, size - side - b) for b, side in zip(before, new)]
     x = jnp.pad(x, ((0, 0), *around, (0, 0)))
-    return pictures.normalize(x, modeling.MEAN, modeling.STD)
+    return preprocess.normalize(x, modeling.MEAN, modeling.STD)
 
-  def score(self, params, vctx, images, **signals):
+  def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    return {self.names[0]: self.cosine(params, vctx, images)}
-
-
-def build(**given):
-  return build_dataclass(HPSv2, **given)
+    return {self.names[0]: self.cosine(params, vctx, observed['image'])}

@@ -6,16 +6,16 @@ arXiv 2305.01569; github.com/yuvalkirstain/PickScore; models/clip.
 
 import dataclasses
 
-from vtts_jax.components import build_dataclass
-from vtts_jax.verifiers.parts.dual_encoder import H14, Dual
+from vtts_jax.verifiers.parts.dual_encoder import H14, DualEncoder
 
 
 @dataclasses.dataclass(frozen=True)
-class PickScore(Dual):
-  """PickScore v1; `Dual` has the settings. The tokenizer is that of the CLIP it was tuned from."""
+class PickScore(DualEncoder):
+  """PickScore v1; `DualEncoder` has the settings. The tokenizer is that of the CLIP it was tuned
+  from."""
 
-  model_from: str = 'yuvalkirstain/PickScore_v1'
-  tokenizer_from: str = H14
+  weights: str = 'yuvalkirstain/PickScore_v1'
+  tokenizer: str = H14
 
   size = 'h14'
 
@@ -23,10 +23,7 @@ class PickScore(Dual):
   def names(self):
     return (self.published('pickscore_h14'),)
 
-  def score(self, params, vctx, images, **signals):
+  def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    return {self.names[0]: self.merge(params).logits(self.cosine(params, vctx, images))}
-
-
-def build(**given):
-  return build_dataclass(PickScore, **given)
+    cosine = self.cosine(params, vctx, observed['image'])
+    return {self.names[0]: self.pretrained.bind(params).logits(cosine)}

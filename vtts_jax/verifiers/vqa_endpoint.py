@@ -1,12 +1,15 @@
 """VQAScore by a model behind an OpenAI-compatible endpoint: P(yes) of its next word, in 0 .. 1.
 
-One request a picture, to `<url>/chat/completions`; the probabilities of the most likely next tokens
-come back, and the score is that of "yes" in any spelling over that of "yes" and "no". The model is
-part of the score's name. After Lin et al. (2024), arXiv 2404.01291, whose own code for such models
-reads P("yes") alone, unnormalised.
+Each picture is one request, to `<url>/chat/completions`. The answer holds the probabilities of the
+most likely next tokens; the score is that of "yes" in any spelling over that of "yes" and "no". The
+model is part of the score's name. After Lin et al. (2024), arXiv 2404.01291, whose own code reads
+P("yes") alone of such models, unnormalised.
+
+Letters: B prompts · M candidates · H W sides of an image.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,21 +20,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vtts_jax import components, core
+from vtts_jax import core
 from vtts_jax.errors import ConfigError
-from vtts_jax.verifiers import host
+from vtts_jax.verifiers.parts import http
 from vtts_jax.verifiers.vqa_score import QUESTION, check_question
 
-TOP = 20  # most that OpenAI's endpoint gives
+TOP_TOKENS = 20  # most that OpenAI's endpoint gives
 
 
 @dataclasses.dataclass(frozen=True)
 class VqaEndpoint(core.Verifier):
-  """A chat model as the judge; searches with it are stepped.
+  """A chat model that answers; a search with it runs in the stepped driver.
 
   Attributes:
     url: of the endpoint, up to and with its version: `http://localhost:8000/v1`.
-    model: as the endpoint calls it; it must read pictures and give `logprobs`.
+    chat_model: as the endpoint calls it; it must read pictures and give `logprobs`.
     question: what is asked; '{}' is the prompt.
     concurrency: requests under way at once.
     timeout: seconds for one request.
@@ -42,7 +45,7 @@ class VqaEndpoint(core.Verifier):
   """
 
   url: str = 'https://api.openai.com/v1'
-  model: str = 'gpt-4o'
+  chat_model: str = 'gpt-4o'
   question: str = QUESTION
   concurrency: int = 8
   timeout: float = 60.0
@@ -61,13 +64,12 @@ class VqaEndpoint(core.Verifier):
       )
     if place.scheme not in ('http', 'https') or not place.hostname:
       raise ConfigError(f'verifier.url={self.url!r}: must start with http:// or https://')
-    if not self.model:
-      raise ConfigError("verifier.model='': must be a model of the endpoint's")
+    if not self.chat_model:
+      raise ConfigError("verifier.chat_model='': must be a model of the endpoint's")
     check_question(self.question)
-    for field, low in (('concurrency', 1), ('retries', 0), ('timeout', 0), ('backoff', 0)):
-      if not getattr(self, field) >= low:
-        raise ConfigError(f'verifier.{field}={getattr(self, field)}: must be at least {low}')
-    if not re.fullmatch(r'([A-Za-z_]\w*)?', self.key_env, re.ASCII):  # perhaps it is the key
+    http.check_at_least(self, concurrency=1, retries=0, timeout=0, backoff=0)
+    # what is no name may be the key itself, so the message does not repeat it
+    if not re.fullmatch(r'([A-Za-z_]\w*)?', self.key_env, re.ASCII):
       raise ConfigError(
         'verifier.key_env: must be the name of an environment variable (letters, digits, _), and '
         'never a key'
@@ -75,24 +77,29 @@ class VqaEndpoint(core.Verifier):
 
   @property
   def names(self):
-    short = re.sub(r'\W', '_', self.model.rpartition('/')[2])
+    short = re.sub(r'\W', '_', self.chat_model.rpartition('/')[2])
     return (f'vqa_score_{short}',)
 
-  def tokenize(self, texts):
+  def check(self):
+    self._headers()
+
+  def tokenize(self, prompts):
+    texts = core.texts_of(prompts)
     empty = [i for i, text in enumerate(texts) if not text.strip()]
     if empty:
       raise ConfigError(f'prompts: prompt {empty[0]} is empty; must have words')
-    return host.utf8(texts)
+    return http.pack_texts(texts)
 
-  def score(self, params, vctx, images, **signals):
+  def score(self, params, vctx, observed):
+    """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`; NaN for a picture that is not finite."""
     headers = self._headers()
-    images = np.asarray(images)
+    images = np.asarray(observed['image'])
     b, m = images.shape[:2]
-    prompts = [text for text in host.texts_of(vctx) for _ in range(m)]
-    one = lambda prompt, image: self._ask(headers, prompt, image)
+    texts = [text for text in http.unpack_texts(vctx) for _ in range(m)]
+    ask = functools.partial(self._ask, headers)
     with ThreadPoolExecutor(self.concurrency) as pool:
-      found = list(pool.map(one, prompts, images.reshape(b * m, *images.shape[2:])))
-    return {self.names[0]: np.array(found, np.float32).reshape(b, m)}
+      scores = list(pool.map(ask, texts, images.reshape(b * m, *images.shape[2:])))
+    return {self.names[0]: np.array(scores, np.float32).reshape(b, m)}
 
   def _headers(self):
     """The only place that reads the key."""
@@ -100,7 +107,8 @@ class VqaEndpoint(core.Verifier):
       return {}
     key = os.environ.get(self.key_env, '').strip()
     problem = '' if key else 'is not set'
-    if not re.fullmatch(r'[!-~]*', key):  # http.client would quote such a header in its error
+    # http.client would quote such a header in its own error
+    if not re.fullmatch(r'[!-~]*', key):
       problem = 'has characters that no key has'
     if problem:
       raise ConfigError(
@@ -114,26 +122,27 @@ class VqaEndpoint(core.Verifier):
       return math.nan
     picture = {
       'type': 'image_url',
-      'image_url': {'url': f'data:image/png;base64,{host.png(image)}'},
+      'image_url': {'url': f'data:image/png;base64,{http.base64_png(image)}'},
     }
     text = {'type': 'text', 'text': self.question.replace('{}', prompt)}
     body = {
-      'model': self.model,
+      'model': self.chat_model,
       'messages': [{'role': 'user', 'content': [text, picture]}],
       'max_tokens': 1,
-      'temperature': 1,  # some servers give the probabilities after it
+      'temperature': 1,  # some servers give the probabilities after dividing by it
       'logprobs': True,
-      'top_logprobs': TOP,
+      'top_logprobs': TOP_TOKENS,
     }
     url = self.url.rstrip('/') + '/chat/completions'
     request = urllib.request.Request(
       url, json.dumps(body).encode(), {'Content-Type': 'application/json'}
     )
     for name, value in headers.items():
-      request.add_unredirected_header(name, value)  # another host must not get it
-    return host.ask(self, request, self._read)
+      request.add_unredirected_header(name, value)  # a host that is redirected to must not get it
+    return http.ask_endpoint(self, request, self._read)
 
   def _read(self, answer):
+    """P(yes) of one answer; a RuntimeError, which is not tried again, where it has none."""
     try:
       top = answer['choices'][0]['logprobs']['content'][0]['top_logprobs']
       pairs = [(each['token'], float(each['logprob'])) for each in top]
@@ -141,29 +150,21 @@ class VqaEndpoint(core.Verifier):
       pairs = []
     if not pairs:
       raise RuntimeError(
-        f'verifier.model={self.model!r}: {self.url} answers without logprobs (choices[0].logprobs.'
-        'content[0].top_logprobs); must be a model and an endpoint that give them'
+        f'verifier.chat_model={self.chat_model!r}: {self.url} answers without logprobs '
+        '(choices[0].logprobs.content[0].top_logprobs); must be a model and an endpoint that give '
+        'them'
       )
-    return yes_of(pairs)
-
-  def check(self):
-    self._headers()
-
-  def cost(self, op):
-    return core.Cost(verify=float(op == 'score'))
+    return probability_of_yes(pairs)
 
 
-def yes_of(pairs) -> float:
+def probability_of_yes(pairs) -> float:
   """P(yes) / (P(yes) + P(no)) of pairs (token, log-probability), over all spellings of the two; NaN
   where neither is among them."""
   total = {'yes': 0.0, 'no': 0.0}
-  for token, logprob in pairs:
+  for token, log_prob in pairs:
     word = re.sub(r'[\W_]', '', token).casefold()
     if word in total:
-      total[word] += math.exp(logprob)
+      total[word] += math.exp(log_prob)
   both = sum(total.values())
   return total['yes'] / both if both else math.nan
 
-
-def build(**given) -> VqaEndpoint:
-  return components.build_dataclass(VqaEndpoint, **given)

@@ -35,25 +35,19 @@ RULES = [
 ]  # fmt: skip
 
 
-def rules(prefix: str = '', target: str = '', encoder: bool = True) -> list[conversion.Rule]:
-  """`RULES` for names under `prefix`, into the parameters under `target` (both end in a dot);
-  `encoder` False knowingly leaves the encoder."""
-  lead = re.escape(prefix)
-  skip = [] if encoder else [(lead + r'(encoder\..*|quant_conv\..*)', None, '')]
-  return skip + [(lead + p, target + t, op) for p, t, op in RULES]
+ENCODER = (r'(encoder\..*|quant_conv\..*)', None, '')  # known, and left by the decoder alone
+SHARDING = []
 
 
-def config_of(
-  source, prefix: str = '', options: Mapping | None = None, encoder: bool = True
-) -> modeling.Config:
-  """The config of a checkpoint: `options` (its `config.json` by default) decide, the rest is read
-  off the tensors under `prefix`.
+def config_of(source, part: str = '', options: Mapping | None = None) -> modeling.Config:
+  """The config of a checkpoint, or of its 'decoder' alone: `options` (its `config.json` by default)
+  decide, the rest is read off the tensors.
 
   `scaling_factor` is no tensor: a diffusers config without one means 0.18215, and a checkpoint
   without a config leaves it None.
 
   Raises:
-    ValueError: there is no AutoencoderKL under `prefix`.
+    ValueError: there is no AutoencoderKL.
     ConfigError: an option that the port does not know.
   """
   options = dict(source.config if options is None else options)
@@ -69,8 +63,7 @@ def config_of(
     value = options.get(name, allowed)
     if {value} - {allowed} if isinstance(value, str) else set(value) - {allowed}:
       raise ConfigError(f'{name}={value!r}: allowed is {allowed!r}')
-  shape = lambda name: source.shape(prefix + name)
-  names = [n[len(prefix) :] for n in source.names() if n.startswith(prefix)]
+  shape, names, encoder = source.shape, source.names(), part != 'decoder'
   try:
     ups = _count(names, r'decoder\.up_blocks\.(\d+)\..*')
     found = {
@@ -87,9 +80,7 @@ def config_of(
     if encoder:
       found['in_channels'] = shape('encoder.conv_in.weight')[1]
   except KeyError as error:
-    raise ValueError(
-      f'{source.where} has no AutoencoderKL under {prefix!r}: it lacks {error.args[0]}'
-    ) from error
+    raise ValueError(f'{source.where} has no AutoencoderKL: it lacks {error.args[0]}') from error
   known = set(modeling.Config.__dataclass_fields__) - {'encoder'}
   found |= {k: v for k, v in options.items() if k in known and v is not None}
   found['block_out_channels'] = tuple(found['block_out_channels'])
@@ -100,9 +91,9 @@ def _count(names, pattern):
   return 1 + max((int(m[1]) for n in names if (m := re.fullmatch(pattern, n))), default=-1)
 
 
-def load(source, dtype=None, sharding=None, encoder: bool = True):
-  """(graphdef, params) of the autoencoder in a `Source` of its own (`source.part(prefix)` cuts one
-  out); errors as in `conversion.convert`."""
-  config = config_of(source, encoder=encoder)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
-  return graphdef, conversion.convert(source, rules(encoder=encoder), template, dtype, sharding)
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters (`source.part(prefix)` cuts an autoencoder out of a larger model); errors as in
+  `conversion.convert`."""
+  _, template = modules.abstract_module(lambda: modeling.build(config))
+  rules = RULES if config.encoder else [ENCODER, *RULES]
+  return conversion.convert(source, rules, template, dtype, sharding)

@@ -22,7 +22,7 @@ class Config:
   """Sizes; the names are those of the checkpoint's `config.json`.
 
   `scaling_factor` None: not known without the checkpoint, so latents cannot be scaled. `encoder`
-  False leaves the encoder out, as search only decodes.
+  False leaves the encoder out.
 
   Raises:
     ConfigError: channels that the groups do not divide, or no block at all.
@@ -57,13 +57,17 @@ class Config:
     return 2 ** (len(self.block_out_channels) - 1)
 
 
-RELEASED = {
+SIZES = {
+  'tiny': Config(latent_channels=3, block_out_channels=(4, 8), layers_per_block=1,
+                 norm_num_groups=2, scaling_factor=1.0),
+  'small': Config(latent_channels=16, block_out_channels=(16, 16, 32, 32), layers_per_block=1,
+                  norm_num_groups=8, scaling_factor=1.0),  # for timing searches on a laptop
   'sd1': Config(scaling_factor=0.18215),
   'sdxl': Config(scaling_factor=0.13025),
-  # EPFL-VILAB/flextok_vae_*: the factor stands in the checkpoint only
-  'flextok_vae_c4': Config(),
-  'flextok_vae_c8': Config(latent_channels=8),
-  'flextok_vae_c16': Config(latent_channels=16),
+  # EPFL-VILAB/flextok_vae_*: the factor stands in the checkpoint only; 1 is for random weights
+  'flextok_vae_c4': Config(latent_channels=4, scaling_factor=1.0),
+  'flextok_vae_c8': Config(latent_channels=8, scaling_factor=1.0),
+  'flextok_vae_c16': Config(latent_channels=16, scaling_factor=1.0),
   'sd3': Config(
     latent_channels=16,
     use_quant_conv=False,
@@ -78,7 +82,14 @@ RELEASED = {
     scaling_factor=0.3611,
     shift_factor=0.1159,
   ),
-}
+}  # fmt: skip
+PARTS = ('decoder',)
+
+
+def part_of(c: Config, part: str) -> Config:
+  """The config of the decoder alone: a search only decodes."""
+  del part
+  return dataclasses.replace(c, encoder=False)
 
 
 def norm(width, c, rngs):
@@ -255,7 +266,7 @@ def divergence(mean, log_variance):
 
 
 def build(config: Config, seed=0) -> AutoencoderKL:
-  """A random autoencoder; under `weights.abstract` no memory is used."""
+  """A random autoencoder; under `modules.abstract_module` no memory is used."""
   return AutoencoderKL(config, rngs=nnx.Rngs(seed))
 
 

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 
-from vtts_jax.checkpoints import convert as conversion
 from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import convert, modeling
 
@@ -13,15 +12,15 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
   `images`, its scaled mode and its divergence."""
   options = {'_class_name': 'AutoencoderKL', **config['params']}  # constructor arguments
   settings = convert.config_of(source, options=options)
-  graphdef, template = modules.abstract(lambda: modeling.build(settings))
-  params = conversion.convert(source, convert.rules(), template)
-  encode = jax.jit(lambda p, x: modules.merge(graphdef, p).encode(x))
-  decode = jax.jit(lambda p, x: modules.merge(graphdef, p).decode(x))
+  params = convert.load(source, settings)
+  bind = lambda params: modules.bind_module(modeling.build, settings, params)
+  encode = jax.jit(lambda params, x: bind(params).encode(x))
+  decode = jax.jit(lambda params, x: bind(params).decode(x))
   inside = lambda x: x.transpose(0, 2, 3, 1)
   outside = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
   latents = inside(inputs['latents'])
   mean, log_variance = encode(params, inside(inputs['images']))
-  model = modules.merge(graphdef, params)
+  model = bind(params)
   return {
     'decoded': outside(decode(params, latents)),
     'decoded_scaled': outside(decode(params, model.unscale(latents))),

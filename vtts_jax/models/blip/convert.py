@@ -41,7 +41,7 @@ def _attention(theirs, ours):
   ]
 
 
-def _look(theirs, ours):
+def _fusion(theirs, ours):
   return [
     *_attention(rf'{theirs}\.crossattention', f'{ours}.cross'),
     *_linear(rf'{theirs}\.intermediate\.dense', f'{ours}.ffn.up'),
@@ -75,13 +75,14 @@ RULES = [  # of a source made by `paired`
   *_norm(_TEXT + r'embeddings\.LayerNorm', 'norm'),
   *_attention(_TEXT + r'encoder\.first\.attention', 'first'),
   *_attention(_TEXT + r'encoder\.layer\.\*\.attention', 'pairs.attn'),
-  *_look(_TEXT + r'encoder\.layer\.\*', 'pairs.look'),
-  *_look(_TEXT + r'encoder\.last', 'last'),
+  *_fusion(_TEXT + r'encoder\.layer\.\*', 'pairs.fusion'),
+  *_fusion(_TEXT + r'encoder\.last', 'last'),
   *_linear(r'head\.(\d+)', r'head.\1'),
   # contrastive and matching heads, a buffer of old files
   (r'(vision_proj|text_proj|itm_head)\.(weight|bias)', None, ''),
   (_TEXT + r'embeddings\.position_ids', None, ''),
 ]  # fmt: skip
+SHARDING = vit.SHARDING  # of the picture's trunk, which is two thirds of the model
 
 
 def paired(source):
@@ -117,7 +118,7 @@ def paired(source):
   return stacked(joined, 'blocks|layers?')
 
 
-def config_of(source, **options) -> modeling.Config:
+def config_of(source, part: str = '', **options) -> modeling.Config:
   """The config of a checkpoint, from shapes; heads are 64 wide and norms have their published eps
   unless the checkpoint's config.json (`vision_config`, `text_config`) or `options` (fields of
   `Config`, and `vision_heads`, `vision_eps`) say otherwise.
@@ -125,6 +126,7 @@ def config_of(source, **options) -> modeling.Config:
   Raises:
     ValueError: there is no BLIP in it.
   """
+  del part
   s = paired(source)
   timm = any(n.startswith('visual_encoder.') for n in s.names())
   where = 'visual_encoder.' if timm else 'vision_model.embeddings.'
@@ -159,8 +161,7 @@ def _count(source, lead):
   return len({n.split('.')[1] for n in source.names() if n.startswith(lead + '.')})
 
 
-def load(source, config=None, dtype=None, sharding=None):
-  """(graphdef, params) of a whole checkpoint; errors as in `conversion.convert`."""
-  config = config or config_of(source)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
-  return graphdef, conversion.convert(paired(source), RULES, template, dtype, sharding)
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters; errors as in `conversion.convert`."""
+  _, template = modules.abstract_module(lambda: modeling.build(config))
+  return conversion.convert(paired(source), RULES, template, dtype, sharding)

@@ -24,7 +24,7 @@ from vtts_jax.models.stacked import scan, stack
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw rewards; ImageReward.py
 
-_LARGE = vit.Config(1024, 24, 16, 4096, eps=1e-6)
+_LARGE = vit.Config(width=1024, layers=24, heads=16, hidden=4096, eps=1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +66,14 @@ class Config:
     return (self.size // self.patch) ** 2
 
 
-TINY = Config(
-  vision=vit.Config(16, 2, 2, 32, eps=1e-6), size=32, patch=16, vocab=64, positions=12, width=16,
-  layers=3, heads=2, hidden=32, length=12, head=(16, 8, 8, 4, 1),
-)  # fmt: skip
-RELEASED = {'image_reward': Config()}
+SIZES = {
+  'tiny': Config(
+    vision=vit.Config(width=16, layers=2, heads=2, hidden=32, eps=1e-6), size=32, patch=16,
+    vocab=64, positions=12, width=16, layers=3, heads=2, hidden=32, length=12,
+    head=(16, 8, 8, 4, 1),
+  ),
+  'image_reward': Config(),
+}  # fmt: skip
 
 
 class SelfAttention(nnx.Module):
@@ -101,7 +104,7 @@ class CrossAttention(nnx.Module):
     return self.norm(x + self.out(vit.attend(self.q(x), k, v, self.heads)))
 
 
-class Look(nnx.Module):
+class Fusion(nnx.Module):
   """The second half of a layer: cross-attention, feed-forward."""
 
   def __init__(self, c, *, rngs):
@@ -118,12 +121,12 @@ class Pair(nnx.Module):
   """The second half of a layer and the first half of the next."""
 
   def __init__(self, c, *, rngs):
-    self.look = Look(c, rngs=rngs)
+    self.fusion = Fusion(c, rngs=rngs)
     self.attn = SelfAttention(c, rngs=rngs)
 
   def __call__(self, x, image, bias):
     """What the layer returns, and what the next one's self-attention makes of it."""
-    done = self.look(x, image)
+    done = self.fusion(x, image)
     return done, self.attn(done, bias)
 
 
@@ -158,7 +161,7 @@ class BLIP(nnx.Module):
     self.norm = vit.LayerNorm(c.width, c.eps)
     self.first = SelfAttention(c, rngs=rngs)
     self.pairs = stack(lambda rngs: Pair(c, rngs=rngs), c.layers - 1, rngs)
-    self.last = Look(c, rngs=rngs)
+    self.last = Fusion(c, rngs=rngs)
     widths = (c.width, *c.head)
     self.head = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:])])
 
@@ -195,7 +198,7 @@ def _bias(mask):
 
 
 def build(config: Config, seed=0) -> BLIP:
-  """A random model; under `weights.abstract` no memory is used."""
+  """A random model; under `modules.abstract_module` no memory is used."""
   return BLIP(config, rngs=nnx.Rngs(seed))
 
 
@@ -205,8 +208,8 @@ def flops(c: Config, part: str) -> int:
   attn = w * (8 * d * d + 4 * w * d)
   if part == 'text':
     return attn
-  look = lambda w: 4 * w * d * (d + t + c.hidden) + 4 * t * c.vision.width * d
+  fusion = lambda w: 4 * w * d * (d + t + c.hidden) + 4 * t * c.vision.width * d
   widths = (d, *c.head)
   head = sum(2 * a * b for a, b in zip(widths, widths[1:]))
   embed = 6 * c.patches * c.patch**2 * c.vision.width
-  return embed + vit.flops(c.vision, t) + (c.layers - 1) * (look(w) + attn) + look(1) + head
+  return embed + vit.flops(c.vision, t) + (c.layers - 1) * (fusion(w) + attn) + fusion(1) + head

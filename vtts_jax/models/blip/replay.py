@@ -4,15 +4,16 @@ import jax
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.models.blip import convert
+from vtts_jax.models.blip import convert, modeling
 
 
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """What goes into the picture's trunk and comes out of the tower, the text layers, the reward."""
-  graphdef, params = convert.load(source, convert.config_of(source, **config['options']))
+  sizes = convert.config_of(source, **config['options'])
+  params = convert.load(source, sizes)
 
   def run(params, inputs):
-    model = modules.merge(graphdef, params)
+    model = modules.bind_module(modeling.build, sizes, params)
     image = model.vision(inputs['images'])
     text = model.text(inputs['ids'], inputs['mask'])
     first, states = model.fuse(text, inputs['mask'], image)

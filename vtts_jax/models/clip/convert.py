@@ -1,15 +1,14 @@
 """CLIP: from the layout of transformers (`CLIPModel`, or one tower with its projection) and from
 that of open_clip, which is OpenAI's own and that of HPSv2."""
 
+import dataclasses
 import re
 
 from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules, vit
 from vtts_jax.models.clip import modeling
 from vtts_jax.models.stacked import fused, stacked, transposed
 
-TOWERS = ('both', 'image', 'text')
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # image trunks of H, g and bigG; all others 64
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}  # transformers' names
 BLOCK = {
@@ -75,6 +74,7 @@ RULES = [  # after `fused` and `stacked`; the two layouts share the name logit_s
   (r'logit_scale', 'scale', ''),
   (r'(input_resolution|context_length|vocab_size|(?:text\.)?attn_mask)', None, ''),  # OpenAI's
 ]
+SHARDING = vit.SHARDING
 
 
 def trunk_of(source, block, options, layout, act, head=64, eps=1e-5) -> vit.Config:
@@ -95,7 +95,7 @@ def trunk_of(source, block, options, layout, act, head=64, eps=1e-5) -> vit.Conf
   )  # fmt: skip
 
 
-def config_of(source, towers: str = 'both') -> modeling.Config:
+def config_of(source, part: str = '') -> modeling.Config:
   """The config of a checkpoint.
 
   Sizes are read off the shapes; heads, activation, epsilon and the end of text are those of its
@@ -104,20 +104,18 @@ def config_of(source, towers: str = 'both') -> modeling.Config:
   sizes.
 
   Args:
-    towers: 'both', 'image' or 'text'; the other tower of the file is left.
+    part: '' for both towers, 'image' or 'text' for one; the other tower of the file is left.
 
   Raises:
     ValueError: there is no such CLIP.
-    ConfigError: unknown `towers`, or an option that the port does not know.
+    ConfigError: an option that the port does not know.
   """
-  if towers not in TOWERS:
-    raise ConfigError(f'towers={towers!r}: must be one of {", ".join(TOWERS)}')
   try:
-    image = _image(source) if towers != 'text' else {'image': None}
-    text = _text(source) if towers != 'image' else {'text': None}
+    image = _image(source) if part != 'text' else {'image': None}
+    text = _text(source) if part != 'image' else {'text': None}
   except KeyError as error:
-    raise ValueError(f'{source.where} has no CLIP ({towers}): no {error}') from error
-  if image.get('projection', 0) != text.get('projection', 0) and towers == 'both':
+    raise ValueError(f'{source.where} has no CLIP ({part or "both towers"}): no {error}') from error
+  if not part and image['projection'] != text['projection']:
     raise ValueError(
       f'{source.where}: pictures are projected to {image["projection"]}, texts to '
       f'{text["projection"]}'
@@ -179,25 +177,29 @@ def _text(source):
   }  # fmt: skip
 
 
-def load(source, dtype=None, sharding=None, towers='both'):
-  """(graphdef, params) of a `Source`; errors as in `config_of` and `conversion.convert`.
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters of the towers that `config` has; errors as in `conversion.convert`.
 
   Args:
     dtype: of all but the temperature, which keeps its 24 bits.
   """
-  config = config_of(source, towers)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
+  _, template = modules.abstract_module(lambda: modeling.build(config))
+  # an aesthetic head beside CLIP, which verifiers/aesthetic reads, has layers of its own
+  header = {k: v for k, v in source.header.items() if not re.match(r'layers\.\d', k)}
+  source = dataclasses.replace(source, header=header)
   source = fused(stacked(source, 'layers|resblocks'))
+  # of a tower that is not there the names are known and left
   table = [(p, t if t and t.split('.')[0] in template else None, op) for p, t, op in RULES]
   params = conversion.convert(source, table, template, dtype, sharding)
-  return graphdef, exact(source, params, template, sharding, ('scale',))
+  return params | read_exactly(source, template, sharding, ('scale',))
 
 
-def exact(source, params, template, sharding, names):
-  """`params` in which those of `names` that are there are read again in the template's dtype."""
+def read_exactly(source, template, sharding, names):
+  """Those of the parameters `names` (of `logit_<name>`) that `template` has, in its own dtype."""
+  found = {}
   for name in names:
     if name in template:
       rules = [(f'logit_{name}', name, ''), ('.*', None, '')]
       place = {name: sharding[name]} if isinstance(sharding, dict) else sharding
-      params |= conversion.convert(source, rules, {name: template[name]}, None, place)
-  return params
+      found |= conversion.convert(source, rules, {name: template[name]}, None, place)
+  return found

@@ -54,20 +54,36 @@ class Config:
     return (self.image_size // self.patch) ** 2 + 1
 
 
-def _config(patch, image, text, projection, act, size=224):
-  trunk = lambda width, layers, heads, hidden: vit.Config(width, layers, heads, hidden, act)
-  return Config(trunk(*image), trunk(*text), projection, size, patch)
+def _trunk(width, layers, heads, hidden=0, act='quick_gelu'):
+  return vit.Config(width, layers, heads, hidden or 4 * width, act)
 
 
-_B, _L = (768, 12, 12, 3072), (1024, 24, 16, 4096)
-RELEASED = {  # trunks: width, layers, heads, hidden
-  'b32': _config(32, _B, (512, 12, 8, 2048), 512, 'quick_gelu'),
-  'b16': _config(16, _B, (512, 12, 8, 2048), 512, 'quick_gelu'),
-  'l14': _config(14, _L, (768, 12, 12, 3072), 768, 'quick_gelu'),
-  'l14_336': _config(14, _L, (768, 12, 12, 3072), 768, 'quick_gelu', 336),
-  'h14': _config(14, (1280, 32, 16, 5120), (1024, 24, 16, 4096), 1024, 'gelu'),
-  'bigg14': _config(14, (1664, 48, 16, 8192), (1280, 32, 20, 5120), 1280, 'gelu'),
-}
+_TINY = _trunk(width=16, layers=2, heads=2, hidden=32)
+_IMAGE_B, _TEXT_B = _trunk(width=768, layers=12, heads=12), _trunk(width=512, layers=12, heads=8)
+_IMAGE_L, _TEXT_L = _trunk(width=1024, layers=24, heads=16), _trunk(width=768, layers=12, heads=12)
+SIZES = {
+  'tiny': Config(_TINY, _TINY, projection=12, image_size=32, vocab=256, length=16),
+  # OpenAI's
+  'b32': Config(_IMAGE_B, _TEXT_B, projection=512, patch=32),
+  'b16': Config(_IMAGE_B, _TEXT_B, projection=512, patch=16),
+  'l14': Config(_IMAGE_L, _TEXT_L, projection=768, patch=14),
+  'l14_336': Config(_IMAGE_L, _TEXT_L, projection=768, patch=14, image_size=336),
+  # OpenCLIP's
+  'h14': Config(
+    _trunk(width=1280, layers=32, heads=16, act='gelu'),
+    _trunk(width=1024, layers=24, heads=16, act='gelu'), projection=1024, patch=14,
+  ),
+  'bigg14': Config(
+    _trunk(width=1664, layers=48, heads=16, hidden=8192, act='gelu'),
+    _trunk(width=1280, layers=32, heads=20, act='gelu'), projection=1280, patch=14,
+  ),
+}  # fmt: skip
+PARTS = ('image', 'text')
+
+
+def part_of(c: Config, part: str) -> Config:
+  """The config of one tower with its projection."""
+  return dataclasses.replace(c, **{'text' if part == 'image' else 'image': None})
 
 
 def random_table(rngs, *shape):
@@ -148,11 +164,11 @@ class CLIP(nnx.Module):
     self.text = TextTower(c, rngs=rngs) if c.text else None
     self.scale = nnx.Param(jnp.array(math.log(1 / 0.07))) if c.image and c.text else None
 
-  def embed_image(self, pixels):
+  def embed_images(self, pixels):
     """`[R, S, S, 3]` -> unit vectors `[R, E]`."""
     return unit(self.image(pixels))
 
-  def embed_text(self, ids):
+  def embed_texts(self, ids):
     """`[R, T]` -> unit vectors `[R, E]`."""
     return unit(self.text(ids))
 
@@ -162,14 +178,22 @@ class CLIP(nnx.Module):
 
 
 def build(config: Config, seed=0) -> CLIP:
-  """A random model; under `weights.abstract` no memory is used."""
+  """A random model; under `modules.abstract_module` no memory is used."""
   return CLIP(config, rngs=nnx.Rngs(seed))
 
 
-def preprocess(c: Config, images):
-  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`: shorter side to S, middle, norm."""
-  x = pictures.resize_shortest(images, c.image_size, 'bicubic')
-  return pictures.normalize(pictures.center_crop(x, c.image_size), MEAN, STD)
+def picture_sides(c: Config) -> tuple[int, int]:
+  """(side of the square that is cut out, what the shorter side is resized to before)."""
+  return c.image_size, c.image_size
+
+
+def preprocess(c: Config, images, fitted: bool = False):
+  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`: shorter side to S, middle, norm;
+  `fitted` ones are S x S already."""
+  if not fitted:
+    images = pictures.resize_shortest(images, c.image_size, 'bicubic')
+    images = pictures.center_crop(images, c.image_size)
+  return pictures.normalize(images, MEAN, STD)
 
 
 def flops(c: Config, op: str) -> int:

@@ -4,18 +4,18 @@ import jax
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.models.clip import convert
+from vtts_jax.models.clip import convert, modeling
 
 
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Stages of the two towers for `pixels` and `ids`, the embeddings and the logits."""
-  del config
-  graphdef, params = convert.load(source)
+  config = convert.config_of(source)
+  params = convert.load(source, config)
 
   def stages(params, pixels, ids):
-    model = modules.merge(graphdef, params)
+    model = modules.bind_module(modeling.build, config, params)
     seen, read = model.image.tokens(pixels), model.text.tokens(ids)
-    image, text = model.embed_image(pixels), model.embed_text(ids)
+    image, text = model.embed_images(pixels), model.embed_texts(ids)
     return {
       'image_embedded': model.image.embed(pixels),
       'image_tokens': seen,

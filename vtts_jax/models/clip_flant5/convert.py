@@ -2,11 +2,13 @@
 `vision_tower.vision_tower`), or from those of RE-N-Y/clip-t5-xxl (`t5`, `mm_projector`, `v`)."""
 
 import dataclasses
+import os
 import re
 
 from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints import source as source_files
 from vtts_jax.errors import ConfigError
-from vtts_jax.models import modules
+from vtts_jax.models import modules, vit
 from vtts_jax.models.clip import convert as clip_convert
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.clip_flant5 import modeling
@@ -34,6 +36,23 @@ RULES = [  # of a source made by `whole`, then `prepared`
   *((p, f'decoder.{t}', op) for p, t, op in t5_decoder.RULES),
   *((p, t and f'encoder.{t}', op) for p, t, op in t5_convert.RULES if t),
 ]  # fmt: skip
+SHARDING = [
+  *vit.SHARDING,
+  *t5_convert.SHARDING,
+  *t5_decoder.SHARDING,
+]
+
+
+def open_weights(weights: str, part: str = '') -> source_files.Source:
+  """A checkpoint, or 'LANGUAGE+VISION': one without its tower and the CLIP that it is to take.
+
+  Raises:
+    FileNotFoundError, ValueError: as `source.open_source`; there is no tower in either.
+  """
+  del part
+  text, plus, vision = (weights, '', '') if os.path.exists(weights) else weights.partition('+')
+  tower = source_files.open_source(vision) if plus else None
+  return whole(source_files.open_source(text), tower)
 
 
 def _renamed(source, new, config=None):
@@ -97,13 +116,14 @@ def prepared(source):
   return fused(stacked(t5_decoder.layered(kept), 'layers'))
 
 
-def config_of(source) -> modeling.Config:
+def config_of(source, part: str = '') -> modeling.Config:
   """The config of a source made by `whole`: sizes from shapes, the rest from its `config.json`.
 
   Raises:
     ValueError: there is no CLIP-FlanT5 in it.
     ConfigError: an option that the port does not know.
   """
+  del part
   for name, value in SETTINGS.items():
     if source.config.get(name, value) != value:
       raise ConfigError(f'{source.where}: {name}={source.config[name]!r}: allowed is {value!r}')
@@ -129,9 +149,7 @@ def config_of(source) -> modeling.Config:
   return modeling.Config(vision, encoder, decoder, min(decoder.vocab_size, TOKENIZED))
 
 
-def load(source, vision=None, dtype=None, sharding=None):
-  """(graphdef, params) of a checkpoint, with the tower of `vision` if that is given; errors as in
-  `whole`, `config_of` and `conversion.convert`."""
-  source = whole(source, vision)
-  graphdef, template = modules.abstract(lambda: modeling.build(config_of(source)))
-  return graphdef, conversion.convert(prepared(source), RULES, template, dtype, sharding)
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters of a source made by `whole`; errors as in `conversion.convert`."""
+  _, template = modules.abstract_module(lambda: modeling.build(config))
+  return conversion.convert(prepared(source), RULES, template, dtype, sharding)

@@ -45,21 +45,23 @@ class Config:
     return self.vision.tokens - 1
 
 
-def _released(text):
-  tower = clip.RELEASED['l14_336']
+def _with_clip(text):
+  tower = clip.SIZES['l14_336']
   trunk = dataclasses.replace(tower.image, layers=tower.image.layers - 1)
-  return Config(dataclasses.replace(tower, image=trunk, text=None, projection=1), text, text)
+  vision = dataclasses.replace(tower, image=trunk, text=None, projection=1)
+  return Config(vision=vision, encoder=text, decoder=text)
 
 
-RELEASED = {
-  'clip_flant5_xl': _released(t5.RELEASED['flan_t5_xl']),
-  'clip_flant5_xxl': _released(t5.RELEASED['t5_v1_1_xxl']),
-}
+_TRUNK = vit.Config(width=16, layers=1, heads=2, hidden=24, act='quick_gelu')
 _TEXT = t5.Config(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=3)
-TINY = Config(
-  clip.Config(vit.Config(16, 1, 2, 24, 'quick_gelu'), None, 1, image_size=16, patch=4),
-  _TEXT, _TEXT, words=60,
-)  # fmt: skip
+SIZES = {
+  'tiny': Config(
+    vision=clip.Config(image=_TRUNK, text=None, projection=1, image_size=16, patch=4),
+    encoder=_TEXT, decoder=_TEXT, words=60,
+  ),
+  'clip_flant5_xl': _with_clip(t5.SIZES['flan_t5_xl']),
+  'clip_flant5_xxl': _with_clip(t5.SIZES['t5_v1_1_xxl']),
+}  # fmt: skip
 
 
 class Patches(clip.ImageTower):
@@ -93,15 +95,15 @@ class ClipFlanT5(nnx.Module):
     self.encoder = t5.T5Encoder(c.encoder, rngs=rngs)
     self.decoder = t5_decoder.T5Decoder(c.decoder, rngs=rngs)
 
-  def look(self, pixels):
+  def embed_images(self, pixels):
     """`[R, S, S, 3]` as `preprocess` makes them -> what T5 reads of them, `[R, P, D]`."""
     return self.projector(self.image(pixels))
 
-  def read(self, before, shown, after, mask):
+  def read(self, before, image, after, mask):
     """Embedded words `[R, B, D]`, a picture, words `[R, F, D]`, of which `mask [R, F]` are real ->
     the encoder's states `[R, W, D]` and their mask `[R, W]`."""
-    x = jnp.concatenate([before, shown, after], 1)
-    real = jnp.ones((len(x), before.shape[1] + shown.shape[1]), bool)
+    x = jnp.concatenate([before, image, after], 1)
+    real = jnp.ones((len(x), before.shape[1] + image.shape[1]), bool)
     mask = jnp.concatenate([real, mask.astype(bool)], 1)
     bias = self.encoder.bias(x.shape[1], mask)
     for block in self.encoder.blocks:
@@ -114,15 +116,15 @@ class ClipFlanT5(nnx.Module):
     logits = self.decoder(x, states, mask)[..., : self.config.words]
     return jnp.take_along_axis(jax.nn.log_softmax(logits, -1), answer[..., None], -1)[..., 0]
 
-  def likelihood(self, before, shown, after, mask, answer):
+  def likelihood(self, before, image, after, mask, answer):
     """The published score `[R]`: exp of the mean log-probability of the answer's tokens, its end
     among them (for "Yes", the root of P(Yes) P(end | Yes))."""
-    states, mask = self.read(before, shown, after, mask)
+    states, mask = self.read(before, image, after, mask)
     return jnp.exp(self.log_probs(states, mask, answer).mean(-1))
 
 
 def build(config: Config, seed=0) -> ClipFlanT5:
-  """A random model; under `weights.abstract` no memory is used."""
+  """A random model; under `modules.abstract_module` no memory is used."""
   return ClipFlanT5(config, rngs=nnx.Rngs(seed))
 
 

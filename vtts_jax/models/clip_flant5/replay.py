@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.models.clip_flant5 import convert
+from vtts_jax.models.clip_flant5 import convert, modeling
 from vtts_jax.models.t5 import decoder
 
 
@@ -12,16 +12,18 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
   """The tower's patches, what T5 reads of them, the encoder's states, the decoder's logits, the
   answer's log-probabilities and likelihood."""
   del config
-  graphdef, params = convert.load(source)
+  source = convert.whole(source)
+  sizes = convert.config_of(source)
+  params = convert.load(source, sizes)
 
   def stages(params, pixels, before, after, mask, answer):
-    model = modules.merge(graphdef, params)
-    embed, shown = model.encoder.embed, model.look(pixels)
-    words = embed(before), shown, embed(after), mask
+    model = modules.bind_module(modeling.build, sizes, params)
+    embed, image = model.encoder.embed, model.embed_images(pixels)
+    words = embed(before), image, embed(after), mask
     states, real = model.read(*words)
     return {
       'patches': model.image(pixels),
-      'shown': shown,
+      'shown': image,
       'states': states,
       'logits': model.decoder(embed(decoder.shifted(answer)), states, real),
       'log_probs': model.log_probs(states, real, answer),

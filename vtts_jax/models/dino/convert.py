@@ -40,6 +40,7 @@ RULES = [  # for a source that is `joined`
   # of training alone, and a pooler that DINO's files do not fill
   (_LEAD + r'(?:(?:embeddings\.)?mask_token|pooler\.dense\.(?:weight|bias))', None, ''),
 ]
+SHARDING = vit.SHARDING
 
 
 def joined(source):
@@ -54,8 +55,9 @@ def joined(source):
   return source
 
 
-def config_of(source, **options) -> modeling.Config:
-  """The config of a checkpoint: read off names, shapes and its `config.json`; `options` win.
+def config_of(source, part: str = '', **options) -> modeling.Config:
+  """The config of a checkpoint: read off names, shapes and its `config.json`; `options` win. Of the
+  part 'encoder' a linear head is left.
 
   Heads are 64 wide where no config says how many there are. Positions are resized as the code of
   the layout does it: `blocks.0...` belongs to the original code, which adds 0.1.
@@ -91,7 +93,8 @@ def config_of(source, **options) -> modeling.Config:
     'project': shapes.get('project', (0, 0))[1],
     'classes': shapes.get('head.kernel', (0,))[0],
   }
-  return modeling.Config(**{**found, **options})
+  config = modeling.Config(**{**found, **options})
+  return modeling.part_of(config, part) if part else config
 
 
 def _shapes(source) -> dict:
@@ -107,13 +110,9 @@ def _shapes(source) -> dict:
   return shapes
 
 
-def load(source, dtype=None, sharding=None, config=None):
-  """(graphdef, params) of the encoder in a `Source`; errors as in `conversion.convert`.
-
-  Args:
-    config: `config_of(source)` by default; with `classes=0` a linear head is knowingly left.
-  """
-  config = config or config_of(source)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters; with `classes=0` a linear head is knowingly left. Errors as in
+  `conversion.convert`."""
+  _, template = modules.abstract_module(lambda: modeling.build(config))
   rules = RULES if config.classes else [(r'classifier\..*', None, ''), *RULES]
-  return graphdef, conversion.convert(joined(source), rules, template, dtype, sharding)
+  return conversion.convert(joined(source), rules, template, dtype, sharding)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.errors import ConfigError
 from vtts_jax.media import preprocess as pictures
 from vtts_jax.models import vit
 
@@ -71,28 +70,46 @@ class Config:
     )
 
 
-TINY = Config(width=16, layers=2, heads=2, hidden=32, patch=32, grid=5)
-_SMALL = {'width': 384, 'heads': 6, 'hidden': 1536}
-_V2 = {
-  'small': Config(**_SMALL, patch=14, grid=37, layer_scale=True),
-  'base': Config(patch=14, grid=37, layer_scale=True),
-  'large': Config(1024, 24, 16, 4096, 14, 37, layer_scale=True),
-  'giant': Config(1536, 40, 24, 4096, 14, 37, 'swiglu', layer_scale=True),
+def _small(**options):
+  return Config(width=384, layers=12, heads=6, hidden=1536, **options)
+
+
+def _sizes():
+  """The released models by their names on the hub, under facebook/, with - for _."""
+  second = {'patch': 14, 'grid': 37, 'layer_scale': True}
+  second = {
+    'small': _small(**second),
+    'base': Config(width=768, layers=12, heads=12, hidden=3072, **second),
+    'large': Config(width=1024, layers=24, heads=16, hidden=4096, **second),
+    'giant': Config(width=1536, layers=40, heads=24, hidden=4096, act='swiglu', **second),
+  }
+  found = {f'dinov2_{size}': c for size, c in second.items()} | {
+    f'dinov2_with_registers_{size}': dataclasses.replace(c, registers=4, antialias=True)
+    for size, c in second.items()
+  }
+  found |= {
+    f'{name}_imagenet1k_1_layer': dataclasses.replace(c, classes=1000) for name, c in found.items()
+  }
+  return {
+    'dino_vits16': _small(patch=16, grid=14, eps=1e-12),
+    'dino_vits8': _small(patch=8, grid=28, eps=1e-12),
+    'dino_vitb16': Config(patch=16, grid=14, eps=1e-12),
+    'dino_vitb8': Config(patch=8, grid=28, eps=1e-12),
+    **found,
+  }
+
+
+SIZES = {
+  'tiny': Config(width=16, layers=2, heads=2, hidden=32, patch=32, grid=5, classes=10),
+  **_sizes(),
 }
-_registers = functools.partial(dataclasses.replace, registers=4, antialias=True)
-RELEASED = {  # the names on the hub, under facebook/, with - for _
-  'dino_vits16': Config(**_SMALL, eps=1e-12),
-  'dino_vits8': Config(**_SMALL, patch=8, grid=28, eps=1e-12),
-  'dino_vitb16': Config(eps=1e-12),
-  'dino_vitb8': Config(patch=8, grid=28, eps=1e-12),
-  **{f'dinov2_{size}': c for size, c in _V2.items()},
-  **{f'dinov2_with_registers_{size}': _registers(c) for size, c in _V2.items()},
-}
-RELEASED |= {
-  f'{name}_imagenet1k_1_layer': dataclasses.replace(c, classes=1000)
-  for name, c in RELEASED.items()
-  if name.startswith('dinov2')
-}
+PARTS = ('encoder',)
+
+
+def part_of(c: Config, part: str) -> Config:
+  """The config of the encoder alone, without the linear head."""
+  del part
+  return dataclasses.replace(c, classes=0)
 
 
 # ------------------------------------------------------------------------------------ the positions
@@ -131,14 +148,14 @@ class Dino(nnx.Module):
 
   def __init__(self, config: Config, *, rngs):
     c = self.config = config
-    drawn = lambda *shape: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape))
+    table = lambda *shape: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape))
     self.patch = nnx.Linear(3 * c.patch**2, c.width, rngs=rngs)
-    self.cls, self.positions = drawn(1, 1, c.width), drawn(1, 1 + c.grid**2, c.width)
-    self.registers = drawn(1, c.registers, c.width) if c.registers else None
+    self.cls, self.positions = table(1, 1, c.width), table(1, 1 + c.grid**2, c.width)
+    self.registers = table(1, c.registers, c.width) if c.registers else None
     self.embed_norm = vit.LayerNorm(c.width, c.eps) if c.embed_norm else None
     self.trunk = vit.Trunk(c.trunk, rngs=rngs)
     self.norm = vit.LayerNorm(c.width, c.eps)
-    self.project = drawn(c.width, c.project) if c.project else None
+    self.project = table(c.width, c.project) if c.project else None
     self.head = nnx.Linear(2 * c.width, c.classes, rngs=rngs) if c.classes else None
 
   def __call__(self, images):
@@ -173,6 +190,11 @@ class Dino(nnx.Module):
     x = self.norm(self.trunk(self.embed(images))[:, 0])
     return (x if self.project is None else x @ self.project[...]).astype(jnp.float32)
 
+  def embed_images(self, images):
+    """Unit vectors `[R, D]` float32: `features` of length 1."""
+    x = self.features(images)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
   def logits(self, images):
     """Of the linear head, `[R, C]` float32."""
     x = self(images)
@@ -181,31 +203,29 @@ class Dino(nnx.Module):
 
 
 def build(config: Config, seed=0) -> Dino:
-  """A random encoder; under `weights.abstract` no memory is used."""
+  """A random encoder; under `modules.abstract_module` no memory is used."""
   return Dino(config, rngs=nnx.Rngs(seed))
 
 
-def prepare(images):
+def picture_sides(c: Config) -> tuple[int, int]:
+  """(side of the square that is cut out, what the shorter side is resized to before)."""
+  del c
+  return SIDE, RESIZED
+
+
+def preprocess(c: Config, images, fitted: bool = False):
   """Pictures `[..., H, W, 3]` in [0, 1] as the published evaluations of both families make them,
-  `[..., 224, 224, 3]` normalised: PIL's bicubic to 256 and the middle 224."""
-  small = pictures.resize_shortest(images, RESIZED)
-  return pictures.normalize(pictures.center_crop(small, SIDE), MEAN, STD)
+  `[..., 224, 224, 3]` normalised: PIL's bicubic to 256 and the middle 224, for every size;
+  `fitted` ones are 224 x 224 already."""
+  del c
+  if not fitted:
+    images = pictures.center_crop(pictures.resize_shortest(images, RESIZED), SIDE)
+  return pictures.normalize(images, MEAN, STD)
 
 
-def released(name: str, setting: str) -> Config:
-  """The config called `name`, 'tiny' or a key of `RELEASED`.
-
-  Raises:
-    ConfigError: no such name; the message calls it `setting`.
-  """
-  known = {'tiny': TINY, **RELEASED}
-  if name not in known:
-    raise ConfigError(f'{setting}={name!r}: must be one of {", ".join(known)}')
-  return known[name]
-
-
-def flops(c: Config, side: int = SIDE) -> int:
+def flops(c: Config, op: str = 'image', side: int = SIDE) -> int:
   """Matmul FLOPs of the encoder, with projection or head, for one picture of so many pixels."""
+  del op  # there is nothing else to do than 'image'
   patches = (side // c.patch) ** 2
   own = 2 * patches * 3 * c.patch**2 * c.width + 2 * c.width * c.project
   return own + vit.flops(c.trunk, 1 + c.registers + patches) + 4 * c.width * c.classes

@@ -5,18 +5,18 @@ import jax
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.models.dino import convert
+from vtts_jax.models.dino import convert, modeling
 
 
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """For each picture batch `images_<size>`: `embed_`, `block<i>_`, `tokens_`, `features_` and, with
   a head, `logits_`."""
-  options = {'heads': config['params']['num_attention_heads']}
-  graphdef, params = convert.load(source, config=convert.config_of(source, **options))
+  sizes = convert.config_of(source, heads=config['params']['num_attention_heads'])
+  params = convert.load(source, sizes)
 
   @jax.jit
   def run(params, images):
-    model = modules.merge(graphdef, params)
+    model = modules.bind_module(modeling.build, sizes, params)
     first = model.embed(images)
     out = {'embed': first, 'tokens': model(images), 'features': model.features(images)}
     out |= {f'block{i}': x for i, x in enumerate(model.trunk.states(first))}

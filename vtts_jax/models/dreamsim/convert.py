@@ -1,7 +1,8 @@
 """DreamSim: base weights of the branches, and the adapters that are merged into them.
 
-A released model is (a) a folder with the safetensors of each branch,
-`<branch>_pretrain.safetensors` in any layout that `models/dino` reads, and the adapters in
+The tensors of branch i are read as `<i>.<name>`. A released model is (a) a folder with the
+safetensors of each branch, `<branch>_pretrain.safetensors` in any layout that `models/dino` reads,
+and the adapters in
 `ensemble_lora/` (of a single model, `<branch>_single_lora/`) as PEFT writes them, or (b) one file
 of the model with the adapters merged already, its names those of `PerceptualModel`.
 """
@@ -20,28 +21,52 @@ from vtts_jax.models import modules
 from vtts_jax.models.dino import convert as dino
 from vtts_jax.models.dreamsim import modeling
 
+SHARDING = dino.SHARDING
 ADAPTER = re.compile(
   r'(?:base_model\.model\.)*extractor_list\.(\d+)\.model\.blocks\.(\d+)\.attn\.qkv\.'
   r'lora_(A|B)(?:\.default)?\.weight'
 )
 
 
-def open_branches(place: str, name: str = 'ensemble') -> list[checkpoints.Source]:
-  """A `Source` of each branch of the released model `name`, adapters merged (when read).
+def open_weights(weights: str, part: str = '') -> checkpoints.Source:
+  """The branches of the released model `part` ('' for the ensemble), adapters merged (when read).
 
   Raises:
     FileNotFoundError: no such folder or file.
     ValueError: an adapter or a branch is missing, or is none of this model.
   """
+  name = part or 'ensemble'
   members = modeling.MEMBERS[name]
-  if os.path.isdir(place):
-    folder = f'{name}_lora' if name == 'ensemble' else f'{name}_single_lora'
-    open_file = checkpoints.open_source
-    adapters = open_file(place, subfolder=folder, file='adapter_model.safetensors')
-    bases = [open_file(place, file=f'{member}_pretrain.safetensors') for member in members]
-    return merged(bases, adapters, scale_of(place, folder))
-  source = checkpoints.open_source(place)
-  return [_part(source, i) for i in range(len(members))]
+  if not os.path.isdir(weights):
+    source = checkpoints.open_source(weights)
+    return joined([_branch(source, i) for i in range(len(members))])
+  folder = f'{name}_lora' if name == 'ensemble' else f'{name}_single_lora'
+  open_file = checkpoints.open_source
+  adapters = open_file(weights, subfolder=folder, file='adapter_model.safetensors')
+  bases = [open_file(weights, file=f'{member}_pretrain.safetensors') for member in members]
+  return joined(merged(bases, adapters, scale_of(weights, folder)))
+
+
+def joined(branches) -> checkpoints.Source:
+  """One source of all branches, the names of branch i under `<i>.`."""
+
+  def read(name):
+    i, _, own = name.partition('.')
+    return branches[int(i)].get(own)
+
+  return dataclasses.replace(
+    branches[0],
+    where=' and '.join(dict.fromkeys(branch.where for branch in branches)),
+    header={f'{i}.{n}': v for i, branch in enumerate(branches) for n, v in branch.header.items()},
+    read=read,
+    identity=';'.join(branch.identity for branch in branches),
+  )
+
+
+def _branches(source):
+  """The sources that `joined` put together."""
+  count = 1 + max(int(name.partition('.')[0]) for name in source.names())
+  return [source.part(f'{i}.', source.config) for i in range(count)]
 
 
 def scale_of(place: str, folder: str) -> float:
@@ -62,8 +87,8 @@ def scale_of(place: str, folder: str) -> float:
   return config['lora_alpha'] / config['r']
 
 
-def _part(source, i):
-  """Branch i of a whole model; DINO's training head is left."""
+def _branch(source, i):
+  """Branch i of a file of the whole model; DINO's training head is left."""
   lead = f'extractor_list.{i}.'
   names = {n[len(lead) :].removeprefix('model.'): n for n in source.names() if n.startswith(lead)}
   names = {own: n for own, n in names.items() if not own.startswith('proj.')}
@@ -116,25 +141,26 @@ def _merged(base, adapters, found, i, scale):
   return dataclasses.replace(base, read=read, identity=identity)
 
 
-def config_of(branches, name: str = 'ensemble', **options) -> modeling.Config:
-  """Read off the branches; what names and shapes do not tell is that of the released `name`."""
-  known = [modeling.BRANCHES[member] for member in modeling.MEMBERS[name]]
+def config_of(source, part: str = '', **options) -> modeling.Config:
+  """Read off the branches; what names and shapes do not tell is that of the released `part`."""
+  known = [modeling.BRANCHES[member] for member in modeling.MEMBERS[part or 'ensemble']]
   return modeling.Config(
     tuple(
       dino.config_of(branch, **{'act': c.act, 'eps': c.eps, 'offset': c.offset, **options})
-      for branch, c in zip(branches, known)
+      for branch, c in zip(_branches(source), known)
     )
   )
 
 
-def load(branches, config: modeling.Config, dtype=None, sharding=None):
-  """(graphdef, params) of the model; errors as in `conversion.convert`."""
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
-  places = sharding['branches'] if isinstance(sharding, dict) else dict.fromkeys(
-    template['branches'], sharding
-  )  # fmt: skip
-  params = {
-    i: conversion.convert(dino.joined(branch), dino.RULES, template['branches'][i], dtype, places[i])
-    for i, branch in zip(template['branches'], branches)
-  }
-  return graphdef, {'branches': params}
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters; errors as in `conversion.convert`."""
+  template = modules.abstract_module(lambda: modeling.build(config))[1]['branches']
+  if isinstance(sharding, dict):
+    places = sharding['branches']
+  else:
+    places = dict.fromkeys(template, sharding)
+  found = {}
+  for i, branch in zip(template, _branches(source)):
+    branch = dino.joined(branch)
+    found[i] = conversion.convert(branch, dino.RULES, template[i], dtype, places[i])
+  return {'branches': found}

@@ -15,7 +15,6 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from vtts_jax.errors import ConfigError
 from vtts_jax.media import preprocess as pictures
 from vtts_jax.models.dino import modeling as dino
 
@@ -48,22 +47,30 @@ class Config:
 ENSEMBLE = ('dino_vitb16', 'clip_vitb16', 'open_clip_vitb16')
 SINGLES = ('dino_vitb16', 'dinov2_vitb14', 'clip_vitb32', 'open_clip_vitb32')
 MEMBERS = {'ensemble': ENSEMBLE, **{name: (name,) for name in SINGLES}}
-RELEASED = {
-  name: Config(tuple(BRANCHES[member] for member in members)) for name, members in MEMBERS.items()
-}
-_TINY = dataclasses.replace(dino.TINY, width=8, hidden=16, eps=1e-5)
+_TINY = dino.Config(width=8, layers=2, heads=2, hidden=16, patch=32, grid=5, eps=1e-5)
 _TINY_CLIP = dataclasses.replace(_TINY, embed_norm=True, project=6)
-TINY = Config((_TINY, dataclasses.replace(_TINY_CLIP, act='quick_gelu'), _TINY_CLIP))
+SIZES = {
+  'tiny': Config((_TINY, dataclasses.replace(_TINY_CLIP, act='quick_gelu'), _TINY_CLIP)),
+  **{name: Config(tuple(BRANCHES[m] for m in members)) for name, members in MEMBERS.items()},
+}
+PARTS = tuple(MEMBERS)  # which of the released models a checkpoint holds
+
+
+def part_of(c: Config, part: str) -> Config:
+  """A random size says itself which branches it has."""
+  del part
+  return c
 
 
 class DreamSim(nnx.Module):
-  """`__call__(images [R, 224, 224, 3] in [0, 1])` -> embeddings `[R, E]` float32 of length 1."""
+  """`embed_images(images [R, 224, 224, 3] in [0, 1])` -> embeddings `[R, E]` float32 of length
+  1."""
 
   def __init__(self, config: Config, *, rngs):
     self.config = config
     self.branches = nnx.List([dino.Dino(c, rngs=rngs) for c in config.branches])
 
-  def __call__(self, images):
+  def embed_images(self, images):
     x = jnp.concatenate([feature(branch, images) for branch in self.branches], -1)
     x = x - x.mean(-1, keepdims=True)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
@@ -78,27 +85,23 @@ def feature(branch, images):
 
 
 def build(config: Config, seed=0) -> DreamSim:
-  """A random model; under `weights.abstract` no memory is used."""
+  """A random model; under `modules.abstract_module` no memory is used."""
   return DreamSim(config, rngs=nnx.Rngs(seed))
 
 
-def prepare(images):
-  """Pictures `[..., H, W, 3]` -> `[..., 224, 224, 3]` by PIL's bicubic, proportions lost."""
-  return pictures.resize(images, (SIDE, SIDE))
+def picture_sides(c: Config) -> tuple[int, int]:
+  """(side of the picture, 0: it is squeezed to a square and not cut)."""
+  del c
+  return SIDE, 0
 
 
-def released(name: str, setting: str) -> Config:
-  """The config called `name`, 'tiny' or a key of `RELEASED`.
-
-  Raises:
-    ConfigError: no such name; the message calls it `setting`.
-  """
-  known = {'tiny': TINY, **RELEASED}
-  if name not in known:
-    raise ConfigError(f'{setting}={name!r}: must be one of {", ".join(known)}')
-  return known[name]
+def preprocess(c: Config, images, fitted: bool = False):
+  """Pictures `[..., H, W, 3]` -> `[..., 224, 224, 3]` by PIL's bicubic, proportions lost; `fitted`
+  ones are of that size already."""
+  del c
+  return images if fitted else pictures.resize(images, (SIDE, SIDE))
 
 
-def flops(c: Config) -> int:
+def flops(c: Config, op: str = 'image') -> int:
   """Matmul FLOPs of an embedding."""
-  return sum(dino.flops(branch, SIDE) for branch in c.branches)
+  return sum(dino.flops(branch, op, SIDE) for branch in c.branches)

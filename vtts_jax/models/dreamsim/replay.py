@@ -12,14 +12,15 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
   """`branch<i>` and `embedding`; the weights of branch i are under `<i>.`, adapters under
   `lora.`."""
   bases = [source.part(f'{i}.') for i in range(3)]
-  branches = convert.merged(bases, source.part('lora.'), config['scale'])
-  settings = convert.config_of(branches, heads=config['heads'])
-  graphdef, params = convert.load(branches, settings)
+  whole = convert.joined(convert.merged(bases, source.part('lora.'), config['scale']))
+  settings = convert.config_of(whole, heads=config['heads'])
+  params = convert.load(whole, settings)
 
   @jax.jit
   def run(params, images):
-    model = modules.merge(graphdef, params)
+    model = modules.bind_module(modeling.build, settings, params)
     parts = [modeling.feature(branch, images) for branch in model.branches]
-    return {'embedding': model(images)} | {f'branch{i}': x for i, x in enumerate(parts)}
+    embedding = model.embed_images(images)
+    return {'embedding': embedding} | {f'branch{i}': x for i, x in enumerate(parts)}
 
   return {k: np.asarray(v) for k, v in run(params, inputs['images']).items()}

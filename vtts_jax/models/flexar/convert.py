@@ -4,11 +4,12 @@ Layers are stacked first (`stacked`: `blocks.*`). T5 and the image tokenizer hav
 converters of their own; where a file holds them too they are passed over here.
 """
 
-from flax import nnx
+from jax.sharding import PartitionSpec
 
 from vtts_jax.checkpoints import convert as conversion
 from vtts_jax.models import modules
-from vtts_jax.models.flexar.modeling import Config, FlexAR
+from vtts_jax.models.flexar import modeling
+from vtts_jax.models.flexar.modeling import Config
 from vtts_jax.models.stacked import stacked, transposed
 
 HEAD = 64  # channels of a head where neither a per-head norm nor the config tells
@@ -45,6 +46,12 @@ RULES_TEXT = [
   (_BLOCK + r'norm_3\.(weight|bias)', r'blocks.norm_ffn.\1', ''),
 ]
 RULES_CLASS = [*_SHARED, (_BLOCK + r'norm_2\.(weight|bias)', r'blocks.norm_ffn.\1', '')]
+SHARDING = [  # of the blocks [L, D, ...]: heads and hidden channels over 'model'
+  (r'blocks/(self_attn/qkv|cross_attn/[qkv]|ffn/fc[13])/kernel',
+   PartitionSpec(None, None, 'model')),
+  (r'blocks/(self_attn/qkv|cross_attn/[qkv]|ffn/fc[13])/bias', PartitionSpec(None, 'model')),
+  (r'blocks/(self_attn/proj|cross_attn/proj|ffn/fc2)/kernel', PartitionSpec(None, 'model', None)),
+]  # fmt: skip
 
 
 def rules(config: Config):
@@ -52,7 +59,7 @@ def rules(config: Config):
   return RULES_CLASS if config.classes else RULES_TEXT
 
 
-def config_of(source, **options) -> Config:
+def config_of(source, part: str = '', **options) -> Config:
   """The configuration of a checkpoint: names and shapes decide, its config where they cannot
   (`num_heads` without per-head norms), and `options` override.
 
@@ -63,6 +70,7 @@ def config_of(source, **options) -> Config:
   Raises:
     ValueError: this is no FlexTok AR checkpoint.
   """
+  del part  # T5 and the tokenizer are other checkpoints
   source, ar = stacked(source), 'models.ar_image_model.'
   block = f'{ar}trunk.blocks.*.'
   table, places = f'{ar}preprocessor.embedding.weight', f'{ar}preprocessor.positional_embedding'
@@ -98,8 +106,7 @@ def config_of(source, **options) -> Config:
   return Config(**(found | options))
 
 
-def load(source, config=None, dtype=None, sharding=None):
-  """(graphdef, params) of the checkpoint `source`; errors as in `conversion.convert`."""
-  config = config_of(source) if config is None else config
-  graphdef, template = modules.abstract(lambda: FlexAR(config, rngs=nnx.Rngs(0)))
-  return graphdef, conversion.convert(stacked(source), rules(config), template, dtype, sharding)
+def load(source, config: Config, *, dtype=None, sharding=None):
+  """Parameters; errors as in `conversion.convert`."""
+  _, template = modules.abstract_module(lambda: modeling.build(config))
+  return conversion.convert(stacked(source), rules(config), template, dtype, sharding)

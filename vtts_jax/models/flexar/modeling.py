@@ -73,19 +73,22 @@ def swiglu(width: int, multiple_of: int = 1) -> int:
   return -(-int(2 * 4 * width / 3) // multiple_of) * multiple_of
 
 
-def _size(depth, **options):
-  width = 64 * depth
-  return Config(width=width, layers=depth, heads=depth, hidden=swiglu(width), **options)
+def _of_depth(layers, **options):
+  width = 64 * layers
+  return Config(width=width, layers=layers, heads=layers, hidden=swiglu(width), **options)
 
 
-# Parameters of the trunk (no embeddings, no head, no T5) are what the names count.
-RELEASED = {
-  'flexar_113m': _size(12),
-  'flexar_382m': _size(18),
-  'flexar_1b': _size(26),
-  'flexar_3b': _size(36),
-  'gridar_3b': _size(36),
-  'flexar_1b_c2i': _size(26, classes=1000),
+_TINY = {'width': 16, 'layers': 2, 'heads': 2, 'tokens': 8, 'codes': 16, 'hidden': 24}
+SIZES = {
+  'tiny': Config(**_TINY, text_width=8),
+  'tiny_c2i': Config(**_TINY, classes=5),
+  # parameters of the trunk (no embeddings, no head, no T5) are what the names count
+  'flexar_113m': _of_depth(12),
+  'flexar_382m': _of_depth(18),
+  'flexar_1b': _of_depth(26),
+  'flexar_3b': _of_depth(36),
+  'gridar_3b': _of_depth(36),
+  'flexar_1b_c2i': _of_depth(26, classes=1000),
 }
 
 
@@ -396,6 +399,11 @@ def guide(logits, scale):
 
 
 # ------------------------------------------------------------------------------------------- cost
+
+
+def build(config: Config, seed=0) -> FlexAR:
+  """A random model; under `modules.abstract_module` no memory is used."""
+  return FlexAR(config, rngs=nnx.Rngs(seed))
 
 
 def flops_text(config, words) -> int:

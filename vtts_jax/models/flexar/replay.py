@@ -1,7 +1,7 @@
 """Replays golden files of FlexTok AR: every output of the reference, from our loader and model.
 
 Sequences are generated with the cache (`step`) where the reference runs the whole prefix anew, and
-log-probabilities and filtered distributions come from `vtts_jax.sampling`.
+log-probabilities and filtered distributions come from `vtts_jax.token_sampling`.
 
 One defect of the reference is replayed here and nowhere else: its class embedding overwrites the
 label -1 (no class) by 0 in the caller's array, so that from the second token of a call on the null
@@ -17,9 +17,10 @@ import numpy as np
 
 from vtts_jax import token_sampling as sampling
 from vtts_jax.models import modules
-from vtts_jax.models.flexar import convert
+from vtts_jax.models.flexar import convert, modeling
 from vtts_jax.models.flexar.modeling import FlexAR, guide
 from vtts_jax.models.t5 import convert as t5_convert
+from vtts_jax.models.t5.modeling import build as t5_build
 
 T5 = 'models.text_encoder.t5_embedder.model.'
 BRANCHES = 3  # candidates of the last token in the `topk` outputs
@@ -28,7 +29,8 @@ BRANCHES = 3  # candidates of the last token in the `topk` outputs
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """{output name: array} of one golden file; arguments as `testing.replay` passes them."""
   options = {'heads': config['num_heads'], 'eps': config['norm_eps']}
-  run = Runner(*convert.load(source, convert.config_of(source, **options)))
+  sizes = convert.config_of(source, **options)
+  run = Runner(sizes, convert.load(source, sizes))
   inputs = {name: jnp.asarray(value, jnp.int32) for name, value in inputs.items()}
   tokens, scale, length = inputs['token_ids'][:, None], config['cfg_factor'], config['gen_tokens']
   if config['conditioning'] == 'text':
@@ -63,9 +65,10 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
 class Runner:
   """The model's methods, each compiled once for a shape."""
 
-  def __init__(self, graphdef, params):
+  def __init__(self, config, params):
     def compiled(call):
-      run = jax.jit(lambda params, *args: call(modules.merge(graphdef, params), *args))
+      bind = lambda params: modules.bind_module(modeling.build, config, params)
+      run = jax.jit(lambda params, *args: call(bind(params), *args))
       return lambda *args: run(params, *args)
 
     def forced(model, ctx, tokens):
@@ -88,12 +91,13 @@ class Runner:
 def _text(config, run, t5, inputs):
   """Context of the prompts and the empty text, and the outputs of the text side."""
   batch = len(inputs['text_ids'])
-  graphdef, params = t5_convert.load(t5)
-  encoder = jax.jit(lambda params, *args: modules.merge(graphdef, params)(*args))
+  sizes = t5_convert.config_of(t5)
+  params = t5_convert.load(t5, sizes)
+  encode = jax.jit(lambda params, *args: modules.bind_module(t5_build, sizes, params)(*args))
   ids, mask = (
     jnp.concatenate([inputs[f'text_{x}'], inputs[f'uncond_text_{x}']]) for x in ('ids', 'mask')
   )
-  states = encoder(params, ids, mask)
+  states = encode(params, ids, mask)
   pairs = np.stack([np.arange(batch), np.full(batch, batch)], 1)  # the prompt, the empty text
   ctx, projected = run.text_context(states[pairs], mask[pairs]), run.text_mlp(states)
   bias = jnp.maximum(ctx['bias'][:, 0], -1)  # the files hold -1 for -inf

@@ -4,7 +4,7 @@ Layers are stacked first (`stacked`: `blocks.*`). The VAE has a converter of its
 only training uses (alignment heads) are passed over.
 """
 
-from flax import nnx
+from jax.sharding import PartitionSpec
 
 from vtts_jax.checkpoints import convert as conversion
 from vtts_jax.models import modules
@@ -59,11 +59,15 @@ RULES = [
   (r'vae\..*', None, ''),
   (r'.*repa.*', None, ''),
 ]
+SHARDING = [  # of the blocks [L, D, ...]: heads and hidden channels over 'model'
+  (r'blocks/(attn/w[qkv]|mlp/fc[13])/kernel', PartitionSpec(None, None, 'model')),
+  (r'blocks/(attn/proj|mlp/fc2)/kernel', PartitionSpec(None, 'model', None)),
+]
 
 
-def config_of(source, **options) -> Config:
-  """The configuration of a checkpoint: shapes decide sizes, its metadata the time scale and the
-  levels, `options` (fields of `Config`) override.
+def config_of(source, part: str = '', **options) -> Config:
+  """The configuration of a checkpoint, or of one half of it: shapes decide sizes, its metadata the
+  time scale and the levels, `options` (fields of `Config`) override.
 
   Raises:
     ValueError: this is no FlexTok checkpoint, or its levels do not fit its shapes.
@@ -99,7 +103,7 @@ def config_of(source, **options) -> Config:
     'max_timestep': float(source.option('max_timestep', default=Config.max_timestep)),
     'streams': shape['adaln'][1] // (6 * shape['decoder'][1]),
   }
-  config = Config(**(found | options))
+  config = Config(**(found | options), part=part)
   if len(config.levels) != shape['code'][0]:
     raise ValueError(
       f'{source.where}: levels={config.levels} are {len(config.levels)} numbers, its codes have '
@@ -108,20 +112,12 @@ def config_of(source, **options) -> Config:
   return config
 
 
-def load(source, config=None, dtype=None, sharding=None, part='all'):
-  """(graphdef, params) of the checkpoint `source`; errors as in `conversion.convert`.
-
-  `part` is 'all' for `FlexTok`, or 'encoder' or 'decoder' for that alone: a search loads no
-  encoder.
-  """
-  config = config_of(source) if config is None else config
-  classes = {'all': modeling.FlexTok, 'encoder': modeling.Encoder, 'decoder': modeling.Decoder}
-  if part not in classes:
-    raise ValueError(f'part={part!r}: must be one of {tuple(classes)}')
-  rules = RULES
-  if part != 'all':
-    lead = f'{part}.'
-    mine = [(p, t[len(lead) :], op) for p, t, op in RULES if t and t.startswith(lead)]
-    rules = [*mine, (rf'(?!{part}\.).*', None, ''), *(r for r in RULES if r[1] is None)]
-  graphdef, template = modules.abstract(lambda: classes[part](config, rngs=nnx.Rngs(0)))
-  return graphdef, conversion.convert(stacked(source), rules, template, dtype, sharding)
+def load(source, config: Config, *, dtype=None, sharding=None):
+  """Parameters of the whole, or of the half that `config.part` says; errors as in
+  `conversion.convert`."""
+  rules, lead = RULES, f'{config.part}.'
+  if config.part:  # the other half is known and left
+    own = [(p, t[len(lead) :], op) for p, t, op in RULES if t and t.startswith(lead)]
+    rules = [*own, (rf'(?!{config.part}\.).*', None, ''), *(r for r in RULES if r[1] is None)]
+  _, template = modules.abstract_module(lambda: modeling.build(config))
+  return conversion.convert(stacked(source), rules, template, dtype, sharding)

@@ -38,6 +38,7 @@ class Config:
     levels: of the quantiser.
     max_timestep: the frequencies of the time are scaled by 1000 / this.
     streams: modulations of a decoder block: 2 (patches and registers apart) or 1.
+    part: '' for the whole, 'encoder' or 'decoder': a search only decodes.
   """
 
   channels: int = 16
@@ -54,6 +55,7 @@ class Config:
   qk_norm: bool = True
   max_timestep: float = 1000.0
   streams: int = 2
+  part: str = ''
 
   def __post_init__(self):
     for name in ('encoder_width', 'decoder_width'):
@@ -79,7 +81,7 @@ class Config:
     return fsq.size(self.levels)
 
 
-def _size(encoder, decoder, **options):
+def _of_depth(encoder, decoder, **options):
   return Config(
     encoder_width=64 * encoder,
     encoder_layers=encoder,
@@ -89,13 +91,25 @@ def _size(encoder, decoder, **options):
   )
 
 
-RELEASED = {
-  'flextok_d12_d12_in1k': _size(12, 12),
-  'flextok_d18_d18_in1k': _size(18, 18),
-  'flextok_d18_d28_in1k': _size(18, 28),
-  'flextok_d18_d28_dfn': _size(18, 28),
-  'gridtok_d18_d28': _size(18, 28, registers=0, streams=1),
-}
+SIZES = {
+  'tiny': Config(
+    channels=3, size=8, grid=4, registers=8, levels=(4, 4), encoder_width=8, encoder_layers=1,
+    decoder_width=16, decoder_layers=2, head=8,
+  ),
+  # released tokens, and a decoder that a laptop can run: for timing searches
+  'small': Config(decoder_width=256, decoder_layers=4),
+  'flextok_d12_d12_in1k': _of_depth(encoder=12, decoder=12),
+  'flextok_d18_d18_in1k': _of_depth(encoder=18, decoder=18),
+  'flextok_d18_d28_in1k': _of_depth(encoder=18, decoder=28),
+  'flextok_d18_d28_dfn': _of_depth(encoder=18, decoder=28),
+  'gridtok_d18_d28': _of_depth(encoder=18, decoder=28, registers=0, streams=1),
+}  # fmt: skip
+PARTS = ('encoder', 'decoder')
+
+
+def part_of(c: Config, part: str) -> Config:
+  """The config of one half."""
+  return dataclasses.replace(c, part=part)
 
 
 def _linear(inner, outer, rngs, bias=False):
@@ -293,6 +307,13 @@ class FlexTok(nnx.Module):
     self.config = config
     self.encoder = Encoder(config, rngs=rngs)
     self.decoder = Decoder(config, rngs=rngs)
+
+
+def build(config: Config, seed=0) -> FlexTok | Encoder | Decoder:
+  """A random model, or the half that `config.part` says; under `modules.abstract_module` no memory
+  is used."""
+  kind = {'': FlexTok, 'encoder': Encoder, 'decoder': Decoder}[config.part]
+  return kind(config, rngs=nnx.Rngs(seed))
 
 
 def flops_decode(config) -> int:

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.models.flextok import convert, flow, fsq
-from vtts_jax.models.flextok.modeling import time_features
+from vtts_jax.models.flextok import convert, flow, fsq, modeling
 
 
 def _last(x):  # NCHW -> NHWC
@@ -28,12 +27,15 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
     qk_norm=config['qk_norm'],
     max_timestep=config['max_timestep'],
   )
-  graphdef, params = convert.load(source, settings)
+  params = convert.load(source, settings)
   inputs = {
     k: jnp.asarray(v) if v.dtype.kind == 'f' else jnp.asarray(v, jnp.int32)
     for k, v in inputs.items()
   }
-  run = lambda params, inputs: _run(config, modules.merge(graphdef, params), inputs)
+
+  def run(params, inputs):
+    return _run(config, modules.bind_module(modeling.build, settings, params), inputs)
+
   return {name: np.asarray(value) for name, value in jax.jit(run)(params, inputs).items()}
 
 
@@ -55,7 +57,7 @@ def _run(config, model, inputs):
   }
   t, scale = inputs['timesteps'], config['guidance_scale']
   full, some = decoder.condition(ids), decoder.condition(ids, inputs['keep_k'])
-  out['time_freq_embedding'] = time_features(t, model.config.max_timestep)
+  out['time_freq_embedding'] = modeling.time_features(t, model.config.max_timestep)
   null = jnp.broadcast_to(decoder.null(), full.shape)
   for name, registers in (('full', full), ('trunc', some), ('uncond', null)):
     out[f'vel_{name}'] = _first(decoder(noise, t, registers))

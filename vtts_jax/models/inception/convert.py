@@ -3,15 +3,10 @@
 released pickle becomes safetensors."""
 
 import dataclasses
-import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.checkpoints import source as source_files
-from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.inception import modeling
 
@@ -21,6 +16,7 @@ RULES = [  # of a source made by `folded`
   (r'fc\.weight', 'fc.kernel', 'T'),
   (r'fc\.bias', 'fc.bias', ''),
 ]
+SHARDING = []
 
 
 def folded(source):
@@ -57,12 +53,13 @@ def folded(source):
   return dataclasses.replace(source, header=header, read=read)
 
 
-def config_of(source, **options) -> modeling.Config:
+def config_of(source, part: str = '', **options) -> modeling.Config:
   """The config of a checkpoint; `options` are fields of `Config`.
 
   Raises:
     ValueError: there is no InceptionV3 in it, or torchvision's, whose features are others.
   """
+  del part
   if any(n.startswith('AuxLogits.') for n in source.names()):
     raise ValueError(
       f'{source.where} is the InceptionV3 of torchvision; FID and IS need the weights of 2015-12-05'
@@ -76,51 +73,7 @@ def config_of(source, **options) -> modeling.Config:
   )
 
 
-def load(source, config=None, dtype=None, sharding=None):
-  """(graphdef, params); errors as in `conversion.convert`."""
-  config = config or config_of(source)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
-  return graphdef, conversion.convert(folded(source), RULES, template, dtype, sharding)
-
-
-# ------------------------------------------------------------------------------------------ by name
-
-
-@functools.cache
-def config_at(place: str, random: str = '') -> modeling.Config:
-  """Sizes of the checkpoint at `place`, its headers read, or of a name for random weights.
-
-  Raises:
-    ConfigError: neither is given, or a name that there is none of.
-  """
-  if random:
-    if random not in modeling.SIZES:
-      raise ConfigError(f"random={random!r}: must be '' or one of {', '.join(modeling.SIZES)}")
-    return modeling.SIZES[random]
-  if not place:
-    raise ConfigError(
-      'model_from: must name the weights of 2015-12-05 as safetensors; they are published as a '
-      'pickle only, vtts_jax/models/inception/README.md converts them in two lines'
-    )
-  return config_of(source_files.open_source(place))
-
-
-@functools.cache
-def graph(config: modeling.Config):
-  return modules.abstract(lambda: modeling.build(config))[0]
-
-
-def params_at(place: str, random: str = '', dtype: str = 'float32'):
-  """Parameters of `config_at(place, random)`; random ones are the same at every call."""
-  config = config_at(place, random)
-  if not random:
-    return load(source_files.open_source(place), config, dtype)[1]
-  draw = np.random.default_rng(0)
-
-  def leaf(shape):  # on the host: 94 initialisers take half a minute to compile
-    kernel = np.zeros(shape) if len(shape) == 1 else draw.normal(size=shape)
-    # more than the usual 2, as means over 3 x 3 lose spread
-    return jnp.asarray(kernel * np.sqrt(2.4 / np.prod(shape[:-1])), dtype)
-
-  _, template = modules.abstract(lambda: modeling.build(config))
-  return jax.tree.map(lambda x: leaf(x.shape), template)
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters; errors as in `conversion.convert`."""
+  _, template = modules.abstract_module(lambda: modeling.build(config))
+  return conversion.convert(folded(source), RULES, template, dtype, sharding)

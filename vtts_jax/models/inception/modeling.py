@@ -86,7 +86,7 @@ STEM = (  # (name, channels, kernel, stride, padding); pools by maximum after th
   ('Conv2d_3b_1x1', 80, 1, 1, 'VALID'),
   ('Conv2d_4a_3x3', 192, 3, 1, 'VALID'),
 )
-LOOKS = ('pytorch_fid', 'tensorflow')
+PREPROCESSINGS = ('pytorch_fid', 'tensorflow')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +111,10 @@ class Config:
     return -(-number // self.thinner)
 
 
-TINY = Config(side=75, classes=12, thinner=16)
-RELEASED = {'inception_2015_12_05': Config()}
-SIZES = {'tiny': TINY, **RELEASED}
+SIZES = {
+  'tiny': Config(side=75, classes=12, thinner=16),
+  'inception_2015_12_05': Config(side=299, classes=1008),
+}
 
 
 class Conv(nnx.Module):
@@ -205,7 +206,7 @@ class Block(nnx.Module):
 
 
 class Inception(nnx.Module):
-  """`__call__(images [R, side, side, 3], of `prepare`)` -> features `[R, D]` float32."""
+  """`__call__(images [R, side, side, 3], of `preprocess`)` -> features `[R, D]` float32."""
 
   def __init__(self, config: Config, *, rngs):
     c, width = config, 3
@@ -243,14 +244,14 @@ class Inception(nnx.Module):
 
 
 @functools.cache
-def _line(old: int, new: int, look: str) -> np.ndarray:
+def _line(old: int, new: int, preprocessing: str) -> np.ndarray:
   """The matrix `[old, new]` of a linear resize without antialiasing.
 
   torch's `F.interpolate(align_corners=False)` has pixels in the middle of their cells, TensorFlow 1
   at the upper left corner.
   """
   where = np.arange(new) * (old / new)
-  if look == 'pytorch_fid':
+  if preprocessing == 'pytorch_fid':
     where = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
   low = np.minimum(where.astype(int), old - 1)
   high, share = np.minimum(low + 1, old - 1), where - low
@@ -260,33 +261,47 @@ def _line(old: int, new: int, look: str) -> np.ndarray:
   return table.astype(np.float32)
 
 
-def prepare(pictures, side: int = 299, look: str = 'pytorch_fid'):
+def preprocess(c: Config, pictures, preprocessing: str = 'pytorch_fid'):
   """Pictures `[..., H, W, 3]` in [0, 1] -> `[..., side, side, 3]` in about [-1, 1].
 
-  `look` is how: as pytorch-fid (2 x - 1), or as the TensorFlow graph, which ADM's evaluator and
+  As pytorch-fid does it (2 x - 1), or as the TensorFlow graph, which ADM's evaluator and
   torch-fidelity follow ((255 x - 128) / 128). The two give different features and must not be
-  mixed: a FID belongs to the look of its reference.
+  mixed: a FID belongs to the preprocessing of its reference.
   """
   x, old = images.quantize(pictures), pictures.shape[-3:-1]
   for letters, have in (('...hwc,wx->...hxc', old[1]), ('...hwc,hx->...xwc', old[0])):
-    if have != side:
-      x = jnp.einsum(letters, x, _line(have, side, look), precision='highest')
-  return 2 * x - 1 if look == 'pytorch_fid' else (255 * x - 128) / 128
+    if have != c.side:
+      x = jnp.einsum(letters, x, _line(have, c.side, preprocessing), precision='highest')
+  return 2 * x - 1 if preprocessing == 'pytorch_fid' else (255 * x - 128) / 128
 
 
 def build(config: Config) -> Inception:
-  """A network whose convolutions are 0 until parameters come (`convert`)."""
+  """A network whose convolutions are 0 until parameters come."""
   return Inception(config, rngs=nnx.Rngs(0))
+
+
+def random_parameters(config: Config, dtype: str = 'float32'):
+  """Random parameters, always the same; drawn on the host, as 94 initialisers take half a minute to
+  compile."""
+  draw = np.random.default_rng(0)
+
+  def leaf(shape):
+    kernel = np.zeros(shape) if len(shape) == 1 else draw.normal(size=shape)
+    # more than the usual 2, as means over 3 x 3 lose spread
+    return jnp.asarray(kernel * np.sqrt(2.4 / np.prod(shape[:-1])), dtype)
+
+  _, template = modules.abstract_module(lambda: build(config))
+  return jax.tree.map(lambda x: leaf(x.shape), template)
 
 
 @functools.cache
 def flops(c: Config) -> int:
   """FLOPs of the convolutions and the classifier for one picture, read off the traced program."""
-  graphdef, params = modules.abstract(lambda: build(c))
+  graphdef, params = modules.abstract_module(lambda: build(c))
   picture = jax.ShapeDtypeStruct((1, c.side, c.side, 3), jnp.float32)
 
   def run(params, x):
-    model = modules.merge(graphdef, params)
+    model = modules.bind(graphdef, params)
     return model.logits(model(x))
 
   total = 0

@@ -12,15 +12,15 @@ from vtts_jax.models.inception import convert, modeling
 
 
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The picture under both looks, the means of every grid, features, logits."""
+  """The picture under both preprocessings, the means of every grid, features, logits."""
   source = source_files.arrays(unpack(source.get('flat'), config['names']))
   settings = convert.config_of(source, **config['options'])
-  graphdef, params = convert.load(source, settings)
+  params = convert.load(source, settings)
   pictures = inputs['pictures'].astype(np.float32) / 255
 
   def run(params, pictures):
-    model = modules.merge(graphdef, params)
-    seen = {look: modeling.prepare(pictures, settings.side, look) for look in modeling.LOOKS}
+    model = modules.bind_module(modeling.build, settings, params)
+    seen = {how: modeling.preprocess(settings, pictures, how) for how in modeling.PREPROCESSINGS}
     x = seen['pytorch_fid']
     grids = {f'mean_{k}': v.mean((1, 2)) for k, v in model.grids(x).items()}
     features = model(x)

@@ -48,6 +48,7 @@ RULES = [
   (BASE + r'(visual_projection\.weight|logit_scale)', None, ''),
   (r'.*\.position_ids|box_bias', None, ''),
 ]
+SHARDING = vit.SHARDING
 
 
 def _tower(source, lead, options):
@@ -62,13 +63,14 @@ def _tower(source, lead, options):
   )  # fmt: skip
 
 
-def config_of(source, **options) -> modeling.Config:
+def config_of(source, part: str = '', **options) -> modeling.Config:
   """The config of a checkpoint, by the shapes of its tensors; `text_config` and `vision_config` of
   its `config.json`, or given here, tell heads, activation and epsilon.
 
   Raises:
     ValueError: it is no such detector.
   """
+  del part
   options = {**source.config, **options}
   base = next((b for b in ('owlv2.', 'owlvit.') if f'{b}text_projection.weight' in source), '')
   vision, text = (f'{base}{part}_model.' for part in ('vision', 'text'))
@@ -90,9 +92,8 @@ def config_of(source, **options) -> modeling.Config:
     raise ValueError(f'{source.where} has no OWL-ViT or OWLv2 detector: no {error}') from error
 
 
-def load(source, dtype=None, sharding=None, config: modeling.Config | None = None):
-  """(graphdef, params); errors as in `conversion.convert`."""
-  config = config or config_of(source)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters; errors as in `conversion.convert`."""
+  _, template = modules.abstract_module(lambda: modeling.build(config))
   whole = fused(stacked(source, 'layers'))
-  return graphdef, conversion.convert(whole, RULES, template, dtype, sharding)
+  return conversion.convert(whole, RULES, template, dtype, sharding)

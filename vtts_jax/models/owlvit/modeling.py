@@ -51,11 +51,20 @@ class Config:
     return self.size // self.patch
 
 
-_clip = lambda width, layers, hidden: vit.Config(width, layers, width // 64, hidden, 'quick_gelu')
-_BASE = {'vision': _clip(768, 12, 3072), 'text': _clip(512, 12, 2048)}
-_LARGE = {'vision': _clip(1024, 24, 4096), 'text': _clip(768, 12, 3072), 'embed': 768, 'patch': 14}
-_HEADS_16 = {'text': dataclasses.replace(_LARGE['text'], heads=16)}  # its config.json; see README
-RELEASED = {  # google/owlvit-base-patch32 ..., google/owlv2-base-patch16-ensemble ...
+def _trunk(width, layers, heads=0):
+  return vit.Config(width, layers, heads or width // 64, hidden=4 * width, act='quick_gelu')
+
+
+_TINY = vit.Config(width=16, layers=1, heads=2, hidden=24, act='quick_gelu')
+_TINY = Config(_TINY, _TINY, size=32, patch=8, vocab=64, embed=8)
+_BASE = {'vision': _trunk(768, layers=12), 'text': _trunk(512, layers=12)}
+_LARGE = {'vision': _trunk(1024, layers=24), 'text': _trunk(768, layers=12)}
+_LARGE |= {'embed': 768, 'patch': 14}
+_HEADS_16 = {'text': _trunk(768, layers=12, heads=16)}  # its config.json; see README
+SIZES = {
+  'tiny': _TINY,
+  'tiny_v2': dataclasses.replace(_TINY, v2=True),
+  # google/owlvit-base-patch32 ..., google/owlv2-base-patch16-ensemble ...
   'owlvit_b32': Config(**_BASE, size=768, patch=32),
   'owlvit_b16': Config(**_BASE, size=768, patch=16),
   'owlvit_l14': Config(**_LARGE | _HEADS_16, size=840),
@@ -130,7 +139,7 @@ class OwlViT(nnx.Module):
     self.object = Head(width, 1, rngs=rngs) if c.v2 else None
 
   def features(self, images):
-    """Pictures `[R, S, S, 3]` of `prepare` -> `[R, T, D]`."""
+    """Pictures `[R, S, S, 3]` of `preprocess` -> `[R, T, D]`."""
     x = self.vision.norm(self.vision(images))
     return self.norm(x[:, 1:] * x[:, :1])
 
@@ -174,7 +183,7 @@ def box_bias(grid: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------- preprocessing
 
 
-def prepare(c: Config, images):
+def preprocess(c: Config, images):
   """Pictures `[R, H, W, 3]` in [0, 1] -> `[R, S, S, 3]` as the released processors make them.
 
   OWL-ViT: 8 bit bicubic to the square, whatever the proportions. OWLv2: padded with grey at the
@@ -241,5 +250,5 @@ def flops(c: Config, op: str, queries: int = 1) -> int:
 
 
 def build(config: Config, seed=0) -> OwlViT:
-  """A random detector; under `weights.abstract` no memory is used."""
+  """A random detector; under `modules.abstract_module` no memory is used."""
   return OwlViT(config, rngs=nnx.Rngs(seed))

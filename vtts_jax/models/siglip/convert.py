@@ -5,7 +5,7 @@ import numpy as np
 
 from vtts_jax.checkpoints import convert as conversion
 from vtts_jax.models import modules, vit
-from vtts_jax.models.clip.convert import BLOCK, exact, trunk_of
+from vtts_jax.models.clip.convert import BLOCK, read_exactly, trunk_of
 from vtts_jax.models.siglip import modeling
 from vtts_jax.models.stacked import fused, stacked, transposed
 
@@ -44,9 +44,10 @@ RULES = [  # after `fused` and `stacked`
   (r'text_model\.head\.bias', 'text.projection.bias', ''),
   (r'logit_(scale|bias)', r'\1', ''),
 ]
+SHARDING = vit.SHARDING
 
 
-def config_of(source) -> modeling.Config:
+def config_of(source, part: str = '') -> modeling.Config:
   """The config of a checkpoint.
 
   Sizes are read off the shapes; heads, activation, epsilon and the picture's size are those of its
@@ -57,6 +58,7 @@ def config_of(source) -> modeling.Config:
     ValueError: there is no SigLIP.
     ConfigError: an option that the port does not know.
   """
+  del part  # the two towers are always loaded together
   try:
     width, _, _, patch = source.shape('vision_model.embeddings.patch_embedding.weight')
     tokens = source.shape('vision_model.embeddings.position_embedding.weight')[0]
@@ -83,14 +85,13 @@ def config_of(source) -> modeling.Config:
                          resample=resample)  # fmt: skip
 
 
-def load(source, dtype=None, sharding=None):
-  """(graphdef, params) of a `Source`; errors as in `config_of` and `conversion.convert`.
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters; errors as in `conversion.convert`.
 
   Args:
     dtype: of all but the temperature and the bias, which keep their 24 bits.
   """
-  config = config_of(source)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
+  _, template = modules.abstract_module(lambda: modeling.build(config))
   source = fused(stacked(source, 'layers'))
   params = conversion.convert(source, RULES, template, dtype, sharding)
-  return graphdef, exact(source, params, template, sharding, ('scale', 'bias'))
+  return params | read_exactly(source, template, sharding, ('scale', 'bias'))

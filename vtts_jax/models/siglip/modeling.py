@@ -60,10 +60,16 @@ class Config:
     return (self.image_size // self.patch) ** 2
 
 
+def _trunk(width, layers, heads, hidden):
+  return vit.Config(width, layers, heads, hidden, 'gelu_tanh', EPS)
+
+
 def _released():
-  trunk = lambda *sizes: vit.Config(*sizes, 'gelu_tanh', EPS)
-  base, large = trunk(768, 12, 12, 3072), trunk(1024, 24, 16, 4096)
-  so400m, giant = trunk(1152, 27, 16, 4304), trunk(1536, 40, 16, 6144)
+  """Every released model by the name it has on the hub, 'v2_' for the second version."""
+  base = _trunk(width=768, layers=12, heads=12, hidden=3072)
+  large = _trunk(width=1024, layers=24, heads=16, hidden=4096)
+  so400m = _trunk(width=1152, layers=27, heads=16, hidden=4304)
+  giant = _trunk(width=1536, layers=40, heads=16, hidden=6144)
   first = {
     'b16': (base, (224, 256, 384, 512)), 'l16': (large, (256, 384)), 'so400m14': (so400m, (384,)),
   }  # fmt: skip
@@ -72,22 +78,29 @@ def _released():
     'so400m14': (so400m, (224, 384)), 'so400m16': (so400m, (256, 384, 512)),
     'giant16': (giant, (256, 384)),
   }  # fmt: skip
-  found = {'so400m14_224': Config(so400m, so400m, 224, 14, length=16)}
+  found = {'so400m14_224': Config(so400m, so400m, image_size=224, patch=14, length=16)}
   found |= {
-    f'{name}_i18n': Config(t, t, 256, 16, 250000)
+    f'{name}_i18n': Config(t, t, image_size=256, patch=16, vocab=250000)
     for name, t in (('b16_256', base), ('so400m16_256', so400m))
   }
   for lead, table, more in (
-    ('', first, ()),
-    ('v2_', second, (256000, 64, 'bilinear')),
+    ('', first, {}),
+    ('v2_', second, {'vocab': 256000, 'resample': 'bilinear'}),
   ):
-    for name, (t, sizes) in table.items():
-      text, patch = so400m if t is giant else t, int(name[-2:])
-      found |= {f'{lead}{name}_{size}': Config(t, text, size, patch, *more) for size in sizes}
+    for name, (image, sides) in table.items():
+      text, patch = so400m if image is giant else image, int(name[-2:])
+      found |= {
+        f'{lead}{name}_{side}': Config(image, text, image_size=side, patch=patch, **more)
+        for side in sides
+      }
   return found
 
 
-RELEASED = _released()
+_TINY = _trunk(width=16, layers=2, heads=2, hidden=32)
+SIZES = {  # named so that a verifier on CLIP or SigLIP can tell the two apart
+  'siglip_tiny': Config(_TINY, _TINY, image_size=32, vocab=256, length=16),
+  **{f'siglip_{name}': config for name, config in _released().items()},
+}
 
 
 class Pool(nnx.Module):
@@ -163,11 +176,11 @@ class SigLIP(nnx.Module):
     self.scale = nnx.Param(jnp.full(1, math.log(10.0)))
     self.bias = nnx.Param(jnp.full(1, -10.0))
 
-  def embed_image(self, pixels):
+  def embed_images(self, pixels):
     """`[R, S, S, 3]` -> unit vectors `[R, E]`."""
     return unit(self.image(pixels))
 
-  def embed_text(self, ids):
+  def embed_texts(self, ids):
     """`[R, T]` -> unit vectors `[R, E]`."""
     return unit(self.text(ids))
 
@@ -178,7 +191,7 @@ class SigLIP(nnx.Module):
 
 
 def build(config: Config, seed=0) -> SigLIP:
-  """A random model; under `weights.abstract` no memory is used."""
+  """A random model; under `modules.abstract_module` no memory is used."""
   return SigLIP(config, rngs=nnx.Rngs(seed))
 
 

@@ -4,16 +4,16 @@ import jax
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.models.siglip import convert
+from vtts_jax.models.siglip import convert, modeling
 
 
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Stages of the two towers for `pixels` and `ids`, and the logits."""
-  del config
-  graphdef, params = convert.load(source)
+  config = convert.config_of(source)
+  params = convert.load(source, config)
 
   def stages(params, pixels, ids):
-    model = modules.merge(graphdef, params)
+    model = modules.bind_module(modeling.build, config, params)
     embedded = model.image.embed(pixels)
     return {
       'image_embedded': embedded,
@@ -21,7 +21,7 @@ def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.
       'image_pooled': model.image(pixels),
       'text_tokens': model.text.tokens(ids),
       'text_pooled': model.text(ids),
-      'logits': model.logits(model.embed_image(pixels) @ model.embed_text(ids).T),
+      'logits': model.logits(model.embed_images(pixels) @ model.embed_texts(ids).T),
     }
 
   found = jax.jit(stages)(params, inputs['pixels'], inputs['ids'])

@@ -1,7 +1,8 @@
 """T5: from the transformers layout (`T5EncoderModel` or the whole `T5ForConditionalGeneration`)."""
 
-import re
 from collections.abc import Mapping
+
+from jax.sharding import PartitionSpec
 
 from vtts_jax.checkpoints import convert as conversion
 from vtts_jax.models import modules
@@ -22,37 +23,34 @@ RULES = [
   (r'encoder\.final_layer_norm\.weight', 'norm.scale', ''),
   (r'(decoder\..*|lm_head\.weight)', None, ''),  # the other half of a whole T5
 ]  # fmt: skip
+SHARDING = [  # heads and hidden channels over 'model', as Megatron splits a block
+  (r'blocks/\d+/(attention/[qkv]|feed/wi(_[01])?)/kernel', PartitionSpec(None, 'model')),
+  (r'blocks/\d+/(attention/o|feed/wo)/kernel', PartitionSpec('model', None)),
+]
 
 
-def rules(prefix: str = '', target: str = '') -> list[conversion.Rule]:
-  """`RULES` for names under `prefix`, into the parameters under `target` (both end in a dot)."""
-  lead = re.escape(prefix)
-  return [(lead + p, t if t is None else target + t, op) for p, t, op in RULES]
-
-
-def config_of(source, prefix: str = '', options: Mapping | None = None) -> modeling.Config:
-  """The config of a checkpoint: `options` (its `config.json` by default) decide, the rest is read
-  off the shapes of the tensors under `prefix`.
+def config_of(source, part: str = '', options: Mapping | None = None) -> modeling.Config:
+  """The config of the encoder in a checkpoint: `options` (its `config.json` by default) decide, the
+  rest is read off the shapes.
 
   Raises:
-    ValueError: there is no T5 encoder under `prefix`.
+    ValueError: there is no T5 encoder.
     ConfigError: an option that the port does not know.
   """
+  del part  # the encoder is all that is here
   options = source.config if options is None else options
   names = source.names()
-  lead = f'{prefix}encoder.block.'
+  lead = 'encoder.block.'
   attention = f'{lead}0.layer.0.SelfAttention.'
   try:
-    table = next(
-      n for n in (f'{prefix}shared.weight', f'{prefix}encoder.embed_tokens.weight') if n in source
-    )
+    table = next(n for n in ('shared.weight', 'encoder.embed_tokens.weight') if n in source)
     vocab, width = source.shape(table)
     count, heads = source.shape(attention + 'relative_attention_bias.weight')
     gated = f'{lead}0.layer.1.DenseReluDense.wi_0.weight' in source
     hidden = source.shape(f'{lead}0.layer.1.DenseReluDense.{"wi_0" if gated else "wi"}.weight')[0]
     inner = source.shape(attention + 'q.weight')[0]
   except (StopIteration, KeyError) as error:
-    raise ValueError(f'{source.where} has no T5 encoder under {prefix!r}: no {error}') from error
+    raise ValueError(f'{source.where} has no T5 encoder: no {error}') from error
   found = {
     'vocab_size': vocab,
     'd_model': width,
@@ -67,9 +65,8 @@ def config_of(source, prefix: str = '', options: Mapping | None = None) -> model
   return modeling.Config(**(found | {k: v for k, v in options.items() if k in known}))
 
 
-def load(source, dtype=None, sharding=None):
-  """(graphdef, params) of the encoder in a `Source` of its own (`source.part(prefix)` cuts one
-  out); errors as in `conversion.convert`."""
-  config = config_of(source)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
-  return graphdef, conversion.convert(source, RULES, template, dtype, sharding)
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters of the encoder (`source.part(prefix)` cuts it out of a larger model); errors as in
+  `conversion.convert`."""
+  _, template = modules.abstract_module(lambda: modeling.build(config))
+  return conversion.convert(source, RULES, template, dtype, sharding)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from vtts_jax.errors import ConfigError
 from vtts_jax.models.stacked import scan, stack, stacked, transposed
@@ -33,6 +34,11 @@ RULES = [  # of a source made by `layered`
   (r'decoder\.position\.weight', 'position.embedding', ''),
   (r'decoder\.final_layer_norm\.weight', 'norm.scale', ''),
   (r'lm_head\.weight', 'head.kernel', 'T'),
+]  # fmt: skip
+SHARDING = [  # of the stacked blocks [L, D, ...]
+  (r'blocks/(attention/[qkv]|cross/[qkv]|feed/wi(_[01])?)/kernel',
+   PartitionSpec(None, None, 'model')),
+  (r'blocks/(attention/o|cross/o|feed/wo)/kernel', PartitionSpec(None, 'model', None)),
 ]  # fmt: skip
 
 
@@ -143,7 +149,7 @@ def config_of(source, encoder: Config) -> Config:
 
 
 def build(config: Config, seed=0) -> T5Decoder:
-  """A random decoder; under `weights.abstract` no memory is used."""
+  """A random decoder; under `modules.abstract_module` no memory is used."""
   return T5Decoder(config, rngs=nnx.Rngs(seed))
 
 

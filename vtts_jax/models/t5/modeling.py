@@ -50,10 +50,14 @@ class Config:
       )
 
 
-RELEASED = {
-  'flan_t5_xl': Config(),
-  't5_v1_1_xl': Config(),
-  't5_v1_1_xxl': Config(d_model=4096, d_ff=10240, num_heads=64),
+_THIN = {'vocab_size': 256, 'd_kv': 4, 'd_ff': 16, 'num_layers': 1, 'num_heads': 2}
+_XL = Config(d_model=2048, d_ff=5120, num_layers=24, num_heads=32)
+SIZES = {
+  'tiny': Config(d_model=8, **_THIN),
+  'thin_xl': Config(d_model=2048, **_THIN),  # states as wide as those of XL: for timing searches
+  'flan_t5_xl': _XL,
+  't5_v1_1_xl': _XL,
+  't5_v1_1_xxl': Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64),
 }
 
 
@@ -162,7 +166,7 @@ class T5Encoder(nnx.Module):
 
 
 def build(config: Config, seed=0) -> T5Encoder:
-  """A random encoder; under `weights.abstract` no memory is used."""
+  """A random encoder; under `modules.abstract_module` no memory is used."""
   return T5Encoder(config, rngs=nnx.Rngs(seed))
 
 

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 
-from vtts_jax.checkpoints import convert as conversion
 from vtts_jax.models import modules
 from vtts_jax.models.t5 import convert, modeling
 
@@ -11,9 +10,8 @@ from vtts_jax.models.t5 import convert, modeling
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """`last_hidden` of `ids` under `mask`, and `last_hidden_unmasked`."""
   settings = convert.config_of(source, options=config['params'])
-  graphdef, template = modules.abstract(lambda: modeling.build(settings))
-  params = conversion.convert(source, convert.RULES, template)
-  encode = jax.jit(lambda p, *args: modules.merge(graphdef, p)(*args))
+  params = convert.load(source, settings)
+  encode = jax.jit(lambda p, *args: modules.bind_module(modeling.build, settings, p)(*args))
   ids, mask = inputs['ids'], inputs['mask']
   return {
     'last_hidden': np.asarray(encode(params, ids, mask)),

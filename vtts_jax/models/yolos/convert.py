@@ -35,15 +35,17 @@ RULES = [
   *_head('class_labels_classifier', 'classes'),
   *_head('bbox_predictor', 'box'),
 ]
+SHARDING = vit.SHARDING
 
 
-def config_of(source, **options) -> modeling.Config:
+def config_of(source, part: str = '', **options) -> modeling.Config:
   """The config of a checkpoint: its `config.json` (or options given here) must tell the image size
   of the positions, the rest is read off the shapes.
 
   Raises:
     ValueError: it is no such detector, or says no image size.
   """
+  del part
   options = {**source.config, **options}
   try:
     width, _, _, patch = source.shape('vit.embeddings.patch_embeddings.projection.weight')
@@ -68,9 +70,8 @@ def config_of(source, **options) -> modeling.Config:
   return config
 
 
-def load(source, dtype=None, sharding=None, config: modeling.Config | None = None):
-  """(graphdef, params); errors as in `conversion.convert`."""
-  config = config or config_of(source)
-  graphdef, template = modules.abstract(lambda: modeling.build(config))
+def load(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Parameters; errors as in `conversion.convert`."""
+  _, template = modules.abstract_module(lambda: modeling.build(config))
   whole = fused(stacked(source, 'layer'), ('query', 'key', 'value'))
-  return graphdef, conversion.convert(whole, RULES, template, dtype, sharding)
+  return conversion.convert(whole, RULES, template, dtype, sharding)

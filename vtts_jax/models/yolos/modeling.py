@@ -55,11 +55,17 @@ class Config:
     return self.size[0] // self.patch, self.size[1] // self.patch
 
 
-_vit = lambda width, layers, heads: vit.Config(width, layers, heads, 4 * width, eps=1e-12)
-RELEASED = {  # hustvl/yolos-tiny, -small, -base
-  'yolos_tiny': Config(_vit(192, 12, 3), (800, 1333), shortest=512, middle=False),
-  'yolos_small': Config(_vit(384, 12, 6), (512, 864)),
-  'yolos_base': Config(_vit(768, 12, 12), (800, 1344)),
+def _trunk(width, heads):
+  return vit.Config(width, layers=12, heads=heads, hidden=4 * width, eps=1e-12)
+
+
+_TINY = vit.Config(width=16, layers=2, heads=2, hidden=24)
+SIZES = {
+  'tiny': Config(_TINY, size=(32, 48), shortest=32, tokens=20),
+  # hustvl/yolos-tiny, -small, -base
+  'yolos_tiny': Config(_trunk(192, heads=3), size=(800, 1333), shortest=512, middle=False),
+  'yolos_small': Config(_trunk(384, heads=6), size=(512, 864)),
+  'yolos_base': Config(_trunk(768, heads=12), size=(800, 1344)),
 }
 
 
@@ -75,7 +81,7 @@ class Head(nnx.Module):
 
 
 class Yolos(nnx.Module):
-  """`__call__(images [R, H, W, 3])` of `prepare` -> logits `[R, K, C]`, boxes `[R, K, 4]`.
+  """`__call__(images [R, H, W, 3])` of `preprocess` -> logits `[R, K, C]`, boxes `[R, K, 4]`.
 
   Boxes are centre x, y, width, height as shares of the picture; both are float32.
   """
@@ -160,14 +166,14 @@ def side(c: Config, height: int, width: int) -> tuple[int, int]:
   return new[0] - new[0] % c.patch, new[1] - new[1] % c.patch
 
 
-def prepare(c: Config, images):
+def preprocess(c: Config, images):
   """Pictures `[R, H, W, 3]` in [0, 1] -> resized (8 bit, bilinear) and normalised, not padded."""
   x = pictures.resize(images, side(c, *images.shape[1:3]), 'bilinear')
   return pictures.normalize(x, MEAN, STD)
 
 
 def flops(c: Config, height: int, width: int) -> int:
-  """Matmul FLOPs for one picture of that size before `prepare`; positions are not counted."""
+  """Matmul FLOPs for one picture of that size before `preprocess`; positions are not counted."""
   rows, columns = (n // c.patch for n in side(c, height, width))
   d, places = c.trunk.width, rows * columns
   heads = c.tokens * (4 * d * d + d * (4 + c.classes))
@@ -175,5 +181,5 @@ def flops(c: Config, height: int, width: int) -> int:
 
 
 def build(config: Config, seed=0) -> Yolos:
-  """A random detector; under `weights.abstract` no memory is used."""
+  """A random detector; under `modules.abstract_module` no memory is used."""
   return Yolos(config, rngs=nnx.Rngs(seed))

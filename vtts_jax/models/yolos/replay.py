@@ -4,17 +4,17 @@ import jax
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.models.yolos import convert
+from vtts_jax.models.yolos import convert, modeling
 
 
 def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The first and last block, logits and boxes of the normalised `images [R, H, W, 3]`."""
   settings = convert.config_of(source, **config['params'])
-  graphdef, params = convert.load(source, config=settings)
+  params = convert.load(source, settings)
 
   @jax.jit
   def run(params, images):
-    model = modules.merge(graphdef, params)
+    model = modules.bind_module(modeling.build, settings, params)
     last, states = model.states(images, every=True)
     logits, boxes = model(images)
     return {'first': states[0], 'last': last, 'logits': logits, 'boxes': boxes}

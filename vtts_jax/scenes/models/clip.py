@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vtts_jax.scenes import world as world
+from vtts_jax.errors import ConfigError
+from vtts_jax.scenes import world
 from vtts_jax.scenes.models.layers import MLP, RMSNorm, table
 from vtts_jax.scenes.models.soft_detector import NOTHING, PLACES, Windows, flops_windows
 
@@ -195,10 +196,10 @@ def build(config, seed=0):
   """A `Clip` with random parameters.
 
   Raises:
-    ValueError: an unknown tower.
+    ConfigError: an unknown tower.
   """
   if config.tower not in TOWERS:
-    raise ValueError(f'tower={config.tower!r}: allowed are {", ".join(TOWERS)}')
+    raise ConfigError(f'tower={config.tower!r}: allowed are {", ".join(TOWERS)}')
   return Clip(config, rngs=nnx.Rngs(seed))
 
 

@@ -2,7 +2,7 @@
 
 Convolutions to an 8 x 8 grid of 4-pixel cells; the centre of an object lies in the middle of a
 cell. A cell says: object here (1), shape (5), colour (8), size (2). The detector used as verifier
-is another model with another seed, and the oracle (`metrics/scenes.py`) learns nothing.
+is another model with another seed, and the oracle (`scenes/oracle.py`) learns nothing.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.scenes import world as world
+from vtts_jax.scenes import world
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def build(config, seed=0):
   return Detector(config, rngs=nnx.Rngs(seed))
 
 
-def targets(scenes):
+def grid_targets(scenes):
   """Truth on the grid, numpy int32 `[R, 8, 8]` each: object (0, 1), shape, colour, size."""
   r = len(scenes.count)
   out = {k: np.zeros((r, 8, 8), np.int32) for k in ('object', 'shape', 'colour', 'size')}
@@ -67,7 +67,7 @@ def targets(scenes):
   return out
 
 
-def loss(logits, truth):
+def detection_loss(logits, truth):
   """Mean cross-entropies: object everywhere (weight 4), the rest where objects are."""
   at = truth['object'].astype(jnp.float32)
   sign = jnp.where(truth['object'] == 1, 1.0, -1.0)

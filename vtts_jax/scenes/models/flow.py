@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.scenes import world as world
+from vtts_jax.scenes import world
 from vtts_jax.scenes.models.layers import MLP, Mixer, Near, RMSNorm, patches, table, unpatch
 
 

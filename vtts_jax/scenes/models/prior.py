@@ -16,10 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from vtts_jax.errors import ConfigError
 from vtts_jax.scenes.models.layers import MLP, RMSNorm, table
 
 NEVER = -1e9  # score of a masked position; finite, so that a fully masked row stays a number
+# Megatron's split of a block (Shoeybi et al. 2019, arXiv 1909.08053): columns, then rows
+SHARDING = [
+  (r'blocks/\d+/(qkv|text_kv|mlp/up)/kernel', PartitionSpec(None, 'model')),
+  (r'blocks/\d+/mlp/up/bias', PartitionSpec('model')),
+  (r'blocks/\d+/(out|mlp/down)/kernel', PartitionSpec('model', None)),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Config:
   def __post_init__(self):
     for name in ('width', 'text_width'):
       if getattr(self, name) % self.heads:
-        raise ValueError(f'{name}={getattr(self, name)}: must be a multiple of heads={self.heads}')
+        raise ConfigError(f'{name}={getattr(self, name)}: must be a multiple of heads={self.heads}')
 
 
 class Block(nnx.Module):

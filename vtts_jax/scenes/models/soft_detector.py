@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.scenes import world as world
+from vtts_jax.errors import ConfigError
+from vtts_jax.metrics import geneval_arrays
+from vtts_jax.scenes import world
 from vtts_jax.scenes.models.layers import MLP, RMSNorm
 
 PLACES = len(world.LATTICE) ** 2
@@ -51,8 +53,8 @@ def flops_windows(cell, width):
   return 2 * 64 * 48 * cell + 2 * PLACES * 9 * cell * width
 
 
-class Judge(nnx.Module):
-  """`judge(images [R, 32, 32, 3]) -> (class log-probabilities [R, P, K], colour's [R, P, 8])`."""
+class SoftDetector(nnx.Module):
+  """Images `[R, 32, 32, 3]` -> class log-probabilities `[R, P, K]`, colour's `[R, P, 8]`."""
 
   def __init__(self, config, *, rngs):
     w = config.width
@@ -71,7 +73,7 @@ class Judge(nnx.Module):
 
 
 def build(config, seed=0):
-  return Judge(config, rngs=nnx.Rngs(seed))
+  return SoftDetector(config, rngs=nnx.Rngs(seed))
 
 
 def flops(config):
@@ -81,7 +83,7 @@ def flops(config):
   return flops_windows(config.cell, w) + 2 * PLACES * (config.blocks * 2 * w * w + w * heads)
 
 
-def targets(scenes):
+def place_targets(scenes):
   """Truth per place, numpy int32: class `[R, P]` (5 = nothing), colour `[R, P]` (0 there)."""
   row, slot = np.nonzero(np.arange(world.SLOTS) < scenes.count[:, None])
   kind = np.full((len(scenes.count), PLACES), NOTHING, np.int32)
@@ -91,10 +93,11 @@ def targets(scenes):
   return kind, colour
 
 
-def loss(kind, colour, truth):
+def detection_loss(kind, colour, truth):
   """Mean cross-entropies: class over objects plus class over empty places, colour over objects.
 
-  Args: log-probabilities `[R, P, K]`, `[R, P, 8]` and `targets`. Returns (sum, {name: scalar}).
+  Args: log-probabilities `[R, P, K]`, `[R, P, 8]` and `place_targets`. Returns (sum, {name:
+  scalar}).
   """
   there = (truth[0] != NOTHING).astype(jnp.float32)
   pick = lambda log, index: (log * jax.nn.one_hot(index, log.shape[-1])).sum(-1)
@@ -112,18 +115,18 @@ def loss(kind, colour, truth):
 FIELDS = ('tag', 'a', 'b', 'colour_a', 'colour_b', 'count', 'relation')
 
 
-def parse(texts):
+def parse_captions(texts):
   """Captions of the grammar to targets: numpy int32 `[R, 7]`, the columns of `FIELDS`.
 
   Raises:
-    ValueError: a text that is no sentence of the grammar of data/scenes.py.
+    ConfigError: a text that is no sentence of the grammar of scenes/world.py.
   """
   rows = []
   for text in texts:
     words = text.lower().replace('.', '').replace(',', '').split()
-    row = _parse(words[3:]) if ' '.join(words[:3]) in world.PREFIXES else None
+    row = _parse_caption(words[3:]) if ' '.join(words[:3]) in world.PREFIXES else None
     if row is None:
-      raise ValueError(
+      raise ConfigError(
         f'prompt {text!r} is not a sentence of the scene world; it must read like '
         "'a photo of a red circle and a blue ring', 'a photo of three squares' or "
         "'a photo of a cross left of a ring'")
@@ -131,7 +134,7 @@ def parse(texts):
   return np.array(rows, np.int32).reshape(-1, len(FIELDS))
 
 
-def _parse(words):
+def _parse_caption(words):
   if len(words) == 2 and words[0] in world.NUMBERS and words[1] in world.PLURALS:
     return 2, world.PLURALS.index(words[1]), 0, 0, 0, world.NUMBERS.index(words[0]) + 1, 0
   one, rest = _thing(words)
@@ -164,23 +167,22 @@ def _thing(words):
   return None, words
 
 
-def _relations():
-  """`[4, P, P]` float32: does an object at p stand in the relation to one at q? GenEval's rule."""
+def _place_relations():
+  """`[4, P, P]` float32: does an object at p stand in the relation to one at q? GenEval's rule, on
+  boxes of the mean size."""
   y, x = (np.array(world.LATTICE)[i] for i in np.divmod(np.arange(PLACES), len(world.LATTICE)))
-  offset = np.stack([x[:, None] - x, y[:, None] - y], -1).astype(float)  # [P, P, 2]
-  margin = 0.1 * 4 * np.mean(world.RADII)
-  kept = np.maximum(abs(offset) - margin, 0) * np.sign(offset)
-  unit = kept / np.maximum(np.linalg.norm(offset, axis=-1, keepdims=True), 1e-6)
-  x, y = unit[..., 0], unit[..., 1]
-  return np.stack([x < -0.5, x > 0.5, y < -0.5, y > 0.5]).astype(np.float32)
+  centre, radius = np.stack([x, y], -1).astype(float), np.mean(world.RADII)
+  box = np.concatenate([centre - radius, centre + radius], -1)  # [P, 4]
+  holds = geneval_arrays.relations_hold(box[:, None], box[None])  # [P, P, 4]
+  return np.moveaxis(holds, -1, 0).astype(np.float32)
 
 
 def satisfaction(kind, colour, targets):
   """Log-probability `[B, M]`, in [-30, 0], that the rules of GenEval hold.
 
   Args:
-    kind, colour: log-probabilities of `Judge`, `[B, M, P, K]` and `[B, M, P, 8]`.
-    targets: `[B, 7]` of `parse`.
+    kind, colour: log-probabilities of `SoftDetector`, `[B, M, P, K]` and `[B, M, P, 8]`.
+    targets: `[B, 7]` of `parse_captions`.
 
   An object is as likely as its most likely place, a relation as the likeliest pair of places in
   that relation, a number n as the n likeliest places holding an object and no other.
@@ -193,7 +195,7 @@ def satisfaction(kind, colour, targets):
   coloured = jnp.isin(tag, jnp.array([3, 5]))[:, None, None]
   first = jnp.max(at_a + coloured * ink_a, -1)
   second = jnp.max(at_b + coloured * ink_b, -1)
-  rule = jnp.tensordot(jax.nn.one_hot(relation, 4), _relations(), 1)[:, None]  # [B, 1, P, P]
+  rule = jnp.tensordot(jax.nn.one_hot(relation, 4), _place_relations(), 1)[:, None]  # [B, 1, P, P]
   pair = jnp.where(rule > 0.5, at_a[..., :, None] + at_b[..., None, :], -60.0).max((-2, -1))
   ranked = -jnp.sort(-at_a, -1)  # [B, M, P], likeliest first
   absent = jnp.log1p(-jnp.exp(jnp.minimum(ranked, -1e-6)))

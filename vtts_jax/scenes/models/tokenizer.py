@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vtts_jax.errors import ConfigError
 from vtts_jax.scenes.models.layers import MLP, Mixer, Near, RMSNorm, patches, table, unpatch
 
 
@@ -36,9 +37,9 @@ class Config:
 
   def __post_init__(self):
     if self.order not in ('1d', '2d'):
-      raise ValueError(f"order={self.order!r}: allowed are '1d', '2d'")
+      raise ConfigError(f"order={self.order!r}: allowed are '1d', '2d'")
     if self.cells % self.tokens:
-      raise ValueError(f'tokens={self.tokens} must divide the number of cells, {self.cells}')
+      raise ConfigError(f'tokens={self.tokens} must divide the number of cells, {self.cells}')
 
   @property
   def cells(self):

@@ -1,11 +1,11 @@
-"""What score will a candidate have when it is finished? A small prior whose head looks ahead.
+"""What score will a candidate have when it is finished? A small prior with a head for that.
 
 The trunk is `Prior` over the tokens drawn so far, with one position more: at position s it has seen
-s tokens. The score that it foretells is linear in the picture's embedding (a dual encoder's scaled
+s tokens. The score that it predicts is linear in the picture's embedding (a dual encoder's scaled
 cosine plus a bias), so the head predicts the *mean embedding of the completions* and the score is
 its product with the caption's embedding: successor features (Barreto et al. 2017, arXiv
 1606.05312). The captions' encoder is the verifier's own, a frozen copy.
-Checked against `train/value.py`: teacher forcing and the read-out at one stage are equal.
+Checked against `scenes/train/value.py`: teacher forcing and the read-out at one stage are equal.
 
 Letters: B prompts · N candidates · T tokens · Tt words · D width · E = `dim` of the embedding.
 """
@@ -18,6 +18,7 @@ from flax import nnx
 
 from vtts_jax.scenes.models import clip, prior
 
+SHARDING = prior.SHARDING
 
 @dataclasses.dataclass(frozen=True)
 class Config(prior.Config):
@@ -36,7 +37,7 @@ class Config(prior.Config):
   of_hidden: int = 64
 
   @property
-  def judge(self):
+  def verifier(self):
     return clip.Config(dim=self.dim, words=self.of_words, hidden=self.of_hidden)
 
 
@@ -46,7 +47,7 @@ class Value(prior.Prior):
   def __init__(self, config, *, rngs):
     super().__init__(config, rngs=rngs)
     self.head = nnx.Linear(config.width, config.dim, rngs=rngs)
-    self.captions = clip.Words(config.judge, rngs=rngs)
+    self.captions = clip.Words(config.verifier, rngs=rngs)
     self.scale, self.bias = nnx.Param(jnp.zeros(())), nnx.Param(jnp.zeros(()))
 
   def context(self, text_ids):
@@ -60,7 +61,7 @@ class Value(prior.Prior):
     return jnp.einsum('bn...e,be->bn...', embeddings, context['caption']) + self.bias[...]
 
   def embeddings(self, context, tokens):
-    """Tokens `[B, N, T]` -> mean embedding foretold after 0 .. T of them, `[B, N, T + 1, E]`."""
+    """Tokens `[B, N, T]` -> mean embedding predicted after 0 .. T of them, `[B, N, T + 1, E]`."""
     return self.forced(context['text'], self._wide(tokens))
 
   def value(self, context, tokens, stage):
@@ -83,7 +84,7 @@ def build(config, seed=0):
 
 def flops_context(config):
   """Floating-point operations of `context` per prompt; a multiply-add is 2."""
-  return prior.flops_text(config) + clip.flops(config.judge, 'text')
+  return prior.flops_text(config) + clip.flops(config.verifier, 'text')
 
 
 def flops_value(config):

@@ -1,10 +1,10 @@
-"""Trains a CLIP-like verifier of the scene world: `python -m vtts_jax.scenes.train.clip --which=a` (or b).
+"""Trains a CLIP-like verifier: `python -m vtts_jax.scenes.train.clip --which=a` (or b).
 
-The two differ in architecture, initialisation and data seeds and in what they see: `a` half spoiled
-and unfinished pictures, `b` clean ones only. Loss: sigmoid over all pictures x captions of a batch,
-labelled by what is true of the scenes (a caption may be true of several), a ranking term against
-two hard negatives each, and the tower's own detection heads, which fade out. About four minutes
-of one core each. `--steps=0` (and a negative seed) mean those of the recipe.
+The two differ in architecture, initialisation and data seeds and in what they see: `a` half
+corrupted and unfinished pictures, `b` clean ones only. Loss: sigmoid over all pictures x captions
+of a batch, labelled by what is true of the scenes (a caption may be true of several), a ranking
+term against two hard negatives each, and the tower's own detection heads, which fade out. About
+four minutes of one core each. `--steps=0` (and a negative seed) mean those of the recipe.
 """
 
 import dataclasses
@@ -16,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.scenes import labels as truth
-from vtts_jax.scenes import world as world
-from vtts_jax.scenes.models import clip
-from vtts_jax.scenes.models import soft_detector as judge
-from vtts_jax.scenes.train import corruptions as spoil
+from vtts_jax.scenes import labels, world
+from vtts_jax.scenes.models import clip, soft_detector
+from vtts_jax.scenes.train import build_parser, corruptions
 from vtts_jax.train import loop
 
 RECIPES = {  # config, seed, steps, weight decay
@@ -35,8 +33,8 @@ WEIGHTS = np.array([0.5, 1.0, 2.0, 4.0, 2.0], np.float32)  # of a negative by as
 def _block(seed, number):
   """Scenes and hard negatives of `BLOCK` rows: drawing negatives costs the same for 64 rows."""
   rows = np.arange(number * BLOCK, (number + 1) * BLOCK)
-  scenes = world.sample(seed, rows)
-  return scenes, [world.negatives(scenes, seed + 1 + i, rows) for i in range(NEGATIVES)]
+  scenes = world.sample_scenes(seed, rows)
+  return scenes, [world.wrong_captions(scenes, seed + 1 + i, rows) for i in range(NEGATIVES)]
 
 
 def batch(seed, step, size):
@@ -47,10 +45,10 @@ def batch(seed, step, size):
   scenes = world.Scenes(scenes.captions.take(part), *(f[part] for f in scenes[1:]))
   said = (scenes.captions, *(c.take(part) for c, _ in wrong))
   said = world.Captions(*map(np.concatenate, zip(*said)))
-  ids = world.tokenize(world.texts(said))
-  labels = truth.holds(said, scenes).astype(np.float32)
+  ids = world.tokenize_texts(world.caption_texts(said))
+  true = labels.true_captions(said, scenes).astype(np.float32)
   weight = WEIGHTS[np.stack([aspect[part] for _, aspect in wrong])]
-  return world.render(scenes), ids, labels, weight, judge.targets(scenes)
+  return world.render_scenes(scenes), ids, true, weight, soft_detector.place_targets(scenes)
 
 
 def loss(model, images, ids, labels, weight, targets, progress):
@@ -63,23 +61,23 @@ def loss(model, images, ids, labels, weight, targets, progress):
   own = jnp.stack(jnp.split(logits, 1 + NEGATIVES, -1))  # [3, R, R]
   own = jnp.diagonal(own, axis1=1, axis2=2)  # [3, R]
   rank = (weight * jax.nn.softplus(own[1:] - own[:1])).mean()
-  detect, _ = judge.loss(kind, colour, targets)
+  detect, _ = soft_detector.detection_loss(kind, colour, targets)
   total = true + false + 2 * rank + (1.5 * (1 - progress) + 0.1) * detect
   return total, {'loss': total, 'true': true, 'false': false, 'rank': rank, 'detect': detect,
                  'pairs': (own[1:] < own[:1]).mean()}
 
 
 def measure(graphdef, params, count=9216, chunk=64, change=None):
-  """Accuracy on held-out hard negatives, over all and by aspect; `change(images)` spoils them."""
-  scenes = world.sample(61, np.arange(count), 'held')
-  wrong, aspect = world.negatives(scenes, 62, np.arange(count), 'held')
-  images = world.render(scenes)
+  """Accuracy on held-out hard negatives, over all and by aspect; `change(images)` corrupts them."""
+  scenes = world.sample_scenes(61, np.arange(count), 'held')
+  wrong, aspect = world.wrong_captions(scenes, 62, np.arange(count), 'held')
+  images = world.render_scenes(scenes)
   images = images if change is None else np.asarray(change(images))
-  ids = [world.tokenize(world.texts(c)) for c in (scenes.captions, wrong)]
+  ids = [world.tokenize_texts(world.caption_texts(c)) for c in (scenes.captions, wrong)]
 
   @jax.jit
   def score(params, images, right, false):
-    model = modules.merge(graphdef, params)
+    model = modules.bind(graphdef, params)
     x = model.image(images)
     return model.logits(x, model.text(right)), model.logits(x, model.text(false))
 
@@ -96,7 +94,7 @@ def measure(graphdef, params, count=9216, chunk=64, change=None):
 
 
 def main():
-  args = loop.flags(steps=0, batch=64, rate=2e-3, seed=-1, which='a').parse_args()
+  args = build_parser(steps=0, batch=64, rate=2e-3, seed=-1, which='a').parse_args()
   if args.which not in RECIPES:
     raise SystemExit(f'--which={args.which}: allowed are {", ".join(RECIPES)}')
   if BLOCK % args.batch:
@@ -104,28 +102,28 @@ def main():
   config, seed, steps, decay = RECIPES[args.which]
   steps, seed = args.steps or steps, seed if args.seed < 0 else args.seed
   name = f'clip_{args.which}'
-  graphdef, params = modules.split(clip.build(config, seed))
-  ways = (spoil.mild, spoil.smear, spoil.unfinished, spoil.holes)
+  graphdef, params = modules.split_module(clip.build(config, seed))
+  ways = (corruptions.mild, corruptions.smear, corruptions.unfinished, corruptions.holes)
 
   def objective(params, data, key, progress):
     images, *rest = data
     if args.which == 'a':
       half = len(images) // 2
-      images = jnp.concatenate([spoil.one_of(images[:half], key, ways), images[half:]])
-    return loss(modules.merge(graphdef, params), images, *rest, progress)
+      images = jnp.concatenate([corruptions.one_of(images[:half], key, ways), images[half:]])
+    return loss(modules.bind(graphdef, params), images, *rest, progress)
 
-  params = loop.rounded(loop.train(
+  params = loop.round_weights(loop.train_model(
     objective, params, lambda step: batch(seed, step, args.batch),
     steps=steps, rate=args.rate, seed=seed, ema=0.99, decay=decay,
     folder=os.path.join(args.workdir, name)))
   metrics = measure(graphdef, params)
   for way in ways:
-    spoiled = jax.jit(lambda x, way=way: way(x, jax.random.key(63)))
-    metrics[f'pairs_{way.__name__}'] = measure(graphdef, params, change=spoiled)['pairs']
+    corrupted = jax.jit(lambda x, way=way: way(x, jax.random.key(63)))
+    metrics[f'pairs_{way.__name__}'] = measure(graphdef, params, change=corrupted)['pairs']
   print(metrics)
-  loop.export(os.path.join(args.out, f'{name}.safetensors'), params, kind='clip',
-              config=dataclasses.asdict(config), metrics=metrics, seed=seed, steps=steps,
-              command=f'python -m vtts_jax.scenes.train.clip --which={args.which}')
+  loop.export_weights(os.path.join(args.out, f'{name}.safetensors'), params, kind='clip',
+                      config=dataclasses.asdict(config), metrics=metrics, seed=seed, steps=steps,
+                      command=f'python -m vtts_jax.scenes.train.clip --which={args.which}')
 
 
 if __name__ == '__main__':

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.scenes import world as world
-from vtts_jax.scenes.models import ASSETS, card, load
+from vtts_jax.scenes import world
+from vtts_jax.scenes.models import ASSETS, load_model, read_card
 
 FIRST, MORE = 8, 4
-JUDGE = 'clip_a'
+VERIFIER = 'clip_a'
 TOGETHER = 12  # prompts of a call: 96 pictures, the fastest number on a CPU
 PART = 240  # prompts of a file
 
@@ -47,7 +47,7 @@ class Completions(NamedTuple):
   root: np.ndarray
 
 
-def sample(model, scale, text_ids, given, begin, key, greedy=False):
+def sample_tokens(model, scale, text_ids, given, begin, key, greedy=False):
   """Guided sampling: tokens `[P, N, T]` and logits `[P, N, T, V]`.
 
   The first `begin [P, N]` tokens are those of `given [P, N, T]`, the others are drawn; text ids
@@ -73,18 +73,19 @@ def sample(model, scale, text_ids, given, begin, key, greedy=False):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def draw(order, params, text_ids, key):
+def draw_completions(order, params, text_ids, key):
   """Everything of a few prompts, text ids `[P, Tt]`: a `Completions` of arrays."""
-  prior, decoder, judge = (modules.merge(load(name)[0], params[name]) for name in parts(order))
-  scale = card(f'prior_{order}')['guidance']
+  models = (modules.bind(load_model(name)[0], params[name]) for name in data_models(order))
+  prior, decoder, verifier = models
+  scale = read_card(f'prior_{order}')['guidance']
   keys = jax.random.split(key, 3)
   p, length = len(text_ids), prior.config.tokens
 
   def scored(given, begin, key):
-    tokens, logits = sample(prior, scale, text_ids, given, begin, key)
-    seen = judge.image(decoder.decode(tokens.reshape(-1, length)))
+    tokens, logits = sample_tokens(prior, scale, text_ids, given, begin, key)
+    seen = verifier.image(decoder.decode(tokens.reshape(-1, length)))
     seen = seen.reshape(*begin.shape, -1)
-    score = judge.logits(seen, judge.text(text_ids)[:, None])
+    score = verifier.logits(seen, verifier.text(text_ids)[:, None])
     root = jnp.round(255 * jnp.sqrt(jax.nn.softmax(logits)))
     return Completions(text_ids, tokens, begin, score, seen, root.astype(jnp.uint8))
 
@@ -98,12 +99,12 @@ def draw(order, params, text_ids, key):
   return Completions(text_ids, *both)
 
 
-def parts(order):
+def data_models(order):
   """Names of the weights that the data of `order` come from."""
-  return f'prior_{order}', f'tokenizer_{order}', JUDGE
+  return f'prior_{order}', f'tokenizer_{order}', VERIFIER
 
 
-def completions(order, seed, prompts, folder, split='train'):
+def load_completions(order, seed, prompts, folder, split='train'):
   """`Completions` of prompts 0 .. `prompts` - 1 of the endless list (seed, split).
 
   Drawn once and kept in files below `folder`, by the content of the weights; files that are
@@ -114,21 +115,22 @@ def completions(order, seed, prompts, folder, split='train'):
   """
   if prompts < 1 or prompts % PART:
     raise ValueError(f'prompts={prompts}: must be a positive multiple of {PART}')
-  content = b''.join((ASSETS / f'{name}.safetensors').read_bytes() for name in parts(order))
+  content = b''.join((ASSETS / f'{name}.safetensors').read_bytes() for name in data_models(order))
   tag = hashlib.sha256(content).hexdigest()[:12]
   folder = os.path.join(folder, f'completions_{order}_{split}_{seed}_{tag}')
   os.makedirs(folder, exist_ok=True)
-  params = {name: load(name)[1] for name in parts(order)}
+  params = {name: load_model(name)[1] for name in data_models(order)}
   found = []
   for number in range(prompts // PART):
     path = os.path.join(folder, f'{number:03d}.npz')
     if not os.path.exists(path):
       rows = np.arange(number * PART, (number + 1) * PART)
-      text = world.tokenize(world.texts(world.captions(seed, rows, split)))
+      text = world.tokenize_texts(world.caption_texts(world.draw_captions(seed, rows, split)))
       drawn = []
       for i in range(0, PART, TOGETHER):
         key = jax.random.fold_in(jax.random.key(seed), rows[i])
-        drawn.append(jax.tree.map(np.asarray, draw(order, params, text[i : i + TOGETHER], key)))
+        some = draw_completions(order, params, text[i : i + TOGETHER], key)
+        drawn.append(jax.tree.map(np.asarray, some))
       whole = Completions(*map(np.concatenate, zip(*drawn)))
       kinds = Completions(np.uint8, np.uint8, np.uint8, np.float32, np.float16, np.uint8)
       arrays = {k: x.astype(t) for k, x, t in zip(whole._fields, whole, kinds)}

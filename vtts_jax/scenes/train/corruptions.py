@@ -32,7 +32,7 @@ def mild(images, key):
 
 
 def smear(images, key):
-  """Heavy Gaussian blur, the look of a coarse-to-fine prefix: 0.8 to 2.5 pixels."""
+  """Heavy Gaussian blur, as a coarse-to-fine prefix has it: 0.8 to 2.5 pixels."""
   sigma = _uniform(key, images, 0.8, 2.5)[:, :, 0]  # [R, 1, 1]
   gap = jnp.arange(SIZE)[:, None] - jnp.arange(SIZE)
   near = jnp.exp(-(gap**2) / (2 * sigma**2))
@@ -70,7 +70,7 @@ def mixture(images, key):
 
 
 def one_of(images, key, ways):
-  """Each row spoiled in one of `ways`, uniformly."""
+  """Each row corrupted in one of `ways`, uniformly."""
   keys = jax.random.split(key, len(ways) + 1)
   which = jax.random.randint(keys[0], (images.shape[0], 1, 1, 1), 0, len(ways))
   out = images

@@ -1,7 +1,8 @@
-"""Trains the detector behind the tokenizers' perceptual loss: `python -m vtts_jax.scenes.train.detector`.
+"""Trains the detector behind the tokenizers' perceptual loss.
 
-About two minutes on a core. Data: training scenes, half of them with noise, blur or faded contrast,
-so that features stay meaningful on the half-finished pictures a tokenizer draws.
+`python -m vtts_jax.scenes.train.detector`; about two minutes on a core. Data: training scenes,
+half of them with noise, blur or faded contrast, so that features stay meaningful on the
+half-finished pictures a tokenizer draws.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.scenes import world as world
+from vtts_jax.scenes import world
 from vtts_jax.scenes.models import detector
+from vtts_jax.scenes.train import build_parser
 from vtts_jax.train import loop
 
 
@@ -38,31 +40,31 @@ def damage(images, key):
 
 
 def main():
-  args = loop.flags(steps=2500, batch=64, rate=2e-3, seed=11).parse_args()
+  args = build_parser(steps=2500, batch=64, rate=2e-3, seed=11).parse_args()
   config = detector.Config()
-  graphdef, params = modules.split(detector.build(config, args.seed))
+  graphdef, params = modules.split_module(detector.build(config, args.seed))
 
   def batches(step):
-    scenes = world.sample(args.seed, np.arange(step * args.batch, (step + 1) * args.batch))
-    return world.render(scenes), detector.targets(scenes)
+    scenes = world.sample_scenes(args.seed, np.arange(step * args.batch, (step + 1) * args.batch))
+    return world.render_scenes(scenes), detector.grid_targets(scenes)
 
   def loss(params, batch, key, progress):
     images, truth = batch
-    return detector.loss(modules.merge(graphdef, params)(damage(images, key)), truth)
+    return detector.detection_loss(modules.bind(graphdef, params)(damage(images, key)), truth)
 
-  params = loop.rounded(loop.train(
+  params = loop.round_weights(loop.train_model(
     loss, params, batches, steps=args.steps, rate=args.rate, seed=args.seed,
     folder=f'{args.workdir}/detector'))
-  scenes = world.sample(args.seed, np.arange(1024), 'held')
-  out = jax.jit(lambda p, x: modules.merge(graphdef, p)(x))(params, world.render(scenes))
-  truth = detector.targets(scenes)
+  scenes = world.sample_scenes(args.seed, np.arange(1024), 'held')
+  out = jax.jit(lambda p, x: modules.bind(graphdef, p)(x))(params, world.render_scenes(scenes))
+  truth = detector.grid_targets(scenes)
   at = truth['object'] == 1
   metrics = {'object': float(((out['object'] > 0) == at).mean())}
   for name in ('shape', 'colour', 'size'):
     metrics[name] = float((out[name].argmax(-1) == truth[name])[at].mean())
   print('held-out accuracy', metrics)
-  loop.export(os.path.join(args.out, 'detector.safetensors'), params, kind='detector',
-              config=dataclasses.asdict(config), metrics=metrics, seed=args.seed)
+  loop.export_weights(os.path.join(args.out, 'detector.safetensors'), params, kind='detector',
+                      config=dataclasses.asdict(config), metrics=metrics, seed=args.seed)
 
 
 if __name__ == '__main__':

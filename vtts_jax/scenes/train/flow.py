@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.scenes import oracle as oracle
-from vtts_jax.scenes import world as world
+from vtts_jax.scenes import oracle, world
 from vtts_jax.scenes.models import flow
+from vtts_jax.scenes.train import build_parser
 from vtts_jax.train import loop
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def sample(graphdef, params, text_ids, key, scale, steps=24):
+def sample_images(graphdef, params, text_ids, key, scale, steps=24):
   """Euler from noise: `[R, Tt]` -> images `[R, 32, 32, 3]` in [0, 1]."""
-  model = modules.merge(graphdef, params)
+  model = modules.bind(graphdef, params)
   R, size = len(text_ids), model.config.image
   emb = model.text(jnp.concatenate([text_ids, jnp.zeros_like(text_ids)]))
 
@@ -36,18 +36,18 @@ def sample(graphdef, params, text_ids, key, scale, steps=24):
 
 
 def main():
-  args = loop.flags(steps=6000, batch=64, rate=2e-3, seed=31, drop=0.1, prompts=300).parse_args()
+  args = build_parser(6000, batch=64, rate=2e-3, seed=31, drop=0.1, prompts=300).parse_args()
   config = flow.Config()
-  graphdef, params = modules.split(flow.build(config, args.seed))
-  print(f'{modules.size(params):,} parameters', flush=True)
+  graphdef, params = modules.split_module(flow.build(config, args.seed))
+  print(f'{modules.count_parameters(params):,} parameters', flush=True)
 
   def batches(step):
-    scenes = world.sample(args.seed, np.arange(step * args.batch, (step + 1) * args.batch))
-    return world.render(scenes), world.tokenize(world.texts(scenes.captions))
+    scenes = world.sample_scenes(args.seed, np.arange(step * args.batch, (step + 1) * args.batch))
+    return world.render_scenes(scenes), world.tokenize_texts(world.caption_texts(scenes.captions))
 
   def loss(params, batch, key, progress):
     images, text_ids = batch
-    model, keys = modules.merge(graphdef, params), jax.random.split(key, 3)
+    model, keys = modules.bind(graphdef, params), jax.random.split(key, 3)
     kept = jax.random.bernoulli(keys[0], 1 - args.drop, (len(images), 1))
     t = jax.nn.sigmoid(jax.random.normal(keys[1], (len(images),)))
     noise, data = jax.random.normal(keys[2], images.shape), 2 * images - 1
@@ -56,28 +56,28 @@ def main():
     return ((v - data + noise) ** 2).mean(), {}
 
   def evaluate(params, step):
-    params, last = loop.rounded(params), step == args.steps
-    metadata = world.prompts('held', args.prompts if last else 120)
-    text = world.tokenize([m['prompt'] for m in metadata])
+    params, last = loop.round_weights(params), step == args.steps
+    prompts = world.prompts('held', args.prompts if last else 120)
+    text = world.tokenize_texts([p['text'] for p in prompts])
     found = {}
     for scale in (1.0, 1.5, 2.0, 3.0) if last else (1.5,):
       images = np.concatenate([
-        sample(graphdef, params, text[i:i + 60], jax.random.key(i), scale)
+        sample_images(graphdef, params, text[i:i + 60], jax.random.key(i), scale)
         for i in range(0, len(text), 60)])
-      result = oracle.report(images, metadata)
+      result = oracle.report_grades(images, prompts)
       found[scale] = round(result['overall'], 4)
       print(f'guidance {scale}: pass@1 {found[scale]}',
             {k: round(v, 3) for k, v in result['by_tag'].items()}, flush=True)
     best = max(found, key=found.get)
-    loop.export(
+    loop.export_weights(
       os.path.join(args.out, 'flow.safetensors'), params, kind='flow',
       config=dataclasses.asdict(config), seed=args.seed, step=step,
       guidance=best, steps=24,
       metrics={'pass_at_1': found[best], 'by_guidance': found},
       command=f'python -m vtts_jax.scenes.train.flow --steps={args.steps}')
 
-  loop.train(loss, params, batches, steps=args.steps, rate=args.rate, seed=args.seed,
-             folder=f'{args.workdir}/flow', every=1000, evaluate=evaluate)
+  loop.train_model(loss, params, batches, steps=args.steps, rate=args.rate, seed=args.seed,
+                   folder=f'{args.workdir}/flow', every=1000, evaluate=evaluate)
 
 
 if __name__ == '__main__':

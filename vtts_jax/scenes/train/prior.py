@@ -1,6 +1,6 @@
-"""Trains the AR prior on the tokens of a tokenizer: `python -m vtts_jax.scenes.train.prior --order=1d`.
+"""Trains the AR prior on a tokenizer's tokens: `python -m vtts_jax.scenes.train.prior --order=1d`.
 
-Scenes are tokenised once (kept beside the checkpoints, by the tokenizer's content hash). Captions
+Scenes are tokenized once (kept beside the checkpoints, by the tokenizer's content hash). Captions
 are dropped with probability 0.1 (for guidance). At the end: nats per token on held-out captions,
 and pass@1 by the oracle for several guidance scales, the best of which becomes the shipped default.
 """
@@ -15,27 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.scenes import oracle as oracle
-from vtts_jax.scenes import world as world
-from vtts_jax.scenes.models import ASSETS, load, prior
-from vtts_jax.scenes.models import config as config_of
+from vtts_jax.scenes import oracle, world
+from vtts_jax.scenes.models import ASSETS, load_model, prior, read_config
+from vtts_jax.scenes.train import build_parser
 from vtts_jax.train import loop
 
 
-def tokenise(name, seed, count, split, folder, chunk=256):
+def tokenize_scenes(name, seed, count, split, folder, chunk=256):
   """(text ids `[count, Tt]` uint8, image ids `[count, K]` uint16) of a data set, cached."""
   tag = hashlib.sha256((ASSETS / f'{name}.safetensors').read_bytes()).hexdigest()[:12]
   path = os.path.join(folder, f'tokens_{name}_{split}_{seed}_{count}_{tag}.npz')
   if os.path.exists(path):
     with np.load(path) as file:
       return file['text'], file['image']
-  graphdef, params = load(name)
-  encode = jax.jit(lambda p, x: modules.merge(graphdef, p).encode(x))
+  graphdef, params = load_model(name)
+  encode = jax.jit(lambda p, x: modules.bind(graphdef, p).encode(x))
   text, image = [], []
   for start in range(0, count, chunk):
-    scenes = world.sample(seed, np.arange(start, start + chunk), split)
-    text.append(world.tokenize(world.texts(scenes.captions)).astype(np.uint8))
-    image.append(np.asarray(encode(params, world.render(scenes))).astype(np.uint16))
+    scenes = world.sample_scenes(seed, np.arange(start, start + chunk), split)
+    text.append(world.tokenize_texts(world.caption_texts(scenes.captions)).astype(np.uint8))
+    image.append(np.asarray(encode(params, world.render_scenes(scenes))).astype(np.uint16))
   text, image = np.concatenate(text)[:count], np.concatenate(image)[:count]
   os.makedirs(folder, exist_ok=True)
   np.savez(path, text=text, image=image)
@@ -43,9 +42,9 @@ def tokenise(name, seed, count, split, folder, chunk=256):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def sample(graphdef, params, text_ids, key, scale, temperature):
+def sample_tokens(graphdef, params, text_ids, key, scale, temperature):
   """`[B, Tt]` -> `[B, T]`, one sequence per prompt, logits `uncond + scale * (cond - uncond)`."""
-  model = modules.merge(graphdef, params)
+  model = modules.bind(graphdef, params)
   B = len(text_ids)
   text = model.text(jnp.concatenate([text_ids, jnp.zeros_like(text_ids)]))
   def body(carry, position):
@@ -58,38 +57,38 @@ def sample(graphdef, params, text_ids, key, scale, temperature):
   return jax.lax.scan(body, start, jnp.arange(model.config.tokens))[1].T
 
 
-def pass_at_1(graphdef, params, name, metadata, scale, temperature=1.0, seed=0):
-  """GenEval-style scores (`geneval.summarize`) of one sample per prompt."""
-  text = world.tokenize([m['prompt'] for m in metadata])
-  graph, decoder = load(name)
-  decode = jax.jit(lambda p, ids: modules.merge(graph, p).decode(ids))
+def pass_at_1(graphdef, params, name, prompts, scale, temperature=1.0, seed=0):
+  """GenEval-style scores (`geneval.summarize_by_tag`) of one sample per prompt."""
+  text = world.tokenize_texts([p['text'] for p in prompts])
+  graph, decoder = load_model(name)
+  decode = jax.jit(lambda p, ids: modules.bind(graph, p).decode(ids))
   images = []
   for start in range(0, len(text), 120):
-    ids = sample(graphdef, params, text[start:start + 120], jax.random.key(seed + start), scale,
-                 temperature)
+    ids = sample_tokens(graphdef, params, text[start:start + 120], jax.random.key(seed + start),
+                        scale, temperature)
     images.append(decode(decoder, ids))
-  return oracle.report(np.concatenate(images), metadata)
+  return oracle.report_grades(np.concatenate(images), prompts)
 
 
 def main():
-  args = loop.flags(steps=8000, batch=64, rate=2e-3, order='1d', width=96, layers=4, scenes=131072,
-                    drop=0.1, tokenizer='', prompts=600).parse_args()
+  args = build_parser(8000, batch=64, rate=2e-3, order='1d', width=96, layers=4, scenes=131072,
+                      drop=0.1, tokenizer='', prompts=600).parse_args()
   name = args.tokenizer or f'tokenizer_{args.order}'
-  tokens = config_of(name)
+  tokens = read_config(name)
   config = prior.Config(codes=tokens.codes, tokens=tokens.tokens, width=args.width,
                         layers=args.layers)
   seed = args.seed + (21 if args.order == '1d' else 22)
-  graphdef, params = modules.split(prior.build(config, seed))
-  print(f'{modules.size(params):,} parameters', flush=True)
-  text, image = tokenise(name, seed, args.scenes, 'train', args.workdir)
-  val_text, val_image = tokenise(name, seed, 1024, 'held', args.workdir)
+  graphdef, params = modules.split_module(prior.build(config, seed))
+  print(f'{modules.count_parameters(params):,} parameters', flush=True)
+  text, image = tokenize_scenes(name, seed, args.scenes, 'train', args.workdir)
+  val_text, val_image = tokenize_scenes(name, seed, 1024, 'held', args.workdir)
 
   def batches(step):
     rows = np.random.default_rng((seed, step)).integers(len(text), size=args.batch)
     return text[rows].astype(np.int32), image[rows].astype(np.int32)
 
   def nats(params, text_ids, ids):
-    logits = modules.merge(graphdef, params)(text_ids, ids)
+    logits = modules.bind(graphdef, params)(text_ids, ids)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], -1)[..., 0]
 
   def loss(params, batch, key, progress):
@@ -101,7 +100,7 @@ def main():
   validate = jax.jit(nats)
 
   def evaluate(params, step):
-    params, last = loop.rounded(params), step == args.steps
+    params, last = loop.round_weights(params), step == args.steps
     each = np.concatenate([validate(params, val_text[i:i + 128].astype(np.int32),
                                     val_image[i:i + 128].astype(np.int32))
                            for i in range(0, 1024, 128)]).mean(0)
@@ -114,7 +113,7 @@ def main():
       print(f'guidance {scale}: pass@1 {found[scale]}',
             {k: round(v, 3) for k, v in result['by_tag'].items()}, flush=True)
     best = max(found, key=found.get)
-    loop.export(
+    loop.export_weights(
       os.path.join(args.out, f'prior_{args.order}.safetensors'), params, kind='prior',
       config=dataclasses.asdict(config), tokenizer=name, seed=seed, step=step,
       guidance=best,
@@ -123,8 +122,8 @@ def main():
       command=f'python -m vtts_jax.scenes.train.prior --order={args.order} --steps={args.steps} '
               f'--width={args.width} --layers={args.layers}')
 
-  loop.train(loss, params, batches, steps=args.steps, rate=args.rate, seed=seed,
-             folder=f'{args.workdir}/prior_{args.order}', every=1000, evaluate=evaluate)
+  loop.train_model(loss, params, batches, steps=args.steps, rate=args.rate, seed=seed,
+                   folder=f'{args.workdir}/prior_{args.order}', every=1000, evaluate=evaluate)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
-"""Trains the quality scorer: `python -m vtts_jax.scenes.train.quality` (about two minutes on one core).
+"""Trains the quality scorer: `python -m vtts_jax.scenes.train.quality`.
 
-A picture is clean (a third), or mildly blurred, faded and noisy, or smeared, unfinished, cut into
-or mixed with another. The target is exp(-4 d), d the root mean square difference to
-the clean picture over the inked pixels of both: 1 for clean, about 0.5 for a blur of one pixel.
+About two minutes on one core. A picture is clean (a third), or mildly blurred, faded and noisy, or
+smeared, unfinished, cut into or mixed with another. The target is exp(-4 d), d the root mean square
+difference to the clean picture over the inked pixels of both: 1 for clean, about 0.5 for a blur of
+one pixel.
 """
 
 import dataclasses
@@ -13,13 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.scenes import world as world
+from vtts_jax.scenes import world
 from vtts_jax.scenes.models import quality
-from vtts_jax.scenes.train import corruptions as spoil
+from vtts_jax.scenes.train import build_parser, corruptions
 from vtts_jax.train import loop
 
 NAME = 'quality'
-WAYS = (spoil.mild, spoil.smear, spoil.unfinished, spoil.holes, spoil.mixture)
+WAYS = (
+  corruptions.mild,
+  corruptions.smear,
+  corruptions.unfinished,
+  corruptions.holes,
+  corruptions.mixture,
+)
 
 
 def goodness(images, clean):
@@ -31,9 +38,9 @@ def goodness(images, clean):
 
 
 def measure(graphdef, params, count=1024, chunk=64):
-  """On held-out scenes: pairwise accuracy clean > spoiled by way, correlation with the target."""
-  clean = world.render(world.sample(71, np.arange(count), 'held'))
-  score = jax.jit(lambda p, x: jax.nn.sigmoid(modules.merge(graphdef, p)(x)))
+  """On held-out scenes: pairwise accuracy clean > corrupted by way, correlation with the target."""
+  clean = world.render_scenes(world.sample_scenes(71, np.arange(count), 'held'))
+  score = jax.jit(lambda p, x: jax.nn.sigmoid(modules.bind(graphdef, p)(x)))
   run = lambda x: np.concatenate([score(params, x[i:i + chunk]) for i in range(0, count, chunk)])
   good = run(clean)
   metrics, scores, targets = {'clean': float(good.mean())}, [good], [np.ones(count)]
@@ -48,31 +55,31 @@ def measure(graphdef, params, count=1024, chunk=64):
 
 
 def main():
-  args = loop.flags(steps=2500, batch=64, rate=2e-3, seed=71).parse_args()
+  args = build_parser(steps=2500, batch=64, rate=2e-3, seed=71).parse_args()
   config = quality.Config()
-  graphdef, params = modules.split(quality.build(config, args.seed))
+  graphdef, params = modules.split_module(quality.build(config, args.seed))
 
   def loss(params, clean, key, progress):
     k = jax.random.split(key)
     keep = jax.random.bernoulli(k[0], 1 / 3, (len(clean), 1, 1, 1))
-    images = jnp.where(keep, clean, spoil.one_of(clean, k[1], WAYS))
+    images = jnp.where(keep, clean, corruptions.one_of(clean, k[1], WAYS))
     target = goodness(images, clean)
-    logit = modules.merge(graphdef, params)(images)
+    logit = modules.bind(graphdef, params)(images)
     value = (jax.nn.softplus(logit) - target * logit).mean()
     return value, {'loss': value, 'error': jnp.abs(jax.nn.sigmoid(logit) - target).mean()}
 
   def batches(step):
     rows = np.arange(step * args.batch, (step + 1) * args.batch)
-    return world.render(world.sample(args.seed, rows))
+    return world.render_scenes(world.sample_scenes(args.seed, rows))
 
-  params = loop.rounded(loop.train(
+  params = loop.round_weights(loop.train_model(
     loss, params, batches, steps=args.steps, rate=args.rate, seed=args.seed, ema=0.99,
     folder=os.path.join(args.workdir, NAME)))
   metrics = measure(graphdef, params)
   print(metrics)
-  loop.export(os.path.join(args.out, f'{NAME}.safetensors'), params, kind='quality',
-              config=dataclasses.asdict(config), metrics=metrics, seed=args.seed,
-              steps=args.steps, command='python -m vtts_jax.scenes.train.quality')
+  loop.export_weights(os.path.join(args.out, f'{NAME}.safetensors'), params, kind='quality',
+                      config=dataclasses.asdict(config), metrics=metrics, seed=args.seed,
+                      steps=args.steps, command='python -m vtts_jax.scenes.train.quality')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Distils a small rollout policy from a guided prior: `python -m vtts_jax.scenes.train.rollout`.
+"""Distils a small rollout model from a guided prior: `python -m vtts_jax.scenes.train.rollout`.
 
 `--order=1d` or 2d. A rollout finishes a candidate cheaply so that its picture can be scored (the
 fast policy of AlphaGo, Silver et al. 2016). The student is a prior of width 64 and two layers; it
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.models import modules
-from vtts_jax.scenes import world as world
-from vtts_jax.scenes.models import config as config_of
-from vtts_jax.scenes.models import load, prior
+from vtts_jax.scenes import world
+from vtts_jax.scenes.models import load_model, prior, read_config
+from vtts_jax.scenes.train import build_parser
 from vtts_jax.scenes.train import completions as data
 from vtts_jax.scenes.train.prior import pass_at_1
 from vtts_jax.train import loop
@@ -30,37 +30,37 @@ CUTS = (4, 8, 16, 24, 31)
 SEEDS = {'1d': 81, '2d': 82}  # of the data
 
 
-def guided(root):
+def guided_probabilities(root):
   """Stored roots `[..., V]` uint8 -> probabilities."""
   p = root.astype(jnp.float32) ** 2
   return p / p.sum(-1, keepdims=True)
 
 
-def divergence(model, text_ids, tokens, root):
+def guided_divergence(model, text_ids, tokens, root):
   """KL(guided | model) in nats: text ids `[P, Tt]`, tokens `[P, N, T]` -> `[P, N, T]`."""
-  p = guided(root)
+  p = guided_probabilities(root)
   q = jax.nn.log_softmax(model.forced(model.text(text_ids), tokens))
   return (p * (jnp.where(p > 0, jnp.log(jnp.maximum(p, 1e-30)), 0) - q)).sum(-1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def finished(order, graphdef, scale, greedy, params, text_ids, tokens, cut, key):
+def score_completed(order, graphdef, scale, greedy, params, text_ids, tokens, cut, key):
   """Scores `[P, N]` of candidates whose first `cut` tokens are kept and the rest chosen anew."""
-  decoder, judge = (modules.merge(*load(name)) for name in data.parts(order)[1:])
+  decoder, verifier = (modules.bind(*load_model(name)) for name in data.data_models(order)[1:])
   begin = jnp.broadcast_to(cut, tokens.shape[:2])
-  model = modules.merge(graphdef, params)
-  drawn, _ = data.sample(model, scale, text_ids, tokens, begin, key, greedy)
-  seen = judge.image(decoder.decode(drawn.reshape(-1, drawn.shape[-1])))
-  return judge.logits(seen.reshape(*begin.shape, -1), judge.text(text_ids)[:, None])
+  model = modules.bind(graphdef, params)
+  drawn, _ = data.sample_tokens(model, scale, text_ids, tokens, begin, key, greedy)
+  seen = verifier.image(decoder.decode(drawn.reshape(-1, drawn.shape[-1])))
+  return verifier.logits(seen.reshape(*begin.shape, -1), verifier.text(text_ids)[:, None])
 
 
-def within(a, b):
+def correlate_within(a, b):
   """Correlation of `[P, N]` with `[P, N]` after the mean of each prompt is taken off."""
   a, b = (x - x.mean(1, keepdims=True) for x in (np.asarray(a), np.asarray(b)))
   return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum() + 1e-12))
 
 
-def in_turn(function, held, number, size=data.TOGETHER):
+def map_prompts(function, held, number, size=data.TOGETHER):
   """`function(text, first samples, key)` over the prompts, `size` at a time."""
   out = []
   for i in range(0, len(held.text), size):
@@ -74,16 +74,17 @@ def correlations(order, graphdef, params, scale, held, number):
   """{stage: within-prompt correlation of rollouts with the prior's completions}."""
   found = {}
   for cut in CUTS:
-    score = lambda text, tokens, key, cut=cut: finished(
+    score = lambda text, tokens, key, cut=cut: score_completed(
       order, graphdef, scale, False, params, text, tokens, np.int32(cut), key
     )
-    found[cut] = round(within(in_turn(score, held, number), held.score[:, : data.FIRST]), 3)
+    rolled = map_prompts(score, held, number)
+    found[cut] = round(correlate_within(rolled, held.score[:, : data.FIRST]), 3)
   return found
 
 
 def measure(order, graphdef, params, held, prompts):
   """What is shipped in the card."""
-  each = jax.jit(lambda p, *a: divergence(modules.merge(graphdef, p), *a))
+  each = jax.jit(lambda p, *a: guided_divergence(modules.bind(graphdef, p), *a))
   size = data.TOGETHER
   kl = np.concatenate(
     [
@@ -95,7 +96,7 @@ def measure(order, graphdef, params, held, prompts):
       for i in range(0, len(held.text), size)
     ]
   )
-  config, big = modules.merge(graphdef, params).config, config_of(f'prior_{order}')
+  config, big = modules.bind(graphdef, params).config, read_config(f'prior_{order}')
   result = pass_at_1(graphdef, params, f'tokenizer_{order}', world.prompts('held', prompts), 1.0)
   return {
     'kl': round(float(kl.mean()), 4),
@@ -107,7 +108,7 @@ def measure(order, graphdef, params, held, prompts):
 
 
 def main():
-  args = loop.flags(
+  args = build_parser(
     steps=4000,
     batch=16,
     rate=3e-3,
@@ -117,9 +118,9 @@ def main():
     expand=1,
     prompts=3840,
     each=4,
-    judged=600,
+    graded=600,
   ).parse_args()
-  tokens = config_of(f'tokenizer_{args.order}')
+  tokens = read_config(f'tokenizer_{args.order}')
   config = prior.Config(
     codes=tokens.codes,
     tokens=tokens.tokens,
@@ -128,10 +129,10 @@ def main():
     expand=args.expand,
   )
   seed = args.seed + SEEDS[args.order]
-  graphdef, params = modules.split(prior.build(config, seed))
-  print(f'{modules.size(params):,} parameters', flush=True)
-  drawn = data.completions(args.order, seed, args.prompts, args.workdir)
-  held = data.completions(args.order, seed, 240, args.workdir, 'held')
+  graphdef, params = modules.split_module(prior.build(config, seed))
+  print(f'{modules.count_parameters(params):,} parameters', flush=True)
+  drawn = data.load_completions(args.order, seed, args.prompts, args.workdir)
+  held = data.load_completions(args.order, seed, 240, args.workdir, 'held')
 
   def batches(step):
     rng = np.random.default_rng((seed, step))
@@ -145,10 +146,10 @@ def main():
     )
 
   def loss(params, batch, key, progress):
-    return divergence(modules.merge(graphdef, params), *batch).mean(), {}
+    return guided_divergence(modules.bind(graphdef, params), *batch).mean(), {}
 
-  params = loop.rounded(
-    loop.train(
+  params = loop.round_weights(
+    loop.train_model(
       loss,
       params,
       batches,
@@ -158,9 +159,9 @@ def main():
       folder=os.path.join(args.workdir, f'rollout_{args.order}'),
     )
   )
-  metrics = measure(args.order, graphdef, params, held, args.judged)
+  metrics = measure(args.order, graphdef, params, held, args.graded)
   print(metrics, flush=True)
-  loop.export(
+  loop.export_weights(
     os.path.join(args.out, f'rollout_{args.order}.safetensors'),
     params,
     kind='prior',

@@ -8,7 +8,7 @@ for 2D) only the first k tokens are seen, short prefixes more often; the percept
 little there, so that what is missing is drawn blurred and not as a texture that pleases the
 detector.
 
-After 3 / 8 of the run the 1D encoder also pays for codes that a small causal mixer cannot foretell
+After 3 / 8 of the run the 1D encoder also pays for codes that a small causal mixer cannot predict
 from those before (after LARP, Wang et al. 2024, arXiv 2410.21264): a scene holds at most 50 bits
 or so and 32 tokens hold 256, so the encoder is free to make most of its tokens predictable, and a
 prior on them becomes learnable.
@@ -23,10 +23,10 @@ import numpy as np
 from flax import nnx
 
 from vtts_jax.models import modules
-from vtts_jax.scenes import oracle as oracle
-from vtts_jax.scenes import world as world
-from vtts_jax.scenes.models import detector, load, tokenizer
+from vtts_jax.scenes import oracle, world
+from vtts_jax.scenes.models import detector, load_model, tokenizer
 from vtts_jax.scenes.models.layers import MLP, RMSNorm, table
+from vtts_jax.scenes.train import build_parser
 from vtts_jax.train import loop
 
 KEPT = (1, 2, 4, 6, 8, 12, 16, 24, 32)
@@ -73,7 +73,7 @@ class Probe(nnx.Module):
             'size': out[..., 14:]}
 
 
-class Foreteller(nnx.Module):
+class NextCode(nnx.Module):
   """Predicts the codes of a token from those before it, by two causal mixers. Training only."""
 
   def __init__(self, config, *, rngs):
@@ -96,17 +96,17 @@ class Foreteller(nnx.Module):
 
 def measure(graphdef, params, config, count=256, kept=KEPT):
   """{tokens kept: {'psnr', 'oracle'}} on held-out scenes; the oracle asks the scene's caption."""
-  scenes = world.sample(5, np.arange(count), 'held')
-  images, metadata = world.render(scenes), world.metadata(scenes.captions)
-  encode = jax.jit(lambda p, x: modules.merge(graphdef, p).encode(x))
-  decode = jax.jit(lambda p, i, k: modules.merge(graphdef, p).decode(i, k))
+  scenes = world.sample_scenes(5, np.arange(count), 'held')
+  images, prompts = world.render_scenes(scenes), world.caption_prompts(scenes.captions)
+  encode = jax.jit(lambda p, x: modules.bind(graphdef, p).encode(x))
+  decode = jax.jit(lambda p, i, k: modules.bind(graphdef, p).decode(i, k))
   out = {}
   ids = np.concatenate([encode(params, images[i:i + 64]) for i in range(0, count, 64)])
   for k in kept:
     drawn = np.concatenate([decode(params, ids[i:i + 64], k) for i in range(0, count, 64)])
     error = ((drawn - images) ** 2).mean((1, 2, 3))
     out[k] = {'psnr': round(float(np.mean(-10 * np.log10(np.maximum(error, 1e-10)))), 2),
-              'oracle': round(oracle.report(drawn, metadata)['overall'], 4)}
+              'oracle': round(oracle.report_grades(drawn, prompts)['overall'], 4)}
   entropy = []
   for t in range(config.tokens):
     share = np.bincount(ids[:, t], minlength=config.codes) / len(ids)
@@ -116,23 +116,24 @@ def measure(graphdef, params, config, count=256, kept=KEPT):
 
 
 def main():
-  parser = loop.flags(steps=8000, batch=32, rate=2e-3, order='1d')
+  parser = build_parser(steps=8000, batch=32, rate=2e-3, order='1d')
   args = parser.parse_args()
   config = tokenizer.Config(order=args.order)
   seed = args.seed + (1 if args.order == '1d' else 2)
-  graphdef, params = modules.split(tokenizer.build(config, seed))
-  probe, probe_params = modules.split(Probe(config.near, rngs=nnx.Rngs(seed)))
-  teller, teller_params = modules.split(Foreteller(config, rngs=nnx.Rngs(seed)))
-  judge, judge_params = load('detector')
+  graphdef, params = modules.split_module(tokenizer.build(config, seed))
+  probe, probe_params = modules.split_module(Probe(config.near, rngs=nnx.Rngs(seed)))
+  next_code, next_code_params = modules.split_module(NextCode(config, rngs=nnx.Rngs(seed)))
+  perceptual, perceptual_params = load_model('detector')
   chance = 0.7 if args.order == '1d' else 0.3
 
   def batches(step):
-    scenes = world.sample(seed, np.arange(step * args.batch, (step + 1) * args.batch))
-    return world.render(scenes), detector.targets(scenes)
+    scenes = world.sample_scenes(seed, np.arange(step * args.batch, (step + 1) * args.batch))
+    return world.render_scenes(scenes), detector.grid_targets(scenes)
 
   def loss(params, batch, key, progress):
     images, truth = batch
-    model, net = modules.merge(graphdef, params['model']), modules.merge(judge, judge_params)
+    model = modules.bind(graphdef, params['model'])
+    net = modules.bind(perceptual, perceptual_params)
     a, b = jax.random.split(key)
     r = len(images)
     short = jax.random.bernoulli(a, chance, (r,))
@@ -144,15 +145,15 @@ def main():
     pixel = pixel_loss(out, images)
     feature, sure = perceptual_loss(net, out, images)
     share = (keep / config.tokens) ** 2  # a guess at what is missing should be blurred, not sharp
-    told, _ = detector.loss(modules.merge(probe, params['probe'])(hidden), truth)
-    total = (pixel + share * (0.3 * feature + 0.3 * sure)).mean() + 0.3 * told
+    probed, _ = detector.detection_loss(modules.bind(probe, params['probe'])(hidden), truth)
+    total = (pixel + share * (0.3 * feature + 0.3 * sure)).mean() + 0.3 * probed
     mean = lambda x: (share * x).sum() / share.sum()
-    info = {'pixel': mean(pixel), 'feature': mean(feature), 'sure': mean(sure), 'told': told}
+    info = {'pixel': mean(pixel), 'feature': mean(feature), 'sure': mean(sure), 'probe': probed}
     if args.order == '1d':
       scaled = codes * (2 / (np.array(config.levels, np.float32) - 1)) - 1
-      guess = modules.merge(teller, params['teller'])(scaled)
-      info['foretold'] = jnp.mean((guess - scaled) ** 2)
-      total += 0.2 * jnp.clip((progress - 0.375) / 0.125, 0, 1) * info['foretold']
+      guess = modules.bind(next_code, params['next_code'])(scaled)
+      info['predicted'] = jnp.mean((guess - scaled) ** 2)
+      total += 0.2 * jnp.clip((progress - 0.375) / 0.125, 0, 1) * info['predicted']
     return total, info
 
   name = f'tokenizer_{args.order}'
@@ -160,19 +161,19 @@ def main():
   command = f'python -m vtts_jax.scenes.train.tokenizer --order={args.order} --steps={args.steps}'
 
   def evaluate(params, step):
-    params = loop.rounded(params['model'])
+    params = loop.round_weights(params['model'])
     last = step == args.steps
     metrics = measure(graphdef, params, config, 1200 if last else 256)
     for k, row in metrics.items():
       print(f'kept {k}: {row}', flush=True)
-    loop.export(path, params, kind='tokenizer', config=dataclasses.asdict(config), metrics=metrics,
-                command=command, seed=seed, step=step)
+    loop.export_weights(path, params, kind='tokenizer', config=dataclasses.asdict(config),
+                        metrics=metrics, command=command, seed=seed, step=step)
 
   start = {'model': params, 'probe': probe_params}
   if args.order == '1d':
-    start['teller'] = teller_params
-  loop.train(loss, start, batches, steps=args.steps, rate=args.rate, seed=seed,
-             folder=f'{args.workdir}/{name}', every=1000, evaluate=evaluate)
+    start['next_code'] = next_code_params
+  loop.train_model(loss, start, batches, steps=args.steps, rate=args.rate, seed=seed,
+                   folder=f'{args.workdir}/{name}', every=1000, evaluate=evaluate)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """What a selection rule is: the statistics it sees of a node, and what all rules share.
 
-A rule is a frozen dataclass that looks at `Row`s; `search/tree.py` keeps these, the rules
-themselves are in `search/policies.py`.
+A rule is a frozen dataclass that looks at `NodeStatistics`s; `tree.py` keeps these, the rules
+themselves are in `rules.py`.
 
 Letters: B prompts, K slots of a node; `...` is any shape of nodes.
 """
@@ -18,7 +18,7 @@ NEVER = -1e30  # logits at or below this mark slots that must not be tried
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
-class Row(NamedTuple):
+class NodeStatistics(NamedTuple):
   """Statistics of nodes, as a rule sees them.
 
   Attributes:
@@ -44,11 +44,11 @@ class Row(NamedTuple):
   keys: jax.Array | None = None
 
 
-class Root(NamedTuple):
-  """What a rule knows of the root besides its `Row`.
+class RootStatistics(NamedTuple):
+  """What a rule knows of the root besides its `NodeStatistics`.
 
   Attributes:
-    noise: what `stir` drew `[B, K]`.
+    noise: what `draw_noise` drew `[B, K]`.
     since: visits of the slots since this node became the root `[B, K]`, float32.
   """
 
@@ -68,65 +68,65 @@ class Rule:
   widen: float = 0.0
   widen_power: float = 0.5
 
-  soft = False  # values are backed up by `back`, not as means
-  random = False  # `choose` draws, and needs `Row.keys`
+  soft = False  # values are backed up by `soft_value`, not as means
+  random = False  # `choose_slot` draws, and needs `NodeStatistics.keys`
 
   def __post_init__(self):
-    positive('widen', self.widen, zero=True)
-    within('widen_power', self.widen_power, 0, 1, low_open=True)
+    check_positive('widen', self.widen, zero=True)
+    check_within('widen_power', self.widen_power, 0, 1, low_open=True)
 
-  def planned(self, simulations: int) -> 'Rule':
+  def for_simulations(self, simulations: int) -> 'Rule':
     """This rule for a budget of so many simulations per root."""
     return self
 
-  def split(self, key):
+  def split_key(self, key):
     """Keys as mctx splits them: for the final action (None: take the best), noise and search."""
     return tuple(jax.random.split(key, 3))
 
-  def widened(self, node_visits, slots: int):
+  def allowed_slots(self, node_visits, slots: int):
     """Which slots the widening allows `[..., K]` at nodes of so many visits `[...]`."""
     if not self.widen:
       return jnp.ones((*node_visits.shape, slots), bool)
     allowed = jnp.ceil(self.widen * jnp.maximum(node_visits, 1.0) ** self.widen_power)
     return jnp.arange(slots) < jnp.maximum(allowed, 1)[..., None]
 
-  def choose(self, row: Row) -> jax.Array:
+  def choose_slot(self, row: NodeStatistics) -> jax.Array:
     """The slot to try next `[...]`, int32."""
     raise NotImplementedError
 
-  def choose_root(self, row: Row, root: Root) -> jax.Array:
+  def choose_root(self, row: NodeStatistics, root: RootStatistics) -> jax.Array:
     """The same at the root, `[B]`."""
-    return self.choose(row)
+    return self.choose_slot(row)
 
-  def back(self, row: Row) -> jax.Array:
+  def soft_value(self, row: NodeStatistics) -> jax.Array:
     """Values `[...]` of nodes from their children; only for rules with `soft`."""
     raise NotImplementedError
 
-  def stir(self, key, logits, invalid):
+  def draw_noise(self, key, logits, invalid):
     """Logits `[B, K]` of a new root with noise mixed in, and noise `[B, K]` for `choose_root`.
 
     `key` is one key for the batch or one per prompt `[B]`; `invalid [B, K]` slots, True or 1, or
     None.
     """
-    return mask(logits, invalid), jnp.zeros_like(logits)
+    return mask_invalid(logits, invalid), jnp.zeros_like(logits)
 
-  def policy(self, row: Row, root: Root) -> jax.Array:
+  def final_policy(self, row: NodeStatistics, root: RootStatistics) -> jax.Array:
     """Logits `[B, K]` of the search's own policy at the root: proportional to visits."""
     total = row.visits.sum(-1, keepdims=True)
     share = jnp.where(total > 0, row.visits / jnp.maximum(total, 1), 1 / row.visits.shape[-1])
     return jnp.where(row.logits > NEVER, jnp.log(jnp.maximum(share, TINY)), jnp.log(TINY))
 
-  def best(self, row: Row, root: Root) -> jax.Array:
+  def best_slot(self, row: NodeStatistics, root: RootStatistics) -> jax.Array:
     """The slot to commit to `[B]`: the most visited, the better one on ties."""
     legal = row.logits > NEVER
     most = row.visits == jnp.where(legal, row.visits, -1).max(-1, keepdims=True)
-    return first_max(jnp.where(row.visits > 0, row.q, NEVER), most & legal)
+    return first_maximum(jnp.where(row.visits > 0, row.q, NEVER), most & legal)
 
 
 # ----------------------------------------------------------------------------------------- pieces
 
 
-def first_max(score, among):
+def first_maximum(score, among):
   """Index `[...]` of the greatest finite `score [..., K]` where `among` holds, the first on ties.
 
   Slot 0 where nothing holds. Two plain reductions: XLA's argmax is several times slower on CPU.
@@ -137,7 +137,7 @@ def first_max(score, among):
   return jnp.where(top, slots, score.shape[-1] - 1).min(-1)
 
 
-def scaled_q(row: Row, bounds=None):
+def scaled_q(row: NodeStatistics, bounds=None):
   """q `[..., K]` in [0, 1], 0 without a visit: by the given bounds, or by the least and greatest of
   the node's value and its children's q."""
   seen = row.visits > 0
@@ -149,29 +149,29 @@ def scaled_q(row: Row, bounds=None):
   return jnp.where(seen, row.q - low, 0) / jnp.maximum(high - low, 1e-8)
 
 
-def lost(row: Row, q, tried):
+def with_virtual_loss(row: NodeStatistics, q, tried):
   """q `[..., K]` in [0, 1] as the mean over `tried` games, those beyond the visits lost."""
   return q * (row.visits / jnp.maximum(tried, 1))
 
 
-def mask(logits, invalid):
+def mask_invalid(logits, invalid):
   return logits if invalid is None else jnp.where(invalid, -jnp.inf, logits)
 
 
-def draw(key, sampler, shape):
+def draw_per_prompt(key, sampler, shape):
   """`sampler(key, shape [B, K])`; with keys `[B]` each prompt draws its own row."""
   if key.ndim == 0:
     return sampler(key, shape)
   return jax.vmap(lambda k: sampler(k, shape[1:]))(key)
 
 
-def positive(name, value, *, zero=False):
+def check_positive(name, value, *, zero=False):
   """Raises `ConfigError` unless the setting is a number > 0, or >= 0 with `zero`."""
   if not (value >= 0 if zero else value > 0):
     raise ConfigError(f'search.{name}={value!r}: must be a number {">=" if zero else ">"} 0')
 
 
-def within(name, value, low, high, *, low_open=False):
+def check_within(name, value, low, high, *, low_open=False):
   """Raises `ConfigError` unless low <= value <= high (low < value with `low_open`)."""
   if not low <= value <= high or (low_open and value == low):
     raise ConfigError(

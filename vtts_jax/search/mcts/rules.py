@@ -24,13 +24,13 @@ from vtts_jax.search.mcts.rule import (
   TINY,
   Rule,
   check_bounds,
-  draw,
-  first_max,
-  lost,
-  mask,
-  positive,
+  check_positive,
+  check_within,
+  draw_per_prompt,
+  first_maximum,
+  mask_invalid,
   scaled_q,
-  within,
+  with_virtual_loss,
 )
 
 
@@ -61,11 +61,11 @@ class PUCT(Rule):
 
   def __post_init__(self):
     super().__post_init__()
-    positive('init', self.init, zero=True)
-    positive('base', self.base)
-    positive('alpha', self.alpha)
-    positive('virtual_loss', self.virtual_loss)
-    within('fraction', self.fraction, 0, 1)
+    check_positive('init', self.init, zero=True)
+    check_positive('base', self.base)
+    check_positive('alpha', self.alpha)
+    check_positive('virtual_loss', self.virtual_loss)
+    check_within('fraction', self.fraction, 0, 1)
     check_bounds(self.bounds)
 
   @classmethod
@@ -78,22 +78,24 @@ class PUCT(Rule):
     """AlphaZero's constants: c from 1.25 with base 19652, a quarter of Dirichlet(0.3) noise."""
     return cls(**given)
 
-  def choose(self, row):
+  def choose_slot(self, row):
     tried = row.visits + self.virtual_loss * row.pending
     n = row.node_visits + self.virtual_loss * row.pending.sum(-1)
     c = self.init + (0.0 if math.isinf(self.base) else jnp.log((n + self.base + 1) / self.base))
     prior = jax.nn.softmax(row.logits)
     bonus = (jnp.sqrt(n) * c)[..., None] * prior / (tried + 1)
-    return first_max(lost(row, scaled_q(row, self.bounds), tried) + bonus, row.open)
+    value = with_virtual_loss(row, scaled_q(row, self.bounds), tried)
+    return first_maximum(value + bonus, row.open)
 
-  def stir(self, key, logits, invalid):
+  def draw_noise(self, key, logits, invalid):
     if self.fraction:
       alpha = jnp.full(logits.shape[-1:], self.alpha)
-      noise = draw(key, lambda k, shape: jax.random.dirichlet(k, alpha, shape[:-1]), logits.shape)
+      dirichlet = lambda k, shape: jax.random.dirichlet(k, alpha, shape[:-1])
+      noise = draw_per_prompt(key, dirichlet, logits.shape)
       prior = (1 - self.fraction) * jax.nn.softmax(logits) + self.fraction * noise
       legal = logits > NEVER
       logits = jnp.where(legal, jnp.log(jnp.maximum(prior, TINY)), -jnp.inf)
-    return super().stir(key, logits, invalid)
+    return super().draw_noise(key, logits, invalid)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,16 +114,16 @@ class UCT(Rule):
 
   def __post_init__(self):
     super().__post_init__()
-    positive('c', self.c, zero=True)
-    positive('virtual_loss', self.virtual_loss)
+    check_positive('c', self.c, zero=True)
+    check_positive('virtual_loss', self.virtual_loss)
     check_bounds(self.bounds)
 
-  def choose(self, row):
+  def choose_slot(self, row):
     tried = row.visits + self.virtual_loss * row.pending
     n = tried.sum(-1, keepdims=True)
     bonus = self.c * jnp.sqrt(jnp.log(jnp.maximum(n, 1)) / jnp.maximum(tried, 1))
-    score = lost(row, scaled_q(row, self.bounds), tried) + bonus
-    return first_max(jnp.where(tried > 0, score, -NEVER), row.open)
+    score = with_virtual_loss(row, scaled_q(row, self.bounds), tried) + bonus
+    return first_maximum(jnp.where(tried > 0, score, -NEVER), row.open)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,21 +153,21 @@ class Gumbel(Rule):
     super().__post_init__()
     if self.considered < 1:
       raise ConfigError(f'search.considered={self.considered!r}: must be an integer >= 1')
-    positive('scale', self.scale, zero=True)
-    positive('value_scale', self.value_scale)
-    positive('visit_offset', self.visit_offset, zero=True)
+    check_positive('scale', self.scale, zero=True)
+    check_positive('value_scale', self.value_scale)
+    check_positive('visit_offset', self.visit_offset, zero=True)
 
-  def planned(self, simulations):
+  def for_simulations(self, simulations):
     return dataclasses.replace(self, simulations=simulations)
 
-  def split(self, key):
+  def split_key(self, key):
     search, noise = jax.random.split(key)
     return None, noise, search
 
-  def choose(self, row):
+  def choose_slot(self, row):
     wanted = jax.nn.softmax(row.logits + self.completed_q(row))
     tried = row.visits + row.pending
-    return first_max(wanted - tried / (1 + tried.sum(-1, keepdims=True)), row.open)
+    return first_maximum(wanted - tried / (1 + tried.sum(-1, keepdims=True)), row.open)
 
   def choose_root(self, row, root):
     if self.simulations < 1:
@@ -178,14 +180,14 @@ class Gumbel(Rule):
     turn = jnp.minimum(tried.sum(-1).astype(jnp.int32), self.simulations - 1)
     return self._leader(row, root, tried, table[start, turn])
 
-  def stir(self, key, logits, invalid):
-    noise = self.scale * draw(key, jax.random.gumbel, logits.shape)
-    return mask(logits, invalid), noise
+  def draw_noise(self, key, logits, invalid):
+    noise = self.scale * draw_per_prompt(key, jax.random.gumbel, logits.shape)
+    return mask_invalid(logits, invalid), noise
 
-  def policy(self, row, root):
+  def final_policy(self, row, root):
     return row.logits + self.completed_q(row)
 
-  def best(self, row, root):
+  def best_slot(self, row, root):
     most = jnp.where(row.logits > NEVER, root.since, -1).max(-1)
     return self._leader(row, root, root.since, most)
 
@@ -194,7 +196,7 @@ class Gumbel(Rule):
     logits = row.logits - row.logits.max(-1, keepdims=True)
     score = jnp.maximum(-1e9, root.noise + logits + self.completed_q(row))
     considered = tried == wanted[:, None]
-    return first_max(jnp.where(considered, score, NEVER), row.logits > NEVER)
+    return first_maximum(jnp.where(considered, score, NEVER), row.logits > NEVER)
 
   def completed_q(self, row):
     """Scaled q `[..., K]`; slots without a visit get the mixed value of the paper's Appendix D."""
@@ -232,25 +234,25 @@ class DTS(Rule):
 
   def __post_init__(self):
     super().__post_init__()
-    positive('sharpness', self.sharpness)
+    check_positive('sharpness', self.sharpness)
 
   @property
   def random(self):
     return not self.greedy
 
-  def split(self, key):
-    return None, *super().split(key)[1:]
+  def split_key(self, key):
+    return None, *super().split_key(key)[1:]
 
-  def choose(self, row):
+  def choose_slot(self, row):
     score = self.sharpness * row.q
     if self.random:
       flat = row.keys.reshape(-1)
       noise = jax.vmap(lambda k: jax.random.gumbel(k, row.q.shape[-1:]))(flat)
       score = score + noise.reshape(row.q.shape)
     score = jnp.where(row.visits > 0, score, NEVER * (1 + row.pending))
-    return first_max(jnp.where(row.visits + row.pending > 0, score, -NEVER), row.open)
+    return first_maximum(jnp.where(row.visits + row.pending > 0, score, -NEVER), row.open)
 
-  def back(self, row):
+  def soft_value(self, row):
     seen = row.visits > 0
     score = jnp.where(seen, self.sharpness * row.q, -jnp.inf)
     top = jnp.max(score, -1, keepdims=True)
@@ -258,11 +260,11 @@ class DTS(Rule):
     mean = jnp.exp(score - top).sum(-1) / jnp.maximum(seen.sum(-1), 1)
     return (jnp.log(jnp.maximum(mean, TINY)) + top[..., 0]) / self.sharpness
 
-  def policy(self, row, root):
+  def final_policy(self, row, root):
     return jnp.where(row.visits > 0, self.sharpness * row.q, -jnp.inf)
 
-  def best(self, row, root):
-    return first_max(row.q, (row.visits > 0) & (row.logits > NEVER))
+  def best_slot(self, row, root):
+    return first_maximum(row.q, (row.visits > 0) & (row.logits > NEVER))
 
 
 def halving_table(considered: int, simulations: int) -> tuple[tuple[int, ...], ...]:

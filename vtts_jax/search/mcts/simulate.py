@@ -14,13 +14,12 @@ import jax.numpy as jnp
 
 from vtts_jax import core
 from vtts_jax.errors import ConfigError
-from vtts_jax.search.mcts import rule as rules
 from vtts_jax.search.mcts import tree as trees
-from vtts_jax.search.mcts.rule import Rule
+from vtts_jax.search.mcts.rule import TINY, Rule, check_positive, check_within
 from vtts_jax.search.mcts.tree import Tree
 
 
-class Start(NamedTuple):
+class RootOutput(NamedTuple):
   """What a search starts from: prior logits `[B, K]`, value `[B]`, embedding `[B, ...]`."""
 
   prior_logits: jax.Array
@@ -28,7 +27,7 @@ class Start(NamedTuple):
   embedding: Any
 
 
-class Reply(NamedTuple):
+class RecurrentOutput(NamedTuple):
   """What a recurrent function says of continuations: reward, discount, value `[R]`, prior logits
   `[R, K]`."""
 
@@ -38,8 +37,8 @@ class Reply(NamedTuple):
   value: jax.Array
 
 
-def run(
-  start: Start,
+def run_search(
+  start: RootOutput,
   recurrent,
   rule: Rule,
   simulations: int,
@@ -53,9 +52,9 @@ def run(
   """A whole search with a model inside, in the manner of mctx and with its use of the key.
 
   Args:
-    start: `Start`, or an `mctx.RootFnOutput`.
-    recurrent: `(params, key, action [R], embedding [R, ...]) -> (Reply, embedding [R, ...])`, where
-      R = B * L; mctx's recurrent functions fit.
+    start: `RootOutput`, or an `mctx.RootFnOutput`.
+    recurrent: `(params, key, action [R], embedding [R, ...]) -> (RecurrentOutput, embedding)`,
+      where R = B * L; mctx's recurrent functions fit.
     simulations: leaves evaluated per tree.
     key: one typed key.
     leaves: how many of them a step; must divide `simulations`.
@@ -70,29 +69,29 @@ def run(
     raise ConfigError(
       f'search.leaves={leaves!r}: must be an integer that divides search.simulations={simulations}'
     )
-  rule = rule.planned(simulations)
+  rule = rule.for_simulations(simulations)
   b = start.value.shape[0]
-  drawn, noise, loop = rule.split(key)
+  drawn, noise, loop = rule.split_key(key)
   keys = core.prompt_keys(loop, jnp.arange(b)) if rule.random else None
-  tree = trees.init(start.embedding, start.prior_logits, start.value, simulations + 1, keys)
-  tree = trees.stir(tree, rule, noise, invalid)
+  tree = trees.init_tree(start.embedding, start.prior_logits, start.value, simulations + 1, keys)
+  tree = trees.add_root_noise(tree, rule, noise, invalid)
 
   def step(carry, _):
     tree, key = carry
     key, _, evaluate = jax.random.split(key, 3)
-    tree, paths = trees.select(tree, rule, leaves, depth)
+    tree, paths = trees.select_leaves(tree, rule, leaves, depth)
     flat = lambda x: x.reshape(b * leaves, *x.shape[2:])
     wide = lambda x: x.reshape(b, leaves, *x.shape[1:])
     reply, embedding = recurrent(
-      params, evaluate, flat(paths.action), jax.tree.map(flat, trees.parents(tree, paths))
+      params, evaluate, flat(paths.action), jax.tree.map(flat, trees.parent_embeddings(tree, paths))
     )
-    tree = trees.expand(
+    tree = trees.expand_leaves(
       tree,
       paths,
       jax.tree.map(wide, embedding),
       *(wide(x) for x in (reply.prior_logits, reply.value, reply.reward, reply.discount)),
     )
-    return (trees.backup(tree, rule, paths, trees.at(tree.raw, paths.leaf)), key), None
+    return (trees.back_up(tree, rule, paths, trees.at_nodes(tree.raw, paths.leaf)), key), None
 
   (tree, _), _ = jax.lax.scan(step, (tree, loop), None, length=simulations // leaves)
   return tree, root_summary(tree, rule, drawn)
@@ -117,12 +116,12 @@ def root_summary(tree: Tree, rule: Rule, key=None, temperature: float = 1.0) -> 
       the rule's best.
     temperature: the policy is `policy ** (1 / temperature)`; 0 puts all on its maximum.
   """
-  rules.positive('temperature', temperature, zero=True)
-  row, root = trees.at_root(tree, rule)
-  logits = rule.policy(row, root)
-  cold = (logits - logits.max(-1, keepdims=True)) / max(temperature, rules.TINY)
+  check_positive('temperature', temperature, zero=True)
+  row, root = trees.root_statistics(tree, rule)
+  logits = rule.final_policy(row, root)
+  cold = (logits - logits.max(-1, keepdims=True)) / max(temperature, TINY)
   if key is None:
-    action = rule.best(row, root)
+    action = rule.best_slot(row, root)
   elif key.ndim:
     action = jax.vmap(jax.random.categorical)(key, cold)
   else:
@@ -131,9 +130,9 @@ def root_summary(tree: Tree, rule: Rule, key=None, temperature: float = 1.0) -> 
   return Summary(row.visits.astype(jnp.int32), q, row.value, jax.nn.softmax(cold), action)
 
 
-def leaf_value(value, rollout, mix: float = 0.5):
+def mix_values(value, rollout, mix: float = 0.5):
   """AlphaGo's leaf value, `(1 - mix) * value + mix * rollout`; mix in [0, 1]."""
-  rules.within('mix', mix, 0, 1)
+  check_within('mix', mix, 0, 1)
   return (1 - mix) * value + mix * rollout
 
 

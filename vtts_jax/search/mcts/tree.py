@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from vtts_jax import core
 from vtts_jax.errors import ConfigError
-from vtts_jax.search.mcts.rule import NEVER, Root, Row, Rule
+from vtts_jax.search.mcts.rule import NEVER, NodeStatistics, RootStatistics, Rule
 
 LEVELS = 8  # levels of a path that are backed up at a time
 CLOSED = -(1 << 30)  # `best` of a node below which nothing is tried
@@ -78,7 +78,7 @@ class Tree(NamedTuple):
 
 
 class Paths(NamedTuple):
-  """What `select` found.
+  """What `select_leaves` found.
 
   Attributes:
     nodes: from the root to the leaf `[B, L, D + 1]`; N (out of range) behind it.
@@ -86,9 +86,9 @@ class Paths(NamedTuple):
     leaf: index of the leaf `[B, L]`.
     parent: the node it hangs from `[B, L]`, whose embedding is to be continued.
     action: the slot it hangs in `[B, L]`.
-    fresh: whether the leaf is new and waits for `expand` `[B, L]`. If not it is a closed node, one
-      at the depth limit, one that an earlier descent of this step expands, or, where all N nodes
-      are in use, the node that would have got a child.
+    fresh: whether the leaf is new and waits for `expand_leaves` `[B, L]`. If not it is a closed
+      node, one at the depth limit, one that an earlier descent of this step expands, or, where all
+      N nodes are in use, the node that would have got a child.
   """
 
   nodes: jax.Array
@@ -99,7 +99,7 @@ class Paths(NamedTuple):
   fresh: jax.Array
 
 
-def init(embedding, logits, value, nodes: int, keys=None) -> Tree:
+def init_tree(embedding, logits, value, nodes: int, keys=None) -> Tree:
   """Trees of one node each.
 
   Args:
@@ -144,19 +144,19 @@ def init(embedding, logits, value, nodes: int, keys=None) -> Tree:
   )
 
 
-def stir(tree: Tree, rule: Rule, key, invalid=None) -> Tree:
-  """Gives the root its noise, once after `init` and after each `commit`.
+def add_root_noise(tree: Tree, rule: Rule, key, invalid=None) -> Tree:
+  """Gives the root its noise, once after `init_tree` and after each `move_root`.
 
   Args:
     key: one typed key for the batch, or one per prompt `[B]`.
     invalid: slots `[B, K]` of the root that must not be tried, True or 1; None for none.
   """
   rows = jnp.arange(tree.root.shape[0])
-  logits, noise = rule.stir(key, tree.logits[rows, tree.root], invalid)
+  logits, noise = rule.draw_noise(key, tree.logits[rows, tree.root], invalid)
   return tree._replace(logits=tree.logits.at[rows, tree.root].set(logits), noise=noise)
 
 
-def commit(tree: Tree, action) -> Tree:
+def move_root(tree: Tree, action) -> Tree:
   """Moves the root to the child in slot `action [B]`; what is below it stays.
 
   A row whose slot has no child keeps its root: compare `root` before and after. The indices of
@@ -171,7 +171,7 @@ def commit(tree: Tree, action) -> Tree:
 # ------------------------------------------------------------------------------------------ a step
 
 
-def select(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = None):
+def select_leaves(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = None):
   """L descents in each tree.
 
   Args:
@@ -180,8 +180,8 @@ def select(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = None):
       memory of `Paths` grows with it.
 
   Returns:
-    The trees, in which the new leaves hang already, and the `Paths`. Both must go through `expand`
-    and `backup` before the next `select`.
+    The trees, in which the new leaves hang already, and the `Paths`. Both must go through
+    `expand_leaves` and `back_up` before the next `select_leaves`.
   """
   b, n, _ = tree.child.shape
   rows = jnp.arange(b)
@@ -190,13 +190,13 @@ def select(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = None):
     if value < 1:
       raise ConfigError(f'search.{name}={value!r}: must be an integer >= 1')
   if rule.random and tree.keys is None:
-    raise ConfigError(f'search.keys=None: {type(rule).__name__} draws; give `init` keys [B]')
+    raise ConfigError(f'search.keys=None: {type(rule).__name__} draws; give `init_tree` keys [B]')
   size = -(-(limit + 1) // LEVELS) * LEVELS
 
   def descend(tree):
-    row, root = at_root(tree, rule)
+    row, root = root_statistics(tree, rule)
     slot = rule.choose_root(row, root)
-    first = _step(tree.child[rows, tree.root, slot], slot)
+    first = _next_step(tree.child[rows, tree.root, slot], slot)
     shut = (tree.best[rows, tree.root] == CLOSED) | ~row.open.any(-1)
     first = jnp.where(shut, CLOSED, first)
 
@@ -209,7 +209,7 @@ def select(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = None):
       down = step >= 0
       path = jax.lax.dynamic_update_slice(path, jnp.where(down, step, n)[:, None], (0, d + 1))
       node = jnp.where(down, step, node)
-      return node, jnp.where(down, at(tree.best, node), step), d + 1, path, length + down
+      return node, jnp.where(down, at_nodes(tree.best, node), step), d + 1, path, length + down
 
     path = jnp.full((b, size), n, jnp.int32).at[:, 0].set(tree.root)
     state = tree.root, first, 0, path, jnp.zeros_like(tree.root)
@@ -227,7 +227,7 @@ def select(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = None):
       best=tree.best.at[rows, new].set(CLOSED, mode='drop'),
       child=tree.child.at[rows, under, slot].set(new, mode='drop'),
     )
-    above = lambda x: jnp.maximum(at(x, leaf), 0)
+    above = lambda x: jnp.maximum(at_nodes(x, leaf), 0)
     return tree, Paths(path, length, leaf, above(tree.parent), above(tree.action), fresh)
 
   if leaves == 1:
@@ -236,18 +236,20 @@ def select(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = None):
 
   def another(tree, _):
     tree, one = descend(tree)
-    return _touch(tree, rule, one), one
+    return _mark_pending(tree, rule, one), one
 
   tree, paths = jax.lax.scan(another, tree, None, length=leaves)
   return tree, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), paths)
 
 
-def parents(tree: Tree, paths: Paths):
+def parent_embeddings(tree: Tree, paths: Paths):
   """Embeddings `[B, L, ...]` that the leaves continue (by `paths.action`)."""
-  return jax.tree.map(lambda x: at(x, paths.parent), tree.embedding)
+  return jax.tree.map(lambda x: at_nodes(x, paths.parent), tree.embedding)
 
 
-def expand(tree: Tree, paths: Paths, embedding, logits, value, reward, discount, closed=None):
+def expand_leaves(
+  tree: Tree, paths: Paths, embedding, logits, value, reward, discount, closed=None
+) -> Tree:
   """Fills in the fresh leaves; what is given for other leaves is dropped.
 
   Args:
@@ -273,7 +275,7 @@ def expand(tree: Tree, paths: Paths, embedding, logits, value, reward, discount,
   )
 
 
-def backup(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
+def back_up(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
   """Adds the values `[B, L]` of the leaves to all nodes on their paths.
 
   A leaf that is not fresh gets one more value: give its `raw` one, or a new estimate of it.
@@ -286,7 +288,7 @@ def backup(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
     nodes = jax.lax.dynamic_slice_in_dim(paths.nodes, c * size, size, axis=2)
     depth = c * size + jnp.arange(size)
     inside = depth <= paths.length[..., None]
-    reward, discount = at(tree.reward, nodes), at(tree.discount, nodes)
+    reward, discount = at_nodes(tree.reward, nodes), at_nodes(tree.discount, nodes)
     returns = []
     for i in reversed(range(size)):
       here = jnp.where(depth[i] == paths.length, values, above)
@@ -298,22 +300,22 @@ def backup(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
       same = (nodes[:, :, None] == nodes[:, None]).astype(jnp.float32)
       times = same.sum(2)
       returns = jnp.einsum('blmd,bmd->bld', same, returns, precision='highest')
-    visits = at(tree.visits, nodes)
-    value = (at(tree.value, nodes) * visits + returns) / (visits + times)
+    visits = at_nodes(tree.visits, nodes)
+    value = (at_nodes(tree.value, nodes) * visits + returns) / (visits + times)
     if rule.soft:
-      row = _row(tree, rule, nodes)
-      value = jnp.where((row.visits > 0).any(-1), rule.back(row), value)
+      row = _statistics_of(tree, rule, nodes)
+      value = jnp.where((row.visits > 0).any(-1), rule.soft_value(row), value)
     visits = (visits + times).astype(jnp.int32)
     tree = tree._replace(
-      visits=_put(tree.visits, nodes, visits), value=_put(tree.value, nodes, value)
+      visits=_put_nodes(tree.visits, nodes, visits), value=_put_nodes(tree.value, nodes, value)
     )
-    edge = _edge(tree, nodes, inside & (depth > 0))
+    edge = _edges_to(tree, nodes, inside & (depth > 0))
     tree = tree._replace(
       counts=tree.counts.at[edge].set(visits, mode='drop'),
       q=tree.q.at[edge].set(reward + discount * value, mode='drop'),
       pending=tree.pending.at[edge].set(0, mode='drop') if leaves > 1 else tree.pending,
     )
-    return prepare(tree, rule, nodes), above, c - 1
+    return refresh_choices(tree, rule, nodes), above, c - 1
 
   state = tree, jnp.zeros_like(values), paths.length.max() // size
   return jax.lax.while_loop(lambda s: s[2] >= 0, levels, state)[0]
@@ -322,78 +324,78 @@ def backup(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
 # ------------------------------------------------------------------------------------------ pieces
 
 
-def at(x, nodes):
+def at_nodes(x, nodes):
   """`x [B, N, ...]` at nodes `[B, ...]`; those out of range read some other node."""
   rows = jnp.arange(nodes.shape[0]).reshape(-1, *(1,) * (nodes.ndim - 1))
   return x.at[rows, nodes].get(mode='clip')
 
 
-def at_root(tree: Tree, rule: Rule) -> tuple[Row, Root]:
+def root_statistics(tree: Tree, rule: Rule) -> tuple[NodeStatistics, RootStatistics]:
   """What a rule sees of the roots, `[B]`."""
-  row = jax.tree.map(lambda x: x[:, 0], _row(tree, rule, tree.root[:, None]))
-  return row, Root(tree.noise, row.visits - tree.base)
+  row = jax.tree.map(lambda x: x[:, 0], _statistics_of(tree, rule, tree.root[:, None]))
+  return row, RootStatistics(tree.noise, row.visits - tree.base)
 
 
-def _put(x, nodes, new):
+def _put_nodes(x, nodes, new):
   rows = jnp.arange(nodes.shape[0]).reshape(-1, *(1,) * (nodes.ndim - 1))
   return x.at[rows, nodes].set(new, mode='drop')
 
 
-def _edge(tree, nodes, real):
+def _edges_to(tree, nodes, real):
   """Index of the edges to `nodes [B, ...]` into `[B, N, K]`; out of range where not `real`."""
   rows = jnp.arange(nodes.shape[0]).reshape(-1, *(1,) * (nodes.ndim - 1))
-  above = jnp.where(real, at(tree.parent, nodes), tree.child.shape[1])
-  return rows, above, at(tree.action, nodes)
+  above = jnp.where(real, at_nodes(tree.parent, nodes), tree.child.shape[1])
+  return rows, above, at_nodes(tree.action, nodes)
 
 
-def _step(child, slot):
+def _next_step(child, slot):
   return jnp.where(child >= 0, child, -1 - slot)
 
 
-def _row(tree, rule, nodes) -> Row:
+def _statistics_of(tree, rule, nodes) -> NodeStatistics:
   """What the rule sees of nodes `[B, ...]`."""
-  logits, pending = at(tree.logits, nodes), at(tree.pending, nodes).astype(jnp.float32)
-  visits = at(tree.visits, nodes).astype(jnp.float32)
+  logits, pending = at_nodes(tree.logits, nodes), at_nodes(tree.pending, nodes).astype(jnp.float32)
+  visits = at_nodes(tree.visits, nodes).astype(jnp.float32)
   open_ = logits > NEVER
   if rule.widen:
-    open_ &= rule.widened(visits + pending.sum(-1), logits.shape[-1])
+    open_ &= rule.allowed_slots(visits + pending.sum(-1), logits.shape[-1])
   keys = None
   if rule.random:
     of_row = jnp.broadcast_to(tree.keys.reshape(-1, *(1,) * (nodes.ndim - 1)), nodes.shape)
     drawn = visits + pending.sum(-1)
     keys = core.fold(core.fold(of_row, nodes), drawn)
-  return Row(
+  return NodeStatistics(
     logits=logits,
     open=open_,
-    visits=at(tree.counts, nodes).astype(jnp.float32),
+    visits=at_nodes(tree.counts, nodes).astype(jnp.float32),
     pending=pending,
-    q=at(tree.q, nodes),
+    q=at_nodes(tree.q, nodes),
     node_visits=visits,
-    value=at(tree.value, nodes),
-    raw=at(tree.raw, nodes),
+    value=at_nodes(tree.value, nodes),
+    raw=at_nodes(tree.raw, nodes),
     keys=keys,
   )
 
 
-def prepare(tree, rule, nodes):
+def refresh_choices(tree, rule, nodes):
   """Evaluates the rule at nodes `[B, ...]` and keeps what it says in `best`."""
-  slot = rule.choose(_row(tree, rule, nodes))
+  slot = rule.choose_slot(_statistics_of(tree, rule, nodes))
   rows = jnp.arange(nodes.shape[0]).reshape(-1, *(1,) * (nodes.ndim - 1))
   child = tree.child.at[rows, nodes, slot].get(mode='clip')
-  best = jnp.where(at(tree.best, nodes) == CLOSED, CLOSED, _step(child, slot))
-  return tree._replace(best=_put(tree.best, nodes, best))
+  best = jnp.where(at_nodes(tree.best, nodes) == CLOSED, CLOSED, _next_step(child, slot))
+  return tree._replace(best=_put_nodes(tree.best, nodes, best))
 
 
-def _touch(tree, rule, one: Paths):
+def _mark_pending(tree, rule, one: Paths):
   """Marks the edges of one path per row as under way."""
 
   def levels(state):
     tree, c = state
     nodes = jax.lax.dynamic_slice_in_dim(one.nodes, c * LEVELS, LEVELS, axis=1)
     depth = c * LEVELS + jnp.arange(LEVELS)
-    edge = _edge(tree, nodes, (depth > 0) & (depth <= one.length[:, None]))
+    edge = _edges_to(tree, nodes, (depth > 0) & (depth <= one.length[:, None]))
     tree = tree._replace(pending=tree.pending.at[edge].add(1, mode='drop'))
-    return prepare(tree, rule, nodes), c - 1
+    return refresh_choices(tree, rule, nodes), c - 1
 
   state = tree, one.length.max() // LEVELS
   return jax.lax.while_loop(lambda s: s[1] >= 0, levels, state)[0]

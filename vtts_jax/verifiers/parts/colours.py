@@ -10,61 +10,41 @@ Letters: B prompts · M pictures · R = B M · E boxes of a picture · H W its s
 D width of embeddings · C = 10 colours.
 """
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from vtts_jax.checkpoints import source as source_files
-from vtts_jax.data import tokenizers as texts
+from vtts_jax.data import tokenizers
 from vtts_jax.data.geneval import COLOURS
-from vtts_jax.errors import ConfigError
-from vtts_jax.media import preprocess as pictures
-from vtts_jax.models import vit
-from vtts_jax.models.clip import convert, modeling
-from vtts_jax.verifiers.parts import image_encoder as towers
+from vtts_jax.media import preprocess
+from vtts_jax.models.clip import modeling
+from vtts_jax.models.pretrained import Pretrained
 
 TEMPLATES = ('a photo of a {} {}', 'a photo of a {}-colored {}', 'a photo of a {} object')
 GROUND = 0x99 / 255
 SHARPNESS = 100.0  # of the softmax, whatever the checkpoint's own temperature
-_TINY = vit.Config(16, 1, 2, 24, 'quick_gelu')
-SIZES = {
-  'tiny': modeling.Config(_TINY, _TINY, 12, image_size=24, patch=8, vocab=64, length=12),
-  **modeling.RELEASED,
-}
 RELEASED = {'openai/clip-vit-large-patch14': 'l14', 'openai/clip-vit-base-patch32': 'b32'}
 
 
-@dataclasses.dataclass(frozen=True)
-class ColourClip(towers.Tower):
-  """The classifier; `place`, `random` and `dtype` as in `towers.Tower`."""
-
-  build = staticmethod(modeling.build)
-
-  @property
-  def config(self):
-    return _config(self.place, self.random)
+class ColourClip(Pretrained):
+  """A CLIP as classifier of colours."""
 
   @property
   def name(self):
-    known = RELEASED.get(self.place.partition('@')[0], towers.short_name(self.place))
-    return f'clip_{self.random or known}'
-
-  def read(self, source):
-    return convert.load(source, dtype=self.dtype)[1]
+    return f'clip_{RELEASED.get(self.weights.partition("@")[0], super().name)}'
 
   def tokenize(self, names):
     """Classes, B lists of E -> ids `[B, E, C, 3, W]`."""
-    c, place = self.config, '' if self.random else self.place
-    said = [t.format(hue, name) for row in names for name in row for hue in COLOURS
-            for t in TEMPLATES]  # fmt: skip
-    ids, _ = texts.tokens(said, place, c.length, c.vocab)
+    c, place = self.config, '' if self.is_random else self.weights
+    queries = [
+      template.format(hue, name)
+      for row in names for name in row for hue in COLOURS for template in TEMPLATES
+    ]  # fmt: skip
+    ids, _ = tokenizers.tokenize_texts(queries, place, c.length, c.vocab)
     return ids.reshape(len(names), -1, len(COLOURS), len(TEMPLATES), c.length)
 
   def encode(self, params, ids):
     """Ids -> the classifier's unit rows `[B, E, C, D]`."""
-    x = self.merge(params).embed_text(ids.reshape(-1, ids.shape[-1]))
+    x = self.bind(params).embed_texts(ids.reshape(-1, ids.shape[-1]))
     return modeling.unit(x.reshape(*ids.shape[:-1], -1).mean(3))
 
   def classify(self, params, classifier, images, boxes, masks=None):
@@ -76,11 +56,10 @@ class ColourClip(towers.Tower):
       masks: `[B, M, E, H, W]`, what belongs to the object, or None where no one knows.
     """
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    cut = crops(
-      flat(images), flat(boxes), self.config.image_size, None if masks is None else flat(masks)
-    )
-    x = pictures.normalize(flat(cut), modeling.MEAN, modeling.STD)
-    x = self.merge(params).embed_image(x).reshape(*boxes.shape[:3], -1)
+    masks = None if masks is None else flat(masks)
+    crops = crop_boxes(flat(images), flat(boxes), self.config.image_size, masks)
+    pixels = preprocess.normalize(flat(crops), modeling.MEAN, modeling.STD)
+    x = self.bind(params).embed_images(pixels).reshape(*boxes.shape[:3], -1)
     return jax.nn.log_softmax(SHARPNESS * jnp.einsum('bmed,becd->bmec', x, classifier), -1)
 
   def flops(self, op: str) -> int:
@@ -89,19 +68,10 @@ class ColourClip(towers.Tower):
     return rows * modeling.flops(self.config, op)
 
 
-@functools.cache
-def _config(place, random):
-  if not random:
-    return convert.config_of(source_files.open_source(place))
-  if random not in SIZES:
-    raise ConfigError(f'verifier.random={random!r}: must be one of {", ".join(SIZES)}')
-  return SIZES[random]
-
-
 # ------------------------------------------------------------------------------------------ crops
 
 
-def crops(images, boxes, side: int, masks=None):
+def crop_boxes(images, boxes, side: int, masks=None):
   """The boxes of each picture as PIL cuts and torchvision's Resize and CenterCrop show them.
 
   Corners are rounded to pixels and kept inside the picture (a pixel at least); the shorter side
@@ -116,24 +86,27 @@ def crops(images, boxes, side: int, masks=None):
     `[R, E, S, S, 3]`.
   """
   height, width = images.shape[1:3]
+  # whole pixels, inside the picture
   corner = jnp.round(boxes).astype(jnp.int32)
   left, top, right, bottom = (corner[..., i] for i in range(4))
   left, top = jnp.clip(left, 0, width - 1), jnp.clip(top, 0, height - 1)
   wide, high = jnp.clip(right, left + 1, width) - left, jnp.clip(bottom, top + 1, height) - top
   short = jnp.minimum(wide, high)
-  x = pictures.quantize(images)[:, None]  # [R, 1, H, W, 3]
+  x = preprocess.quantize(images)[:, None]  # [R, 1, H, W, 3]
   if masks is not None:
     x = jnp.where(masks[..., None], x, GROUND)
+  # One axis after the other. Sizes differ from box to box, so each box has its own matrix. The
+  # first product makes a picture for each box (of one picture, or with masks of one for each).
   for letters, start, size, full in (
     ('rewi,rfhwc->rehic', left, wide, width), ('rehi,rfhwc->reiwc', top, high, height),
   ):  # fmt: skip
-    table = _weights(start, size, side * size // short, side, full)
+    table = _resize_matrices(start, size, side * size // short, side, full)
     shared = letters if x.shape[1] == 1 else letters.replace('f', 'e')
-    x = pictures.quantize(jnp.einsum(shared, table, x, precision='highest'))
+    x = preprocess.quantize(jnp.einsum(shared, table, x, precision='highest'))
   return x
 
 
-def _weights(start, size, new, side, full):
+def _resize_matrices(start, size, new, side, full):
   """Matrices `[R, E, full, S]`: `size [R, E]` pixels from `start` on, resized to `new` by PIL's
   antialiased bicubic filter, of which the middle S are kept."""
   size, new = size[..., None, None], new[..., None, None]

@@ -1,10 +1,10 @@
 """Detectors by checkpoint: pictures to boxes in pixels and to scores of the classes a prompt names.
 
-`Owl` reads any class, in words; `Yolo` knows COCO's eighty. Which of the two a checkpoint is, its
-tensors say.
+`OwlDetector` reads any class, in words; `YolosDetector` knows COCO's eighty. Which of the two a
+checkpoint is, its tensors say.
 
 Letters: B prompts · M pictures · H W their sides · E classes of a prompt · T detections ·
-C = 10 colours · Q queries of a prompt · W words of a query.
+C = 10 colours · Q queries of a prompt · W words of a query · D width of an embedding.
 """
 
 import functools
@@ -14,17 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtts_jax.checkpoints import source as source_files
-from vtts_jax.data import geneval
-from vtts_jax.data import tokenizers as texts
+from vtts_jax.data import geneval, tokenizers
 from vtts_jax.errors import ConfigError
-from vtts_jax.models import vit
-from vtts_jax.models.owlvit import convert as owl_convert
+from vtts_jax.metrics.geneval_arrays import OFFICIAL_LIMITS, Limits
 from vtts_jax.models.owlvit import modeling as owl
-from vtts_jax.models.yolos import convert as yolos_convert
+from vtts_jax.models.pretrained import RANDOM, Pretrained
 from vtts_jax.models.yolos import modeling as yolos
-from vtts_jax.verifiers.parts import image_encoder as towers
 
-RELEASED = {  # checkpoint -> its name in scores and in `SIZES`
+RELEASED = {  # checkpoint -> its name in scores and in `SIZES` of its family
   'google/owlvit-base-patch32': 'owlvit_b32',
   'google/owlvit-base-patch16': 'owlvit_b16',
   'google/owlvit-large-patch14': 'owlvit_l14',
@@ -34,99 +31,87 @@ RELEASED = {  # checkpoint -> its name in scores and in `SIZES`
   'hustvl/yolos-small': 'yolos_small',
   'hustvl/yolos-base': 'yolos_base',
 }
-_TINY = vit.Config(16, 1, 2, 24, 'quick_gelu')
-SIZES = {
-  'tiny': owl.Config(_TINY, _TINY, size=32, patch=8, vocab=64, embed=8),
-  'tiny_v2': owl.Config(_TINY, _TINY, size=32, patch=8, vocab=64, embed=8, v2=True),
-  'tiny_yolos': yolos.Config(vit.Config(16, 2, 2, 24), (32, 48), shortest=32, tokens=20),
-  **owl.RELEASED,
-  **yolos.RELEASED,
-}
 COCO = 92  # classes of a closed-set detector, the gaps and no object among them
 
 
-class Detector(towers.Tower):
-  """What both have; `place`, `random` and `dtype` as in `towers.Tower`.
+class Detector(Pretrained):
+  """What both have.
 
   Attributes:
-    limits: confidence that an object must exceed, that when counting, and the overlap of two
-      objects of a class.
-    coloured: whether it can be asked for colours.
+    limits: what a detection must exceed to be an object.
+    reads_colours: whether it can be asked for colours.
   """
 
-  limits: tuple[float, float, float]
-  coloured = False
+  limits: Limits
+  reads_colours = False
 
   @property
   def name(self):
-    known = RELEASED.get(self.place.partition('@')[0], towers.short_name(self.place))
-    return self.random or known
-
-  @property
-  def config(self):
-    return config_of(self.place, self.random)
+    return RELEASED.get(self.weights.partition('@')[0], super().name)
 
 
-class Owl(Detector):
+class OwlDetector(Detector):
   """OWL-ViT or OWLv2. Its limits: the threshold of its processor; stricter when counting, where
   GenEval is too; half-overlapping boxes of a class are one object."""
 
-  limits, coloured = (0.1, 0.3, 0.5), True
-  build = staticmethod(owl.build)
+  limits = Limits(0.1, 0.3, 0.5)
+  reads_colours = True
 
-  def read(self, source):
-    return owl_convert.load(source, dtype=self.dtype, config=self.config)[1]
-
-  def tokenize(self, names, colours: bool):
+  def tokenize(self, names, with_colours: bool):
     """Classes, B lists of E -> `{'ids': [B, Q, W]}`: each class, and then each in ten colours."""
-    c, place = self.config, '' if self.random else self.place
-    hues = [f'{hue} ' for hue in geneval.COLOURS] if colours else []
+    hues = [f'{hue} ' for hue in geneval.COLOURS] if with_colours else []
     words = [hue + name for row in names for hue in ['', *hues] for name in row]
-    said = [f'a photo of {geneval.article(w)}' for w in words]
-    ids, _ = texts.tokens(said, place, c.context, c.vocab)
+    queries = [f'a photo of {geneval.with_article(w)}' for w in words]
+    c, place = self.config, '' if self.is_random else self.weights
+    ids, _ = tokenizers.tokenize_texts(queries, place, c.context, c.vocab)
     return {'ids': ids.reshape(len(names), -1, c.context)}
 
   def encode(self, params, prompt):
     """Unit queries `[B, Q, D]`."""
     ids = prompt['ids']
-    return self.merge(params).text(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape[:2], -1)
+    return self.bind(params).text(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape[:2], -1)
 
   def detect(self, params, queries, images, entries: int):
     """Boxes `[B, M, T, 4]` (left, top, right, bottom in pixels), scores `[B, M, E, T]`, and
-    colours' log-probabilities `[B, M, E, C, T]` or None."""
-    model, (b, m, height, width) = self.merge(params), images.shape[:4]
-    x = model.features(owl.prepare(self.config, images.reshape(b * m, *images.shape[2:])))
+    colours' log-probabilities `[B, M, E, T, C]` or None."""
+    model, (b, m, height, width) = self.bind(params), images.shape[:4]
+    x = model.features(owl.preprocess(self.config, images.reshape(b * m, *images.shape[2:])))
     logits = model.logits(x.reshape(b, -1, x.shape[-1]), queries)  # [B, M T, Q]
-    logits = logits.reshape(b, m, x.shape[1], -1, entries).transpose(0, 1, 4, 3, 2)
-    boxes = corners(model.boxes(x), owl.extent(self.config, height, width))
-    scores, hues = jax.nn.sigmoid(logits[:, :, :, 0]), None
-    if logits.shape[3] > 1:
-      hues = jax.nn.log_softmax(logits[:, :, :, 1:], 3)
-    return boxes.reshape(b, m, -1, 4), scores, hues
+    # Q = (1 + colours) E, and [B, M, T, 1 + colours, E] -> [B, M, E, T, 1 + colours]
+    logits = logits.reshape(b, m, x.shape[1], -1, entries).transpose(0, 1, 4, 2, 3)
+    boxes = corners_of(model.boxes(x), owl.extent(self.config, height, width))
+    hues = jax.nn.log_softmax(logits[..., 1:], -1) if logits.shape[-1] > 1 else None
+    return boxes.reshape(b, m, -1, 4), jax.nn.sigmoid(logits[..., 0]), hues
 
   def flops(self, op: str, queries: int) -> int:
+    """Of 'text' (all queries of a prompt) or 'image' (one picture against them)."""
     return owl.flops(self.config, op, queries)
 
 
-class Yolo(Detector):
+class YolosDetector(Detector):
   """YOLOS. Its limits are GenEval's own."""
 
-  limits = (0.3, 0.9, 1.0)
-  build = staticmethod(yolos.build)
+  limits = OFFICIAL_LIMITS
 
-  def read(self, source):
-    return yolos_convert.load(source, dtype=self.dtype, config=self.config)[1]
+  @property
+  def config(self):
+    found = super().config
+    if found.classes != COCO:
+      raise ConfigError(
+        f"{self.setting}={self.weights!r}: has {found.classes} classes; must be COCO's {COCO}"
+      )
+    return found
 
-  def tokenize(self, names, colours: bool):
+  def tokenize(self, names, with_colours: bool):
     """Classes, B lists of E -> `{'index': [B, E]}` in COCO's numbering.
 
     Raises:
       ConfigError: a class that is none of COCO's.
     """
-    odd = sorted({name for row in names for name in row} - set(geneval.CLASSES))
-    if odd:
+    unknown = sorted({name for row in names for name in row} - set(geneval.CLASSES))
+    if unknown:
       raise ConfigError(
-        f"prompts: {', '.join(map(repr, odd))}: no class of COCO's, and {self.name} knows no "
+        f"prompts: {', '.join(map(repr, unknown))}: no class of COCO's, and {self.name} knows no "
         'others; an OWL-ViT does'
       )
     return {'index': np.array([[geneval.CLASSES[n] for n in row] for row in names], np.int32)}
@@ -135,49 +120,57 @@ class Yolo(Detector):
     return prompt['index']
 
   def detect(self, params, index, images, entries: int):
-    """As in `Owl`; a score is the softmax's share of the class."""
+    """As in `OwlDetector`; a score is the softmax's share of the class."""
     b, m, height, width = images.shape[:4]
-    x = yolos.prepare(self.config, images.reshape(b * m, *images.shape[2:]))
-    logits, boxes = self.merge(params)(x)
+    x = yolos.preprocess(self.config, images.reshape(b * m, *images.shape[2:]))
+    logits, boxes = self.bind(params)(x)
     share = jax.nn.softmax(logits).reshape(b, m, *logits.shape[1:])
     scores = jnp.take_along_axis(share, index[:, None, None], 3).swapaxes(2, 3)
-    return corners(boxes, (width, height)).reshape(b, m, -1, 4), scores, None
+    return corners_of(boxes, (width, height)).reshape(b, m, -1, 4), scores, None
 
   def flops(self, op: str, queries: int) -> int:
-    """Of a square picture."""
+    """Of a square picture; its classes are no text."""
     return yolos.flops(self.config, 1, 1) if op == 'image' else 0
 
 
-def corners(boxes, extent):
-  """Centre and sides as shares `[..., 4]` -> left, top, right, bottom in pixels."""
-  centre, half = boxes[..., :2], boxes[..., 2:] / 2
-  return jnp.concatenate([centre - half, centre + half], -1) * jnp.array([*extent, *extent], float)
+FAMILIES = {'owlvit': OwlDetector, 'yolos': YolosDetector}
+SIZES = {'owlvit': owl.SIZES, 'yolos': yolos.SIZES}
+
+
+def make_detector(weights: str, backbone: str, dtype: str) -> Detector:
+  """The detector of a verifier's settings; `backbone` is a key of `FAMILIES`, or '' for what the
+  weights are.
+
+  Raises:
+    ConfigError: no such checkpoint, an unknown size or dtype.
+  """
+  backbone = backbone or known_backbone(weights) or _read_backbone(weights)
+  return FAMILIES[backbone](backbone, weights, dtype)
+
+
+def known_backbone(weights: str) -> str:
+  """What weights are, as far as their name says it; '' where a file must be read."""
+  if weights.startswith(RANDOM):
+    name = weights.removeprefix(RANDOM)
+  else:
+    name = RELEASED.get(weights.partition('@')[0], '')
+    if weights and not name:
+      return ''
+  # a size that both or none have stands for an OWL-ViT, which refuses what it does not know
+  return next((family for family, sizes in SIZES.items() if name in sizes), 'owlvit')
 
 
 @functools.cache
-def config_of(place: str, random: str):
-  """The sizes of a detector; reads headers only.
-
-  Raises:
-    ConfigError: an unknown size, or a closed-set detector of other classes than COCO's.
-  """
-  if random:
-    if random not in SIZES:
-      raise ConfigError(f'verifier.random={random!r}: must be one of {", ".join(SIZES)}')
-    return SIZES[random]
-  source = source_files.open_source(place)
-  if 'vit.embeddings.detection_tokens' not in source:
-    return owl_convert.config_of(source)
-  found = yolos_convert.config_of(source)
-  if found.classes != COCO:
-    raise ConfigError(
-      f"verifier.model_from={place!r}: has {found.classes} classes; must be COCO's {COCO}"
-    )
-  return found
+def _read_backbone(weights):
+  try:
+    source = source_files.open_source(weights)
+  except (FileNotFoundError, ValueError) as error:
+    raise ConfigError(f'verifier.weights={weights!r}: {error}') from error
+  return 'yolos' if 'vit.embeddings.detection_tokens' in source else 'owlvit'
 
 
-def detector(place: str, random: str, dtype: str) -> Detector:
-  """The detector of a verifier's settings; errors as in `config_of`."""
-  known = SIZES.get(RELEASED.get(place.partition('@')[0])) if not random else None
-  closed = isinstance(known or config_of(place, random), yolos.Config)
-  return (Yolo if closed else Owl)(place, random, dtype)
+def corners_of(boxes, extent):
+  """Centre and sides as shares `[..., 4]` -> left, top, right, bottom in pixels, for an extent of
+  (width, height)."""
+  centre, half = boxes[..., :2], boxes[..., 2:] / 2
+  return jnp.concatenate([centre - half, centre + half], -1) * jnp.array([*extent, *extent], float)

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from vtts_jax.report import budgets as matched
-from vtts_jax.report import difficulty, stats
+from vtts_jax.report import budgets, difficulty, stats
 
 
 def row(arm, seed, i, curve, ladder=False, **more):
@@ -33,9 +32,9 @@ def test_families_hold_prefixes_and_last_points_over_common_prompts():
     {'arm': 'bon', 'run': 3.0, 'prompts': 2.0, 'compile': 1.0},
     {'arm': 'bon', 'run': 1.0, 'prompts': 2.0, 'compile': 0.5},
   ]
-  seconds = matched.seconds_per_prompt(timing)
+  seconds = budgets.seconds_per_prompt(timing)
   assert seconds == {'bon': (1.0, 1.5)}
-  (bon, beam), ids, tags = matched.series(rows, seconds)
+  (bon, beam), ids, tags = budgets.family_series(rows, seconds)
   assert ids.tolist() == [0, 1, 2, 3] and tags.tolist() == ['a', 'b', 'a', 'b']
   assert bon.labels == ('N=1', 'N=2', 'N=4') and beam.labels == ('beam/w2', 'beam/w8')
   np.testing.assert_allclose(bon.costs['seconds'], [0.25, 0.5, 1.0])  # shares of the FLOPs
@@ -47,29 +46,32 @@ def test_families_hold_prefixes_and_last_points_over_common_prompts():
 def test_seeds_are_averaged_and_lost_scores_are_left_out():
   rows = [row('x', s, i, [(4, 1, [None, 2.0][s], s)]) for s in (0, 1) for i in range(2)]
   rows += [row('y', 0, i, [(4, 1, None, 0)]) for i in range(2)]
-  (x, y), *_ = matched.series(rows, {})
+  (x, y), *_ = budgets.family_series(rows, {})
   assert x.correct.tolist() == [[0.5, 0.5]] and x.total.tolist() == [[2.0, 2.0]]
-  assert np.isnan(y.total).all() and matched.choose(y, 'flops', 40) == 0
+  assert np.isnan(y.total).all() and budgets.choose_point(y, 'flops', 40) == 0
 
 
 def test_the_point_is_chosen_by_score_and_not_by_accuracy():
-  (bon, beam), *_ = matched.series(toy_rows(), {})
-  played = [matched.choose(beam, 'generator', b) for b in (15, 16, 39, 40, 1000)]
+  (bon, beam), *_ = budgets.family_series(toy_rows(), {})
+  played = [budgets.choose_point(beam, 'generator', b) for b in (15, 16, 39, 40, 1000)]
   assert played == [None, 0, 0, 0, 0]  # w8 is affordable and right everywhere, but scores less
-  assert [matched.choose(bon, 'flops', b) for b in (79, 80, 160, 319, 320)] == [None, 0, 1, 1, 2]
-  assert matched.choose(bon, 'seconds', 1e9) is None
+  played = [budgets.choose_point(bon, 'flops', b) for b in (79, 80, 160, 319, 320)]
+  assert played == [None, 0, 1, 1, 2]
+  assert budgets.choose_point(bon, 'seconds', 1e9) is None
 
 
 def test_table_has_paired_differences_to_best_of_n():
-  (bon, beam), _, tags = matched.series(toy_rows(), {})
-  table = matched.table([bon, beam], tags, 'generator', np.array([8.0, 16, 32]), {'beam': 'bon'})
+  (bon, beam), _, tags = budgets.family_series(toy_rows(), {})
+  grid = np.array([8.0, 16, 32])
+  table = budgets.equal_budget_cells([bon, beam], tags, 'generator', grid, {'beam': 'bon'})
   assert [c and c.point for c in table['beam']] == [None, 'beam/w2', 'beam/w2']
   assert all(c.gain is None for c in table['bon'])
   accuracies = [c and c.accuracy.mean for c in table['beam']]
   assert accuracies == [None, 0.75, 0.75]  # 'a': 0 right, 2 right of 2 -> mean of means
   gains = [c.gain for c in table['beam'][1:]]
   assert [g.mean for g in gains] == [0.5, 0.25]
-  want = stats.interval(np.array([0.0, 0, 1, 0]), tags)  # right with beam, wrong with best-of-4
+  # right with beam, wrong with best-of-4
+  want = stats.bootstrap_interval(np.array([0.0, 0, 1, 0]), tags)
   assert gains[1] == want and want.low < want.mean < want.high
 
 
@@ -79,8 +81,8 @@ def test_pairing_makes_differences_sharp():
   other = right.copy()
   other[np.flatnonzero(~right)[0]] = True
   tags = np.repeat('a', 100)
-  paired = stats.interval(other.astype(float) - right, tags)
-  alone = stats.interval(right.astype(float), tags)
+  paired = stats.bootstrap_interval(other.astype(float) - right, tags)
+  alone = stats.bootstrap_interval(right.astype(float), tags)
   assert paired.mean == pytest.approx(0.01) and paired.high - paired.low < 0.05
   assert alone.high - alone.low > 0.15
 
@@ -88,28 +90,29 @@ def test_pairing_makes_differences_sharp():
 def test_draws_are_the_same_prompts_for_every_column():
   rng = np.random.default_rng(1)
   values, tags = rng.random((30, 3)), np.repeat(['a', 'b'], [10, 20])
-  draws = stats.draws(values, tags)
+  draws = stats.bootstrap_draws(values, tags)
   assert draws.shape == (stats.RESAMPLES, 3)
   np.testing.assert_allclose(
-    draws[:, 1] - draws[:, 0], stats.draws(values[:, 1] - values[:, 0], tags)
+    draws[:, 1] - draws[:, 0], stats.bootstrap_draws(values[:, 1] - values[:, 0], tags)
   )
 
 
 def test_budgets_double_and_afford_everything():
-  (bon, beam), *_ = matched.series(toy_rows(), {})
-  grid = matched.budgets([bon, beam], 'generator')
+  (bon, beam), *_ = budgets.family_series(toy_rows(), {})
+  grid = budgets.budget_grid([bon, beam], 'generator')
   np.testing.assert_allclose(grid, [8, 16, 32, 64])
-  thin = matched.budgets([bon._replace(costs={'generator': np.array([1.0, 2, 1000])})], 'generator')
+  wide = bon._replace(costs={'generator': np.array([1.0, 2, 1000])})
+  thin = budgets.budget_grid([wide], 'generator')
   np.testing.assert_allclose(thin, 2.0 ** np.arange(0, 11, 2))
-  assert not len(matched.budgets([bon], 'seconds'))
+  assert not len(budgets.budget_grid([bon], 'seconds'))
 
 
 def test_baselines_share_the_generator_and_rather_the_verifier():
   part = lambda g, v: {'generator': g, 'verifier': v, 'search': {}}
   settings = {'b1': part(1, 1), 'b2': part(1, 2), 'x': part(1, 2), 'y': part(1, 3), 'z': part(2, 1)}
   none = np.zeros((1, 1))
-  families = [matched.Series(n, (n,), {}, none, none, n) for n in settings]
-  got = matched.baselines(families, {'b1', 'b2'}, settings)
+  families = [budgets.Series(n, (n,), {}, none, none, n) for n in settings]
+  got = budgets.find_baselines(families, {'b1', 'b2'}, settings)
   assert got == {'x': 'b2', 'y': 'b1'}
 
 
@@ -120,22 +123,22 @@ def test_pass_at_one_and_mean_score_over_seeds():
   one = {'correct': [1, 0, 0, 0], 'totals': [1.0, 2.0, None, 3.0]}
   two = {'correct': [1, 1, 1, 0], 'totals': [0.0, 0.0, 0.0, 0.0]}
   rows = [{'arm': 'b', 'id': 3, 'samples': s} for s in (one, two)]
-  right, score = difficulty.measure(rows, np.array([3]), 'b')
+  right, score = difficulty.measure_difficulty(rows, np.array([3]), 'b')
   assert right.tolist() == [0.5] and score.tolist() == [6 / 7]
-  assert difficulty.measure(rows, np.array([3, 4]), 'b') is None
-  assert difficulty.measure(rows, np.array([3]), 'other') is None
+  assert difficulty.measure_difficulty(rows, np.array([3, 4]), 'b') is None
+  assert difficulty.measure_difficulty(rows, np.array([3]), 'other') is None
 
 
 def test_bins_are_quintiles_and_halves_are_balanced():
   rng = np.random.default_rng(0)
   value = rng.random(103)
-  which = difficulty.bins(value)
+  which = difficulty.difficulty_bins(value)
   assert set(np.bincount(which)) == {20, 21}
   for q in range(4):
     assert value[which == q].max() <= value[which == q + 1].min()
-  assert np.bincount(difficulty.bins(np.zeros(10))).tolist() == [2] * 5  # ties by place
+  assert np.bincount(difficulty.difficulty_bins(np.zeros(10))).tolist() == [2] * 5  # ties by place
   tags = rng.choice(['a', 'b'], 103)
-  half = difficulty.halves(which, tags)
+  half = difficulty.split_halves(which, tags)
   for q in range(5):
     assert abs((half[which == q] == 0).sum() - (half[which == q] == 1).sum()) <= 1
     for t in 'ab':
@@ -145,7 +148,7 @@ def test_bins_are_quintiles_and_halves_are_balanced():
 
 def _family(name, correct, cost=1.0):
   correct = np.asarray(correct, float)[None]
-  return matched.Series(name, (name,), {'flops': np.array([cost])}, correct, correct * 0, name)
+  return budgets.Series(name, (name,), {'flops': np.array([cost])}, correct, correct * 0, name)
 
 
 def test_each_bin_takes_what_suits_it():

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vtts_jax.study import selection as rules
+from vtts_jax.study import selection
 
 INF = float('inf')
 
@@ -13,7 +13,7 @@ INF = float('inf')
 def test_distances_are_squared_and_euclidean():
   f = np.random.default_rng(0).normal(size=(7, 3))
   want = [[((a - b) ** 2).sum() for b in f] for a in f]
-  np.testing.assert_allclose(rules.distances(f), want, atol=1e-12)
+  np.testing.assert_allclose(selection.squared_distances(f), want, atol=1e-12)
 
 
 def test_over_equal_answers_weighted_is_the_sum_and_the_medoid_the_vote():
@@ -22,14 +22,14 @@ def test_over_equal_answers_weighted_is_the_sum_and_the_medoid_the_vote():
   differed = 0
   for _ in range(200):
     answers, totals = rng.integers(0, 4, 11), rng.normal(size=11)
-    apart = rules.distances(np.eye(4)[answers])
+    apart = selection.squared_distances(np.eye(4)[answers])
     z = np.exp((totals - totals.mean()) / totals.std())
     mass = np.array([z[answers == a].sum() for a in range(4)])
-    got = rules.weighted(totals, apart, bandwidth=1e-3)
+    got = selection.pick_weighted(totals, apart, bandwidth=1e-3)
     assert answers[got] == mass.argmax()
     assert totals[got] == totals[answers == mass.argmax()].max()  # the best of the answer
     counts = np.bincount(answers, minlength=4)
-    voted = rules.medoid(np.ones(11, bool), apart)
+    voted = selection.pick_medoid(np.ones(11, bool), apart)
     assert counts[answers[voted]] == counts.max()
     assert voted == np.flatnonzero(np.isin(answers, np.flatnonzero(counts == counts.max())))[0]
     differed += mass.argmax() != counts.argmax()
@@ -38,11 +38,12 @@ def test_over_equal_answers_weighted_is_the_sum_and_the_medoid_the_vote():
 
 def test_the_kernel_has_best_of_n_at_one_end():
   rng = np.random.default_rng(2)
-  totals, apart = rng.normal(size=9), rules.distances(rng.normal(size=(9, 4)))
-  assert rules.weighted(totals, apart, bandwidth=1e-6) == totals.argmax()
-  assert rules.weighted(totals, apart, bandwidth=0.0) == totals.argmax()
-  assert rules.weighted(totals, np.zeros((9, 9))) == totals.argmax()  # all alike: ties go by total
-  assert rules.weighted(np.full(9, 2.0), apart) == density(apart)  # equal totals: the mode
+  totals, apart = rng.normal(size=9), selection.squared_distances(rng.normal(size=(9, 4)))
+  assert selection.pick_weighted(totals, apart, bandwidth=1e-6) == totals.argmax()
+  assert selection.pick_weighted(totals, apart, bandwidth=0.0) == totals.argmax()
+  alike = np.zeros((9, 9))  # ties go by the total
+  assert selection.pick_weighted(totals, alike) == totals.argmax()
+  assert selection.pick_weighted(np.full(9, 2.0), apart) == density(apart)  # equal totals: the mode
 
 
 def density(apart):
@@ -56,18 +57,18 @@ def test_a_cluster_outvotes_a_lucky_outlier():
   """Nine alike pictures of good scores, one far away that the verifier likes best."""
   features = np.concatenate([np.random.default_rng(3).normal(0, 0.1, (9, 5)), np.full((1, 5), 9.0)])
   totals = np.append(np.linspace(0, 1, 9), 1.1)
-  got = rules.picks([totals], features)
+  got = selection.pick_samples([totals], features)
   assert got['best'] == [9] and got['weighted'][0] < 9 and got['medoid'][0] < 9
 
 
 def test_what_is_not_finite_is_never_handed_out():
   features = np.eye(4)[[0, 0, 0, 1]]
   totals = np.array([-INF, -INF, 0.5, 0.1])
-  got = rules.picks([totals[:n] for n in (1, 2, 3, 4)], features)
+  got = selection.pick_samples([totals[:n] for n in (1, 2, 3, 4)], features)
   assert got == {'best': [-1, -1, 2, 2], 'weighted': [-1, -1, 2, 2], 'medoid': [-1, -1, 2, 2]}
-  assert rules.picks([totals], None) == {'best': [2]}
+  assert selection.pick_samples([totals], None) == {'best': [2]}
   features[2] = np.nan
-  assert rules.picks([totals], features)['weighted'] == [3]
+  assert selection.pick_samples([totals], features)['weighted'] == [3]
 
 
 def test_medoid_is_brute_force():
@@ -75,11 +76,12 @@ def test_medoid_is_brute_force():
   f, valid = rng.normal(size=(12, 3)), rng.random(12) < 0.7
   own = np.flatnonzero(valid)
   mean = [np.mean([np.linalg.norm(f[i] - f[j]) for j in own]) for i in own]
-  assert rules.medoid(valid, rules.distances(f)) == own[np.argmin(mean)]
-  assert rules.medoid(np.zeros(12, bool), rules.distances(f)) == -1
+  assert selection.pick_medoid(valid, selection.squared_distances(f)) == own[np.argmin(mean)]
+  assert selection.pick_medoid(np.zeros(12, bool), selection.squared_distances(f)) == -1
 
 
 @pytest.mark.parametrize('n', [1, 2])
 def test_prefixes_of_one_and_two(n):
   features, totals = np.random.default_rng(5).normal(size=(n, 3)), np.arange(n) * 1.0
-  assert rules.picks([totals], features) == {'best': [n - 1], 'weighted': [n - 1], 'medoid': [0]}
+  picks = selection.pick_samples([totals], features)
+  assert picks == {'best': [n - 1], 'weighted': [n - 1], 'medoid': [0]}

@@ -1,9 +1,10 @@
-"""The spatial verifier: rules against metrics/geneval.py, crops against PIL, and its protocol."""
+"""The GenEval verifier: its rules against a plain oracle, crops against PIL, and its protocol."""
 
 import functools
 import json
 import pathlib
 
+import geneval_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,36 +12,40 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from vtts_jax import core
 from vtts_jax.components import load
 from vtts_jax.data import geneval as grammar
 from vtts_jax.data import prompts as prompt_files
+from vtts_jax.data import tokenizers
 from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import geneval
-from vtts_jax.metrics import geneval_arrays as geneval_rules
+from vtts_jax.metrics import geneval_arrays as rules
+from vtts_jax.metrics.geneval_arrays import OFFICIAL_LIMITS, Limits
 from vtts_jax.models.owlvit import modeling as owl
 from vtts_jax.study import grading
 from vtts_jax.testing import laws, replay
 from vtts_jax.verifiers import ensemble
 from vtts_jax.verifiers.parts import colours, detectors
-from vtts_jax.verifiers.parts import image_encoder as towers
 
 HERE = pathlib.Path(__file__).parent
 ROWS = prompt_files.prompts('geneval')
-PROMPTS = [
+PROMPTS = core.as_prompts([
   'a photo of a dog', 'a photo of three buses', 'a photo of a red car and a blue orange',
   'a photo of a cup left of a cow',
-]  # fmt: skip
+])  # fmt: skip
+TINY = {'weights': 'random:tiny', 'limits': (0.05, 0.1, 0.5)}
+TINY_YOLOS = {**TINY, 'backbone': 'yolos', 'clip_weights': 'random:tiny'}
 T = 20  # detections of a class that the made-up detector reports
 
 
 def made(rows, pictures, seed):
   """Detections near what the rows ask for, so that many are right and many just wrong: lists as
-  metrics/geneval.py takes them, and boxes `[B, M, 2 T, 4]`, scores `[B, M, 2, 2 T]`, log-
+  metrics/geneval.py takes them, and boxes `[B, M, 1, 2 T, 4]`, scores `[B, M, 2, 2 T]`, log-
   probabilities of colours `[B, M, 2, 2 T, 10]`."""
   rng = np.random.default_rng(seed)
-  table, names = geneval_rules.targets(rows, 2)
+  table, names = rules.read_targets(rows, 2)
   shape = (len(rows), pictures)
-  boxes = np.zeros((*shape, 2 * T, 4), np.float32)
+  boxes = np.zeros((*shape, 1, 2 * T, 4), np.float32)
   scores, hues = np.zeros((*shape, 2, 2 * T), np.float32), np.zeros((*shape, 2, 2 * T, 10))
   lists = []
   for b, m in np.ndindex(shape):
@@ -49,74 +54,82 @@ def made(rows, pictures, seed):
       count = max(0, table['least'][b, e] + rng.choice([-1, 0, 0, 0, 1]))
       for t in range(e * T, e * T + count):
         corner = rng.choice([20, 24, 40, 60], 2) + rng.random(2) * 4
-        boxes[b, m, t] = [*corner, *(corner + rng.uniform(5, 30, 2))]
+        boxes[b, m, 0, t] = [*corner, *(corner + rng.uniform(5, 30, 2))]
         scores[b, m, e, t] = rng.choice([0.25, 0.6, 0.92, 0.95]) + rng.random() / 100
         hue = table['colour'][b, e] if rng.random() < 0.7 else rng.integers(10)
         hues[b, m, e, t, hue] = 5
         found.append({
-          'class': names[b][e], 'box': boxes[b, m, t].tolist(), 'color': grammar.COLOURS[hue],
+          'class': names[b][e], 'box': boxes[b, m, 0, t].tolist(), 'color': grammar.COLOURS[hue],
           'score': float(scores[b, m, e, t]),
         })  # fmt: skip
     lists.append(found)
-  return lists, boxes, scores, np.asarray(jax.nn.log_softmax(hues, -1), np.float32)
+  return lists, (boxes, scores, np.asarray(jax.nn.log_softmax(hues, -1), np.float32))
 
 
-@functools.partial(jax.jit, static_argnames=('mode', 'overlap'))
-def judged(targets, boxes, scores, hues, threshold, mode, overlap):
-  index, best = geneval_rules.best(boxes, scores, overlap)
-  pick = lambda x: jnp.take_along_axis(x, index[..., None], 3)
-  return getattr(geneval_rules, mode)(targets, pick(boxes[:, :, None]), best, pick(hues), threshold)
+def score_found(targets, boxes, scores, hues, overlap=1.0):
+  """(strict, partial) scores `[B, M]` of what a detector found."""
+  xp = scores.__array_namespace__()
+  index, best = rules.select_best(boxes, scores, overlap)
+  pick = lambda x: xp.take_along_axis(x, index[..., None], 3)
+  found = targets, pick(boxes), best, pick(hues), OFFICIAL_LIMITS
+  return rules.score_strict(*found), rules.score_partial(*found)
 
 
-def judge(rows, boxes, scores, hues, mode, overlap):
-  targets, _ = geneval_rules.targets(rows, 2)
-  threshold = np.where(targets['counting'], 0.9, 0.3).astype(np.float32)
-  return np.asarray(judged(targets, boxes, scores, hues, threshold, mode, overlap))
+score_compiled = jax.jit(score_found, static_argnames='overlap')
 
 
 @pytest.mark.parametrize('overlap', [1.0, 0.3])
 def test_strict_is_genevals_rule_on_every_row(overlap):
-  lists, *arrays = made(ROWS, 8, seed=int(10 * overlap))
-  have = judge(ROWS, *arrays, 'strict', overlap)
-  limits = (geneval.CONFIDENCE, geneval.COUNTING, overlap)
-  rows = [row for row in ROWS for _ in range(8)]
-  want = geneval.report(rows, lists, geneval.OFFICIAL, limits=limits)
-  np.testing.assert_array_equal(have.ravel(), np.array(want['correct'], np.float32))
-  assert all(0.05 < share < 0.9 for share in want['by_tag'].values()), want['by_tag']
+  """In jit, on numpy arrays, and through lists of detections: all as the oracle says."""
+  lists, arrays = made(ROWS, 4, seed=int(10 * overlap))
+  rows = [row for row in ROWS for _ in range(4)]
+  want = np.array([oracle.correct(r, f, near=overlap) for r, f in zip(rows, lists)])
+  targets, _ = rules.read_targets(ROWS, 2)
+  strict, partial = score_compiled(targets, *arrays, overlap=overlap)
+  np.testing.assert_array_equal(np.ravel(strict), want.astype(np.float32))
+  on_host = score_found(targets, *arrays, overlap)
+  np.testing.assert_array_equal(on_host[0], strict)
+  np.testing.assert_allclose(on_host[1], partial, atol=1e-5)
+  limits = Limits(overlap=overlap)
+  listed = geneval.report_benchmark(rows, lists, geneval.OFFICIAL, limits=limits)
+  np.testing.assert_array_equal(listed['correct'], want)
+  assert all(0.05 < share < 0.9 for share in listed['by_tag'].values()), listed['by_tag']
 
 
 def test_best_takes_sixteen_in_order():
-  scores = np.random.default_rng(0).random((1, 1, 2, 30), np.float32)
-  boxes = np.zeros((1, 1, 30, 4), np.float32) + np.arange(30)[:, None] * 50
-  index, score = geneval_rules.best(jnp.array(boxes), jnp.array(scores), 0.5)
+  scores = np.random.default_rng(0).random((1, 1, 2, 30))
+  boxes = np.zeros((1, 1, 1, 30, 4)) + np.arange(30)[:, None] * 50
+  index, score = rules.select_best(boxes, scores, 0.5)
   np.testing.assert_array_equal(index, np.argsort(-scores, -1)[..., :16])
   np.testing.assert_array_equal(score, -np.sort(-scores, -1)[..., :16])
 
 
 def test_partial_credit_climbs_to_what_strict_asks_for():
   """Within [0, 1], the higher the surer, and on average higher where the rule holds."""
-  _, boxes, scores, hues = made(ROWS, 8, seed=3)
-  earned = judge(ROWS, boxes, scores, hues, 'partial', 1.0)
-  right = judge(ROWS, boxes, scores, hues, 'strict', 1.0) > 0
+  _, (boxes, scores, hues) = made(ROWS, 4, seed=3)
+  targets, _ = rules.read_targets(ROWS, 2)
+  strict, earned = score_found(targets, boxes, scores, hues)
+  right = strict > 0
   assert earned.min() >= 0 and earned.max() <= 1
-  tags = np.repeat([row['tag'] for row in ROWS], 8).reshape(-1, 8)
+  tags = np.repeat([row['tag'] for row in ROWS], 4).reshape(-1, 4)
   for tag in grammar.TAGS:
     assert earned[(tags == tag) & right].mean() > earned[(tags == tag) & ~right].mean() + 0.1
-  sure = judge(ROWS, boxes, np.where(scores > 0.5, 0.999999, 0.0), hues, 'strict', 1.0) > 0
-  hues = np.asarray(jax.nn.log_softmax(50 * hues, -1))
-  sharp = judge(ROWS, boxes, np.where(scores > 0.5, 0.999999, 0.0), hues, 'partial', 1.0)
-  np.testing.assert_allclose(sharp[sure], 1, atol=1e-3)
+  certain = np.where(scores > 0.5, 0.999999, 0.0)
+  sharp = np.asarray(jax.nn.log_softmax(50 * hues, -1))
+  strict, earned = score_found(targets, boxes, certain, sharp)
+  np.testing.assert_allclose(earned[strict > 0], 1, atol=1e-3)
 
 
 def credit(prompt, *objects, hue=None):
   """Partial credit of (entry, x, y, score) objects of 10 x 10 pixels."""
-  boxes, scores = np.zeros((1, 1, 8, 4), np.float32), np.zeros((1, 1, 2, 8), np.float32)
+  boxes, scores = np.zeros((1, 1, 1, 8, 4)), np.zeros((1, 1, 2, 8))
   for i, (entry, x, y, score) in enumerate(objects):
-    boxes[0, 0, i], scores[0, 0, entry, i] = [x, y, x + 10, y + 10], score
-  hues = np.full((1, 1, 2, 8, 10), -np.inf if hue else np.log(0.1), np.float32)
+    boxes[0, 0, 0, i], scores[0, 0, entry, i] = [x, y, x + 10, y + 10], score
+  hues = np.full((1, 1, 2, 8, 10), -np.inf if hue else np.log(0.1))
   if hue:
     hues[..., grammar.COLOURS.index(hue)] = 0
-  return float(judge([grammar.parse(prompt)], boxes, scores, hues, 'partial', 1.0)[0, 0])
+  targets, _ = rules.read_targets([grammar.parse_prompt(prompt)], 2)
+  return float(score_found(targets, boxes, scores, hues)[1][0, 0])
 
 
 def test_partial_credit_by_hand():
@@ -141,19 +154,19 @@ def test_partial_credit_by_hand():
 
 def test_what_is_excluded_stands_alone_or_with_its_class():
   row = {'include': [{'class': 'dog', 'count': 1}], 'exclude': [{'class': 'cat', 'count': 1}],
-         'prompt': 'a dog, no cat', 'tag': 'single_object'}  # fmt: skip
-  targets, names = geneval_rules.targets([row], 2)
+         'text': 'a dog, no cat', 'tag': 'single_object'}  # fmt: skip
+  targets, names = rules.read_targets([row], 2)
   assert names == [['dog', 'cat']]
   assert targets['least'].tolist() == [[1, 0]] and targets['most'].tolist() == [[10_000, 0]]
   with pytest.raises(ConfigError, match='entries=1: the metadata of .* has 2'):
-    geneval_rules.targets([row], 1)
+    rules.read_targets([row], 1)
   for change, match in (
     ({'color': 'mauve'}, "color='mauve'; must be one of red"), ({'count': 17}, 'in 1 .. 16'),
     ({'position': ['beside', 0]}, "position='beside'"), ({'position': ['above', 0]}, 'no entry'),
   ):  # fmt: skip
     wrong = {'include': [{'class': 'dog', 'count': 1, **change}]}
     with pytest.raises(ConfigError, match=match):
-      geneval_rules.targets([wrong], 2)
+      rules.read_targets([wrong], 2)
 
 
 # ------------------------------------------------------------------------------------------ crops
@@ -168,7 +181,7 @@ def test_crops_are_what_pil_cuts():
     [[60.2, 40, 69.9, 49.7], [5, 5, 5.2, 5.3], [20, 20, 44, 44]],
   ])  # fmt: skip
   masks = rng.random((2, 3, 50, 70)) < 0.7
-  cut = jax.jit(colours.crops, static_argnums=2)
+  cut = jax.jit(colours.crop_boxes, static_argnums=2)
   scaled = images / np.float32(255)
   for given in (None, masks):
     have = np.rint(np.asarray(cut(scaled, boxes, side, given)) * 255)
@@ -190,23 +203,23 @@ def test_crops_are_what_pil_cuts():
 
 
 def test_colours_are_clips_averaged_templates():
-  clip = load('verifiers.geneval', random='tiny_yolos').clip
+  clip = load('verifiers.geneval', **TINY_YOLOS).colour_clip
   params = clip.load()
   ids = clip.tokenize([['cup', 'wine glass']])
-  assert ids.shape == (1, 2, 10, 3, 12) and colours.TEMPLATES[1] == 'a photo of a {}-colored {}'
+  assert ids.shape == (1, 2, 10, 3, 16) and colours.TEMPLATES[1] == 'a photo of a {}-colored {}'
   assert (ids[0, 0, 1, 2] == ids[0, 1, 1, 2]).all()  # 'a photo of a orange object'
   assert (ids[0, :, :, 0] != ids[0, :, :, 1]).any(-1).all()
   rows = jax.jit(clip.encode)(params, ids)
-  images = np.random.default_rng(1).random((1, 2, 30, 30, 3), np.float32)
-  boxes = np.broadcast_to(np.float32([0, 0, 30, 30]), (1, 2, 2, 4))
+  images = np.random.default_rng(1).random((1, 2, 40, 40, 3), np.float32)
+  boxes = np.broadcast_to(np.float32([0, 0, 40, 40]), (1, 2, 2, 4))
   have = jax.jit(clip.classify)(params, rows, images, boxes)
 
   @jax.jit
   def by_hand(params):
-    model, pixels = clip.merge(params), colours.modeling.preprocess(clip.config, images[0])
-    texts = model.embed_text(ids.reshape(-1, 12)).reshape(2, 10, 3, -1).mean(2)
+    model, pixels = clip.bind(params), colours.modeling.preprocess(clip.config, images[0])
+    texts = model.embed_texts(ids.reshape(-1, 16)).reshape(2, 10, 3, -1).mean(2)
     texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
-    return 100 * jnp.einsum('md,ecd->mec', model.embed_image(pixels), texts)
+    return 100 * jnp.einsum('md,ecd->mec', model.embed_images(pixels), texts)
 
   want = jax.nn.log_softmax(by_hand(params), -1)
   np.testing.assert_allclose(have[0], want, atol=2e-3)
@@ -215,30 +228,25 @@ def test_colours_are_clips_averaged_templates():
 # ------------------------------------------------------------------------------------ the verifier
 
 
-@pytest.fixture(autouse=True, scope='module')
-def load_once():
-  """Random weights are made by a program of their own: here once for each size."""
-  load_, towers.Tower.load = towers.Tower.load, functools.cache(towers.Tower.load)
-  yield
-  towers.Tower.load = load_
+@pytest.fixture(scope='module')
+def pictures():
+  return np.random.default_rng(0).random((4, 3, 40, 48, 3), np.float32)
 
 
-@pytest.mark.parametrize('settings', [
-  {'random': 'tiny'}, {'random': 'tiny_yolos', 'mode': 'strict'},
-], ids=str)  # fmt: skip
-def test_protocol(settings):
-  verifier = load('verifiers.geneval', limits=(0.05, 0.1, 0.5), **settings)
-  images = np.random.default_rng(0).random((4, 3, 40, 48, 3), np.float32)
-  laws.check_verifier(verifier, PROMPTS, images)
+@pytest.mark.parametrize('settings', [TINY, {**TINY_YOLOS, 'output': 'strict'}], ids=str)
+def test_conformance(settings, pictures):
+  verifier = load('verifiers.geneval', **settings)
+  laws.check_verifier(verifier, PROMPTS, pictures)
+  assert not verifier.gives  # rules have no useful gradient
 
 
-def test_broken_pictures_and_half_precision():
-  verifier = load('verifiers.geneval', limits=(0.05, 0.1, 0.5), random='tiny')
+def test_broken_pictures_and_half_precision(pictures):
+  verifier = load('verifiers.geneval', **TINY)
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), verifier.load())
   prompt = verifier.tokenize(PROMPTS)
-  run = lambda x: verifier.score(params, verifier.encode(params, prompt), x)[verifier.names[0]]
-  score, images = jax.jit(run), np.random.default_rng(0).random((4, 3, 40, 48, 3), np.float32)
-  clean, spoiled = np.asarray(score(images)), images.copy()
+  vctx = jax.jit(verifier.encode)(params, prompt)
+  score = jax.jit(lambda x: verifier.score(params, vctx, {'image': x})[verifier.names[0]])
+  clean, spoiled = np.asarray(score(pictures)), pictures.copy()
   spoiled[1, 2, 3, 3, 0] = np.nan
   have = np.asarray(score(spoiled))
   assert np.isnan(have[1, 2]) and np.isnan(have).sum() == 1
@@ -246,30 +254,32 @@ def test_broken_pictures_and_half_precision():
   assert have.dtype == np.float32 and clean.min() >= 0 and clean.max() <= 1
 
 
-@pytest.mark.parametrize('size', ['tiny', 'tiny_yolos'])
-def test_strict_is_the_benchmark_on_its_own_detections(size):
+@pytest.mark.parametrize('settings', [TINY, TINY_YOLOS], ids=['owlvit', 'yolos'])
+def test_strict_is_the_benchmark_on_its_own_detections(settings):
   """Of random detectors that see objects everywhere, under limits that some of them pass."""
-  prompts = ['a photo of two dogs', 'a photo of a red car', 'a photo of a cup left of a cow'] * 4
-  verifier = load('verifiers.geneval', random=size, mode='strict')
+  texts = ['a photo of two dogs', 'a photo of a red car', 'a photo of a cup left of a cow'] * 4
+  prompts = core.as_prompts(texts)
+  verifier = load('verifiers.geneval', **settings | {'output': 'strict', 'limits': ()})
   params = jax.tree.map(lambda x: x * 3, verifier.load())  # louder: scores and places differ
   images = np.random.default_rng(5).random((12, 4, 40, 40, 3), np.float32)
-  found = verifier.detections(params, prompts, images)
+  found = verifier.list_detections(params, prompts, images)
   ranked = np.sort([d['score'] for row in found for seen in row for d in seen])
-  limits = (float(ranked[len(ranked) // 2]), float(ranked[-len(ranked) // 4]), 0.9)
-  verifier = load('verifiers.geneval', random=size, mode='strict', limits=limits)
-  found = verifier.detections(params, prompts, images)
-  vctx = verifier.encode(params, verifier.tokenize(prompts))
-  have = np.asarray(jax.jit(verifier.score)(params, vctx, images)[verifier.names[0]])
-  rows = [grammar.parse(p) for p in prompts for _ in range(4)]
-  flat = [seen for row in found for seen in row]
-  want = geneval.report(rows, flat, verifier.judges, limits=limits)
-  np.testing.assert_array_equal(have.ravel(), np.array(want['correct'], np.float32))
+  limits = Limits(float(ranked[len(ranked) // 2]), float(ranked[-len(ranked) // 4]), 0.9)
+  verifier = load('verifiers.geneval', **settings | {'output': 'strict', 'limits': limits})
+  found = [seen for row in verifier.list_detections(params, prompts, images) for seen in row]
+  vctx = jax.jit(verifier.encode)(params, verifier.tokenize(prompts))
+  have = jax.jit(verifier.score)(params, vctx, {'image': images})[verifier.names[0]]
+  rows = [grammar.parse_prompt(text) for text in texts for _ in range(4)]
+  want = geneval.report_benchmark(rows, found, verifier.scoring_models, limits=limits)
+  np.testing.assert_array_equal(np.ravel(have), np.array(want['correct'], np.float32))
+  near = {'confidence': limits[0], 'counting': limits[1], 'near': limits[2]}
+  assert want['correct'] == [oracle.correct(r, f, **near) for r, f in zip(rows, found)]
   assert 0 < have.mean() < 1
 
 
 def test_owl_asks_for_every_class_in_every_colour():
   """Scores and colours of a class are those of its own queries, whatever the batch."""
-  model = load('verifiers.geneval', random='tiny').model
+  model = load('verifiers.geneval', **TINY).detector
   params, names = model.load(), [['dog', 'tv remote'], ['cup', 'cow']]
   prompt = model.tokenize(names, True)
   assert prompt['ids'].shape == (2, 22, 16)
@@ -281,32 +291,32 @@ def test_owl_asks_for_every_class_in_every_colour():
 
   @jax.jit
   def alone(params, images, ids):
-    net = model.merge(params)
-    x = net.features(owl.prepare(model.config, images))
+    net = model.bind(params)
+    x = net.features(owl.preprocess(model.config, images))
     return net.logits(x, net.text(ids)[None])[0], net.boxes(x)[0]
 
   boxes, scores, hues = found(params, prompt['ids'])
   for b, e in np.ndindex(2, 2):
     words = [names[b][e]] + [f'{hue} {names[b][e]}' for hue in grammar.COLOURS]
-    said = [f'a photo of {grammar.article(w)}' for w in words]
-    ids, _ = detectors.texts.tokens(said, '', 16, 64)
+    said = [f'a photo of {grammar.with_article(w)}' for w in words]
+    ids, _ = tokenizers.tokenize_texts(said, '', 16, 64)
     logits, share = alone(params, images[b], ids)
     np.testing.assert_allclose(scores[b, 0, e], jax.nn.sigmoid(logits[:, 0]), atol=1e-5)
-    want = jax.nn.log_softmax(logits[:, 1:], -1).T
+    want = jax.nn.log_softmax(logits[:, 1:], -1)
     np.testing.assert_allclose(hues[b, 0, e], want, atol=1e-4)
     sides = boxes[b, 0, :, 2:] - boxes[b, 0, :, :2]
     np.testing.assert_allclose(sides, share[:, 2:] * np.array([24, 40]), rtol=1e-4)
 
 
 def test_yolos_looks_up_cocos_numbers():
-  model = load('verifiers.geneval', random='tiny_yolos').model
+  model = load('verifiers.geneval', **TINY_YOLOS).detector
   params = model.load()
   prompt = model.tokenize([['computer mouse', 'person']], False)
   assert prompt['index'].tolist() == [[74, 1]]
   images = np.random.default_rng(2).random((1, 2, 40, 40, 3), np.float32)
   boxes, scores, hues = jax.jit(lambda p, x: model.detect(p, prompt['index'], x, 2))(params, images)
-  prepared = detectors.yolos.prepare(model.config, images[0])
-  logits, _ = jax.jit(lambda p, x: model.merge(p)(x))(params, prepared)
+  prepared = detectors.yolos.preprocess(model.config, images[0])
+  logits, _ = jax.jit(lambda p, x: model.bind(p)(x))(params, prepared)
   assert hues is None and boxes.shape == (1, 2, 20, 4)
   want = jax.nn.softmax(logits)[..., [74, 1]].swapaxes(1, 2)
   np.testing.assert_allclose(scores[0], want, atol=1e-6)
@@ -314,24 +324,21 @@ def test_yolos_looks_up_cocos_numbers():
     model.tokenize([['unicorn', 'person']], False)
 
 
-def test_metadata_from_a_file(tmp_path):
-  path = tmp_path / 'mine.jsonl'
+def test_a_prompt_row_brings_its_own_metadata():
+  """The row's include, exclude and tag decide, whatever its text; without them the text does."""
   row = {
-    'prompt': 'Two unicorns.',
-    'tag': 'counting',
-    'include': [{'class': 'unicorn', 'count': 2}],
-  }
-  path.write_text(json.dumps(row) + '\n' + json.dumps({'prompt': 'bare'}) + '\n')
-  verifier = load('verifiers.geneval', random='tiny', metadata=str(path))
-  targets = verifier.tokenize(['Two unicorns.'])['targets']
-  assert targets['least'].tolist() == [[2, 0]] and targets['counting'].tolist() == [True]
-  for text in ('bare', 'a photo of a dog'):
-    with pytest.raises(
-      ConfigError, match=f'has no row with an include for the prompt {text!r}'
-    ):
-      verifier.tokenize([text])
-  with pytest.raises(ConfigError, match='no such file'):
-    load('verifiers.geneval', random='tiny', metadata='nowhere.jsonl').tokenize(['x'])
+    'text': 'Two unicorns.', 'tag': 'counting', 'include': [{'class': 'unicorn', 'count': 2}],
+    'exclude': [{'class': 'unicorn', 'count': 3}], 'id': 7,
+  }  # fmt: skip
+  verifier = load('verifiers.geneval', **TINY)
+  arrays = verifier.tokenize([row, {'text': 'a photo of a dog'}])
+  targets = arrays['targets']
+  assert targets['least'].tolist() == [[2, 0], [1, 0]] and targets['most'][0, 0] == 2
+  assert targets['counting'].tolist() == [True, False]
+  said = tokenizers.tokenize_texts(['a photo of an unicorn', 'a photo of a dog'], '', 16, 64)[0]
+  np.testing.assert_array_equal(arrays['detector']['ids'][:, 0], said)
+  with pytest.raises(ConfigError, match="'Two unicorns.' is no prompt of GenEval"):
+    verifier.tokenize([{'text': 'Two unicorns.'}])
 
 
 def checkpoint(folder, name):
@@ -344,81 +351,80 @@ def checkpoint(folder, name):
 
 
 def test_a_checkpoint_says_which_detector_it_is(tmp_path):
-  verifier = load('verifiers.geneval', model_from=checkpoint(tmp_path / 'my-owl', 'owlv2.npz'))
-  assert verifier.names == ('spatial_my_owl',) and verifier.model.config.v2
+  verifier = load('verifiers.geneval', weights=checkpoint(tmp_path / 'my-owl', 'owlv2.npz'))
+  assert verifier.names == ('geneval_partial_my_owl',) and verifier.detector.config.v2
   params = verifier.load()['detector']
   x = np.zeros((1, 1, 20, 20, 3), np.float32)
   queries = np.ones((1, 22, 8), np.float32)
-  boxes, *_ = jax.jit(lambda p: verifier.model.detect(p, queries, x, 2))(params)
+  boxes, *_ = jax.jit(lambda p: verifier.detector.detect(p, queries, x, 2))(params)
   assert boxes.shape == (1, 1, 16, 4)
-  few = load('verifiers.geneval', model_from=checkpoint(tmp_path / 'few', 'yolos.npz'))
+  few = load('verifiers.geneval', weights=checkpoint(tmp_path / 'few', 'yolos.npz'))
   with pytest.raises(ConfigError, match="has 7 classes; must be COCO's 92"):
     few.check()
-  with pytest.raises(FileNotFoundError, match='nothing-here'):
-    load('verifiers.geneval', model_from='nothing-here.safetensors').check()
+  with pytest.raises(ConfigError, match='verifier.weights=.*nothing-here'):
+    load('verifiers.geneval', weights='nothing-here.safetensors').check()
 
 
 def test_names_tell_the_models_and_oracles():
+  """A strict score is named as the benchmark's label, partial credit says so."""
   name = lambda **given: load('verifiers.geneval', **given).names[0]
-  assert name() == 'spatial_owlvit_b32' and name(mode='strict') == 'spatial_strict_owlvit_b32'
-  assert name(colour='clip') == 'spatial_owlvit_b32_clip_l14'
-  assert name(model_from='hustvl/yolos-small@abc') == 'spatial_yolos_small_clip_l14'
-  assert name(random='owlv2_l14') == 'spatial_owlv2_l14'
-  owl_, yolo = load('verifiers.geneval'), load('verifiers.geneval', model_from='hustvl/yolos-tiny')
-  both = ensemble.build(members={'a': owl_, 'b': yolo}, weights={'a': 1, 'b': 0})
-  assert geneval.judges_of(yolo) == {'yolos_tiny', 'clip_l14'}
-  assert geneval.judges_of(both) == {'owlvit_b32'}  # the other is only measured
-  label = functools.partial(geneval.column, searched=geneval.judges_of(both))
-  assert label(owl_.judges) == 'geneval_owlvit_b32 (not official, oracle)'
-  assert label(yolo.judges) == 'geneval_yolos_tiny_clip_l14 (not official)'
+  assert name() == 'geneval_partial_owlvit_b32' and name(output='strict') == 'geneval_owlvit_b32'
+  assert name(colour='clip') == 'geneval_partial_owlvit_b32_clip_l14'
+  yolos = {'weights': 'hustvl/yolos-small@abc', 'output': 'strict'}
+  assert name(**yolos) == 'geneval_yolos_small_clip_l14'
+  assert name(weights='random:owlv2_l14') == 'geneval_partial_owlv2_l14_random'
+  owl_, yolo = load('verifiers.geneval'), load('verifiers.geneval', weights='hustvl/yolos-tiny')
+  both = ensemble.Ensemble(members=(('a', owl_), ('b', yolo)), weights=(('a', 1), ('b', 0)))
+  assert geneval.scoring_models_of(yolo) == {'yolos_tiny', 'clip_l14'}
+  assert geneval.scoring_models_of(both) == {'owlvit_b32'}  # the other is only measured
+  label = functools.partial(geneval.benchmark_label, searched=geneval.scoring_models_of(both))
+  assert label(owl_.scoring_models) == 'geneval_owlvit_b32 (not official, oracle)'
+  assert label(yolo.scoring_models) == 'geneval_yolos_tiny_clip_l14 (not official)'
 
 
 def test_what_cannot_be_run_is_said():
   for settings, match in (
-    ({'mode': 'soft'}, "verifier.mode='soft': must be one of 'partial', 'strict'"),
+    ({'output': 'soft'}, "verifier.output='soft': must be one of 'partial', 'strict'"),
     ({'colour': 'rgb'}, "verifier.colour='rgb'"), ({'entries': 0}, 'entries=0: must be at least 1'),
     ({'limits': (0.3, 0.9)}, r'limits=\(0.3, 0.9\)'), ({'limits': (0.3, 0.9, 2.0)}, 'an overlap'),
-    ({'random': 'huge'}, "verifier.random='huge': must be one of tiny"),
+    ({'weights': 'random:huge'}, "verifier.weights='random:huge': must be .* random:tiny"),
+    ({'weights': ''}, "verifier.weights='': must be"),
+    ({'backbone': 'detr'}, "verifier.backbone='detr': must be one of '', 'owlvit', 'yolos'"),
     ({'dtype': 'float16'}, "verifier.dtype='float16'"),
-    ({'random': 'tiny_yolos', 'colour': 'query'}, "colour='query': tiny_yolos cannot"),
+    ({**TINY_YOLOS, 'colour': 'query'}, "colour='query': tiny_random cannot be asked"),
   ):  # fmt: skip
     with pytest.raises(ConfigError, match=match):
       load('verifiers.geneval', **settings)
-  with pytest.raises(ConfigError, match='is no prompt of GenEval'):
-    load('verifiers.geneval', random='tiny').tokenize(['hello'])
 
 
 def test_cost_is_the_detectors_and_the_clips():
-  owl_ = load('verifiers.geneval', random='owlvit_b32')
+  owl_ = load('verifiers.geneval', weights='random:owlvit_b32')
   # 577 tokens of 85 M parameters and their attention; OWL-ViT's paper gives no number
   assert 1.0e11 < owl_.cost('score').flops < 1.25e11 and owl_.cost('score').verify == 1
-  clipped = load('verifiers.geneval', random='owlvit_b32', colour='clip')
-  crop = 2 * colours.modeling.flops(colours.SIZES['tiny'], 'image')
+  settings = {'colour': 'clip', 'clip_weights': 'random:tiny'}
+  clipped = load('verifiers.geneval', weights='random:owlvit_b32', **settings)
+  crop = 2 * colours.modeling.flops(colours.modeling.SIZES['tiny'], 'image')
   fewer = 2 * 24**2 * 20 * 512  # the queries of ten colours for two classes
   assert clipped.cost('score').flops == owl_.cost('score').flops - fewer + crop
 
 
-def test_a_verifier_as_metric():
+def test_a_verifier_as_metric(pictures):
   """Pictures are right where the strict score is 1; the label says whose accuracy it is."""
-  settings = {
-    'name': 'verifiers.geneval',
-    'mode': 'strict',
-    'random': 'tiny',
-    'limits': (0.001, 0.001, 0.5),
-  }
-  texts = ['a photo of a dog', 'a photo of a cup left of a cow']
-  images = np.random.default_rng(3).random((6, 40, 40, 3), np.float32)
-  entries = [{'prompt': texts[i % 2]} for i in range(6)]
-  right = grading.metric(settings, texts).score(images, entries)
-  verifier = load('verifiers.geneval', mode='strict', random='tiny', limits=(0.001, 0.001, 0.5))
+  own = {'output': 'strict', 'weights': 'random:tiny', 'limits': (0.001, 0.001, 0.5)}
+  settings, verifier = {'name': 'verifiers.geneval', **own}, load('verifiers.geneval', **own)
+  prompts = core.as_prompts(['a photo of a dog', 'a photo of a cup left of a cow'])
+  images = pictures[:2]
+  right = grading.build_metric(settings).grade(
+    images.reshape(6, *images.shape[2:]), [row for row in prompts for _ in range(3)]
+  )
   params = verifier.load()
-  vctx = verifier.encode(params, verifier.tokenize(texts))
-  paired = images.reshape(3, 2, *images.shape[1:]).swapaxes(0, 1)
-  want = verifier.score(params, vctx, paired)[verifier.names[0]]
-  np.testing.assert_array_equal(right.reshape(3, 2).T, np.asarray(want) == 1)
+  vctx = jax.jit(verifier.encode)(params, verifier.tokenize(prompts))
+  want = jax.jit(verifier.score)(params, vctx, {'image': images})[verifier.names[0]]
+  np.testing.assert_array_equal(right, np.ravel(want) == 1)
   assert right.any() and not right.all()
-  assert grading.label(settings) == 'geneval_tiny (not official)'
-  assert grading.label(settings, [verifier]) == 'geneval_tiny (not official, oracle)'
-  assert 'not graded' in grading.label('data.prompts')
+  assert grading.metric_label(settings) == 'geneval_tiny_random (not official)'
+  label = grading.metric_label(settings, [verifier])
+  assert label == 'geneval_tiny_random (not official, oracle)'
+  assert 'not graded' in grading.metric_label('data.prompts')
   with pytest.raises(ConfigError, match='metric: .*is no prompt of GenEval'):
-    grading.metric(settings, ['hello'])
+    grading.build_metric(settings).read_prompts([{'text': 'hello'}])

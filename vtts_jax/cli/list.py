@@ -1,0 +1,27 @@
+"""List the components, or show the settings of one."""
+
+import argparse
+import sys
+
+from vtts_jax.cli.arguments import refuse_unknown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('name', nargs='?', metavar='NAME', help='a component, e.g. search.beam')
+
+
+def run_command(args: argparse.Namespace, rest: list[str]) -> int:
+  from rich.console import Console
+  from rich.table import Table
+
+  from vtts_jax import components
+
+  refuse_unknown(rest, 'list', ('NAME',))
+  if args.name:
+    print(components.describe_component(args.name))
+    return 0
+  table = Table('component', 'what it is', box=None, pad_edge=False)
+  for name, line in components.list_components().items():
+    table.add_row(name, line)
+  Console(width=None if sys.stdout.isatty() else 140).print(table)
+  return 0

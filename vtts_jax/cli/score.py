@@ -1,0 +1,202 @@
+"""Score pictures that exist already.
+
+A picture that cannot be read costs itself only: the others are scored, its row says what was wrong,
+and the exit code is 1.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vtts_jax.cli import arguments
+from vtts_jax.errors import ConfigError
+
+FLAGS = ('--prompts', '--out', '--batch')
+
+
+class ScoreRow(NamedTuple):
+  """A picture file to be scored, and its prompt row; {} for none."""
+
+  image: str
+  prompt: Mapping
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  arguments.add_verifier(parser)
+  parser.add_argument(
+    'images',
+    nargs='*',
+    metavar='IMAGES',
+    help='a folder of pictures, taken by name, or a .jsonl of objects with an "image" (relative to '
+    'the file) and, without --prompts, a "prompt"',
+  )
+  parser.add_argument(
+    '--prompts',
+    default='',
+    metavar='FILE_OR_TEXT',
+    help='a file of prompts, one for each picture in order or one for all; anything else is itself '
+    'the prompt of all',
+  )
+  parser.add_argument('--out', default='', metavar='FILE', help='.jsonl of one row a picture')
+  parser.add_argument(
+    '--batch', type=arguments.integer_from(1), default=32, help='pictures at a time'
+  )
+
+
+def run_command(args: argparse.Namespace, rest: list[str]) -> int:
+  """The exit code is 1 if a picture could not be read."""
+  from vtts_jax.media import files
+
+  verifier = arguments.build_verifier(args.verifier, rest, 'score', FLAGS)
+  if len(args.images) != 1:
+    raise ConfigError(f'give one folder or .jsonl of pictures, got {args.images}')
+  rows = find_rows(args.images[0], args.prompts, needs_prompt=reads_prompts(verifier))
+  scored = score_rows(verifier, rows, args.batch)
+  if args.out:
+    lines = ''.join(json.dumps(row) + '\n' for row in scored)
+    files.write_atomic(args.out, lines.encode())
+  _print_table(verifier, scored)
+  for row in scored:
+    if 'error' in row:
+      print(row['error'])
+  return int(any('error' in row for row in scored))
+
+
+# ----------------------------------------------------------------------------- pictures and prompts
+
+
+def find_rows(place: str, prompts: str, needs_prompt: bool = True) -> list[ScoreRow]:
+  """What to score; `place`, `prompts` as on the command line.
+
+  Args:
+    needs_prompt: whether a picture must have one.
+
+  Raises:
+    ConfigError: no picture, no prompt, or not as many prompts as pictures.
+  """
+  from vtts_jax.media.files import IMAGE_ENDINGS
+
+  path = pathlib.Path(place)
+  if path.is_dir():
+    found = [(str(p), {}) for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_ENDINGS]
+  elif path.suffix == '.jsonl' and path.is_file():
+    found = list(_listed_pictures(path))
+  else:
+    raise ConfigError(
+      f'{place}: must be a folder of pictures, or a .jsonl file that names them'
+    )
+  if not found:
+    raise ConfigError(f'{place}: holds no picture; endings read are {", ".join(IMAGE_ENDINGS)}')
+  images, rows = zip(*found)
+  if prompts:
+    rows = _given_prompts(prompts, len(images))
+  missing = [image for image, row in zip(images, rows) if not row.get('text')]
+  if missing and needs_prompt:
+    raise ConfigError(f'{missing[0]}: has no prompt; give --prompts=FILE or --prompts=TEXT')
+  return [ScoreRow(image, row) for image, row in zip(images, rows)]
+
+
+def _given_prompts(prompts: str, pictures: int) -> list[Mapping]:
+  """A prompt row for each picture, from a file or from the one text."""
+  from vtts_jax.data import prompts as prompt_files
+
+  rows: list[Mapping] = [{'text': prompts}]
+  if pathlib.Path(prompts).is_file():
+    try:
+      rows = prompt_files.prompts(path=prompts)
+    except ValueError as error:
+      raise ConfigError(f'--prompts: {error}') from None
+  if len(rows) not in (1, pictures):
+    raise ConfigError(
+      f'--prompts={prompts}: holds {len(rows)} prompts; must be 1, or {pictures} as there are '
+      'pictures'
+    )
+  return rows * pictures if len(rows) == 1 else rows
+
+
+def _listed_pictures(path) -> Iterator[tuple[str, Mapping]]:
+  """Pictures and prompt rows of a .jsonl file; whatever else a line says belongs to its prompt."""
+  for line, text in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    if not text.strip():
+      continue
+    try:
+      entry = dict(json.loads(text))
+      image = str(path.parent / entry.pop('image'))
+    except (ValueError, KeyError, TypeError) as error:
+      raise ConfigError(
+        f"{path}, line {line}: an object with an 'image' is wanted ({error!r})"
+      ) from None
+    if 'prompt' in entry:
+      entry['text'] = entry.pop('prompt')
+    yield image, entry
+
+
+def reads_prompts(verifier) -> bool:
+  """Whether a score depends on the prompt."""
+  import jax
+
+  try:
+    return bool(jax.tree.leaves(verifier.tokenize([{'text': 'a'}])))
+  except ValueError:  # it reads them, and this is none of them
+    return True
+
+
+# ----------------------------------------------------------------------------------------- scoring
+
+
+def score_rows(verifier, rows: Sequence[ScoreRow], batch: int = 32) -> list[dict]:
+  """Scores pictures, those of one size together.
+
+  Returns:
+    `{'image', 'prompt', 'scores': {name: number or None}}` for each picture, or with 'error' in
+    place of scores for one that cannot be read; None is a score that was not finite.
+  """
+  from vtts_jax.media import files
+
+  scorer = arguments.build_scorer(verifier)
+  scorer.tokenize_prompts([row.prompt for row in rows])
+  found: list[dict] = [{'image': r.image, 'prompt': r.prompt.get('text', '')} for r in rows]
+  waiting: dict[tuple, list] = {}  # size -> [(place, picture)]
+
+  def score_waiting(size):
+    places, pictures = zip(*waiting.pop(size))
+    scores = scorer({'image': np.stack(pictures)}, [rows[i].prompt for i in places])
+    for at, place in enumerate(places):
+      values = {name: float(value[at]) for name, value in scores.items()}
+      found[place]['scores'] = {n: v if np.isfinite(v) else None for n, v in values.items()}
+
+  for place, row in enumerate(rows):
+    try:
+      picture = files.read_image(row.image)
+    except ConfigError as error:
+      found[place]['error'] = str(error)
+      continue
+    waiting.setdefault(picture.shape, []).append((place, picture))
+    if len(waiting[picture.shape]) == batch:
+      score_waiting(picture.shape)
+  for size in list(waiting):
+    score_waiting(size)
+  return found
+
+
+def _print_table(verifier, scored) -> None:
+  from rich.console import Console
+  from rich.table import Table
+
+  table = Table('score', 'pictures', 'mean', 'std', 'min', 'median', 'max', 'best', box=None)
+  for name in verifier.names:
+    values = [(r['scores'][name], r['image']) for r in scored if 'scores' in r]
+    values = [(v, image) for v, image in values if v is not None]
+    if values:
+      x = np.array([v for v, _ in values])
+      numbers = (x.mean(), x.std(), x.min(), np.median(x), x.max())
+      best = os.path.basename(max(values)[1])
+      table.add_row(name, str(len(x)), *(f'{n:.4g}' for n in numbers), best)
+    else:
+      table.add_row(name, '0')
+  Console(width=120).print(table)

@@ -1,0 +1,48 @@
+"""The final table of a run, on the terminal: accuracy with its interval, score and cost per arm."""
+
+import collections
+
+from rich.console import Console
+from rich.table import Table
+
+from vtts_jax.report import stats
+from vtts_jax.study import grading
+from vtts_jax.study.store import read_about, read_results
+
+
+def print_summary(root) -> None:
+  """Prints the table, what was lost, and where the report is."""
+  rows = read_results(root)
+  graded = read_about(root)['config']['metric'] != grading.UNGRADED
+  console = Console(width=None if Console().is_terminal else 140)
+  table = Table(
+    'arm', 'pass@1', 'accuracy (95 %)', 'searched score', 'NFE', 'GFLOP', 'prompts x seeds'
+  )
+  for arm in stats.arm_statistics(rows):
+    table.add_row(*_summary_cells(arm, graded))
+  console.print(table)
+
+  bad: collections.Counter[str] = collections.Counter()
+  for row in rows:
+    bad.update(row['bad'])
+  for name, count in bad.items():
+    console.print(f'[red]{count} NaN or infinite scores of {name}; never selected[/red]')
+  lost = [(r['arm'], r['seed'], r['id']) for r in rows if not r['found']]
+  if lost:
+    console.print(f'[red]no finite score, no output: (arm, seed, prompt) {lost[:8]}[/red]')
+  console.print(f'{root}/report.html')
+
+
+def _summary_cells(arm: stats.ArmStats, graded: bool) -> tuple[str, ...]:
+  first, last = arm.points[0].accuracy, arm.points[-1]
+  accuracy = last.accuracy
+  interval = f'{accuracy.mean:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]'
+  return (
+    arm.name,
+    f'{first.mean:.3f}' if arm.ladder and graded else '',
+    interval if graded else 'not graded',
+    f'{last.total.mean:.3f}',
+    f'{last.cost["generator"]:,.0f}',
+    f'{last.cost["flops"] / 1e9:,.2f}',
+    f'{arm.prompts} x {arm.seeds}',
+  )
