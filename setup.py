@@ -36,5 +36,5 @@ setup(
     'parity': ['torch', 'transformers', 'diffusers'],
     'tpu': ['jax[tpu]'],
   },
-  entry_points={'console_scripts': ['vtts = vtts_jax.cli.main:cli']},
+  entry_points={'console_scripts': ['vtts = vtts_jax.cli.main:run_cli']},
 )

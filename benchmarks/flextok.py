@@ -5,7 +5,7 @@
 a. Tokens per second of five beams of the 113M prior with their caches, against running the prefix
    again for each token with the same weights. Prefixes are padded to the next multiple of 64, so
    that the second is no slower than it must be; the four lengths are timed and averaged.
-b. The published beam (5 beams of 10, looked at after 1, 2, 4 .. 256 tokens) at 113M with a small
+b. The published beam (5 beams of 10, scored after 1, 2, 4 .. 256 tokens) at 113M with a small
    decoder, a small VAE and CLIP B/32, as one compiled program: seconds of the prior, the decoder,
    the VAE and the verifier alone, of the same shapes and as many calls; the rest is selection.
    FLOP/s of prior and decoder at batch 50, as shares of this machine's matmul rate.
@@ -33,31 +33,40 @@ from rich.table import Table
 from timing import fastest
 
 from vtts_jax import components, core
-from vtts_jax.engine import drivers, step
+from vtts_jax.engine import fused, step
+from vtts_jax.engine.search import load_parameters, prepare_search
 from vtts_jax.models import modules
 from vtts_jax.models.flexar import modeling as flexar
 from vtts_jax.models.flextok import modeling as flextok
-from vtts_jax.study import execute as study
 from vtts_jax.testing import hlo
 
 BEAMS, CHILDREN, TOKENS, WORDS = 5, 10, 256, 128
-# looks at 50 candidates: the first of 9 is at one root's 10, and the best is rendered once more
-LOOKS = 8 + (CHILDREN + 1) / (BEAMS * CHILDREN)
+# steps that observe 50 candidates: the first of 9 observes the 10 of one root, and at the end the
+# best is observed once more
+OBSERVED_STEPS = 8 + (CHILDREN + 1) / (BEAMS * CHILDREN)
+PROMPTS = [{'text': 'a photo of a bench'}]
 STREAMS = 2  # prompt and null
 V5E = 819e9  # bytes per second
 
 
-def product(size=2048):
-  """A float32 matrix product and its FLOPs."""
+def matrix_product(size=2048):
+  """A call of a float32 matrix product, and its FLOPs."""
   a, times = jnp.ones((size, size)), jax.jit(lambda a: a @ a)
   return lambda: times(a), 2 * size**3
 
 
-def parts():
+def load_parts():
   """Generator, its parameters and a context of one prompt."""
-  gen = components.load('generators.flextok', random='flexar_113m/small', decode_steps=1)
-  params = study.parameters(gen)
-  prompt = jax.tree.map(jnp.asarray, gen.tokenize(['a photo of a bench']))
+  gen = components.load(
+    'generators.flextok',
+    prior_weights='random:flexar_113m',
+    tokenizer_weights='random:small',
+    vae_weights='random:small',
+    text_weights='random:thin_xl',
+    decode_steps=1,
+  )
+  params = load_parameters(gen)
+  prompt = jax.tree.map(jnp.asarray, gen.tokenize(PROMPTS))
   return gen, params, jax.jit(gen.encode)(params, prompt)
 
 
@@ -69,27 +78,30 @@ def cached_against_prefix(gen, params, ctx, repeats):
 
   @functools.partial(jax.jit, static_argnums=2)
   def again(params, ctx, length):
-    model = gen._model(params, 'prior')
+    model = gen.bind_part(params, 'prior')
     hidden, _ = model.prefill(ctx, jnp.zeros((1, BEAMS, length), jnp.int32))
-    return jnp.argmax(flexar.guide(model.logits(hidden[:, :, -1]), gen.scale), -1)
+    return jnp.argmax(flexar.guide_logits(model.token_logits(hidden[:, :, -1]), gen.guidance_scale), -1)
 
   calls = [lambda n=n: again(params, ctx, n) for n in range(64, TOKENS + 1, 64)]
   whole, *each = fastest([lambda: cached(params, ctx, state), *calls], repeats)
   return BEAMS * TOKENS / whole, BEAMS / float(np.mean(each))
 
 
-def beam(gen, params, repeats):
+def time_beam(gen, params, repeats):
   """Seconds of the whole search and of its model calls; FLOP/s at batch 50."""
   algo = components.load('search.beam', width=BEAMS, branch=CHILDREN, roots=1, replace=False)
-  ver = components.load('verifiers.clip', random='b32')
-  params = {'generator': params, 'verifier': study.parameters(ver)}
-  job = step.Job(algo, gen, ver, render_chunk=BEAMS * CHILDREN)
-  text = ['a photo of a bench']
-  arrays = {'generator': gen.tokenize(text), 'verifier': ver.tokenize(text)}
-  arrays = jax.tree.map(jnp.asarray, arrays)
-  ids, key, none = jnp.arange(1), jax.random.key(0), jnp.zeros((1, 0), jnp.int32)
-  search = jax.jit(lambda p, a: drivers.fused(job, p, a, ids, key, none))
-  ctx, vctx = jax.jit(lambda p, a: step.encode(job, p, a))(params, arrays)
+  ver = components.load('verifiers.clip', weights='random:b32')
+  prepared = prepare_search(
+    algo, gen, ver, PROMPTS, params={'generator': params}, render_chunk=BEAMS * CHILDREN
+  )
+  program, params = prepared.program, prepared.params
+  arrays = jax.tree.map(jnp.asarray, prepared.arrays)
+  ids, key = jnp.arange(1), jax.random.key(0)
+  search = jax.jit(
+    lambda p, a: fused.fused_search(program, p, a, ids, key, prepared.initial)
+  )
+  contexts = jax.jit(lambda p, a: step.encode_prompts(program, p, a))(params, arrays)
+  ctx, vctx = contexts.generator, contexts.verifier
 
   def states(count):
     keys = core.candidate_keys(core.prompt_keys(key, ids), jnp.arange(count))
@@ -101,12 +113,12 @@ def beam(gen, params, repeats):
     lambda p, s, k: gen.extend(p['generator'], ctx, s, k, 0, count).tokens
   )
   draw, short = run(TOKENS), run(4)
-  render = jax.jit(lambda p, s: gen.render(p['generator'], ctx, s, TOKENS))
-  latents = jax.jit(lambda p, s: gen.latents(p['generator'], s, TOKENS))
-  score = jax.jit(lambda p, i: ver.score(p['verifier'], vctx, i))
-  slim = gen.slim(wide[1])
-  images = render(params, slim)
-  matmul, flops = product()
+  observe = jax.jit(lambda p, s: gen.observe(p['generator'], ctx, s, TOKENS, ('image',)))
+  latents = jax.jit(lambda p, s: gen.decode_latents(p['generator'], s, TOKENS))
+  score = jax.jit(lambda p, seen: ver.score(p['verifier'], vctx, seen))
+  uncached = gen.drop_cache(wide[1])
+  observed = observe(params, uncached)
+  matmul, flops = matrix_product()
   compiled = search.lower(params, arrays).compile()
   begin = time.perf_counter()
   jax.block_until_ready(compiled(params, arrays))  # long enough to be timed once
@@ -114,26 +126,30 @@ def beam(gen, params, repeats):
   prior, decoder, picture, verifier, steps, rate = fastest(
     [
       lambda: draw(params, kept[1], kept[0]),
-      lambda: latents(params, slim),
-      lambda: render(params, slim),
-      lambda: score(params, images),
+      lambda: latents(params, uncached),
+      lambda: observe(params, uncached),
+      lambda: score(params, observed),
       lambda: short(params, wide[1], wide[0]),
       matmul,
     ],
     repeats,
   )
   rate = flops / rate
-  seconds = {'prior': prior, 'decoder': LOOKS * decoder, 'vae': LOOKS * max(0, picture - decoder)}
-  seconds['verifier'] = LOOKS * verifier
+  seconds = {
+    'prior': prior,
+    'decoder': OBSERVED_STEPS * decoder,
+    'vae': OBSERVED_STEPS * max(0, picture - decoder),
+    'verifier': OBSERVED_STEPS * verifier,
+  }
   seconds['selection'] = whole - sum(seconds.values())  # the rest; below 0 is noise
   shares = {name: s / whole for name, s in seconds.items()}
   prior_rate = many * gen.cost('extend', 0, 4).flops / steps
   passes = gen.decode_steps * (1 if gen.decode_scale == 1 else 2)
-  drawn = many * passes * flextok.flops_decode(gen.configs.tokenizer)
-  return whole, shares, prior_rate, drawn / decoder, rate
+  decoded = many * passes * flextok.count_velocity_flops(gen.part_config('tokenizer'))
+  return whole, shares, prior_rate, decoded / decoder, rate
 
 
-def tpu_step(rows, pool):
+def compile_tpu_step(rows, pool):
   """(bytes, FLOPs, floor of bytes, GiB at most) of one step on one chip of a v5e:2x4.
 
   Args:
@@ -161,9 +177,9 @@ def tpu_step(rows, pool):
   seen = jax.ShapeDtypeStruct((B, 1, rows, slots), jnp.bool) if pool else None
 
   def one(params, ctx, cache, tokens, t, slot, seen):
-    model = modules.bind(graphdef, params)
-    hidden, cache = model.step(ctx, cache, tokens, t, slot if pool else None, seen)
-    logits = flexar.guide(model.logits(hidden), 3.0)
+    model = modules.bind_graph(graphdef, params)
+    hidden, cache = model.feed_tokens(ctx, cache, tokens, t, slot if pool else None, seen)
+    logits = flexar.guide_logits(model.token_logits(hidden), 3.0)
     return jnp.argmax(logits, -1).astype(jnp.int32), cache
 
   auto = lambda tree, sharding: jax.tree.map(lambda _: Format(Layout.AUTO, sharding), tree)
@@ -176,7 +192,7 @@ def tpu_step(rows, pool):
   memory = compiled.memory_analysis()
   most = memory.argument_size_in_bytes + memory.output_size_in_bytes
   most += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-  flops = rows * STREAMS * (flexar.flops_trunk(c, slots, WORDS) + flexar.flops_head(c))
+  flops = rows * STREAMS * (flexar.count_trunk_flops(c, slots, WORDS) + flexar.count_head_flops(c))
   # read once: what the trunk multiplies by (text keys and values are made once a prompt), the head,
   # the text, and every slot
   layers = c.layers * (6 * c.width**2 + 3 * c.width * c.hidden)
@@ -194,14 +210,14 @@ def main():
     parser.error(f'--parts={args.parts}: must be some of a, b, c')
   table, found = Table('what', 'value', box=None), {}
   if set(args.parts) & set('ab'):
-    gen, params, ctx = parts()
+    gen, params, ctx = load_parts()
   if 'a' in args.parts:
     cached, again = cached_against_prefix(gen, params, ctx, args.repeats)
     table.add_row('a. tokens per second, cache', f'{cached:.2f}')
     table.add_row('a. tokens per second, prefix run again', f'{again:.2f}')
     found['cached_speedup'] = round(cached / again, 1)
   if 'b' in args.parts:
-    whole, shares, prior, decoder, rate = beam(gen, params, args.repeats)
+    whole, shares, prior, decoder, rate = time_beam(gen, params, args.repeats)
     table.add_row('b. float32 matmul rate', f'{rate / 1e9:.1f} GFLOP/s')
     table.add_row('b. one beam search, 5 x 10 to 256', f'{whole:.1f} s')
     for name, share in shares.items():
@@ -214,7 +230,7 @@ def main():
     filled = 1 + BEAMS * CHILDREN * TOKENS // 2 + BEAMS * TOKENS // 2
     filled = -(-filled // 128) * 128
     for rows, pool in ((BEAMS, 0), (BEAMS * CHILDREN, 0), (BEAMS * CHILDREN, filled)):
-      moved, flops, floor, most = tpu_step(rows, pool)
+      moved, flops, floor, most = compile_tpu_step(rows, pool)
       where = f'a pool of {pool} slots' if pool else 'own caches'
       table.add_row(
         f'c. {rows} candidates, {where}',

@@ -106,17 +106,17 @@ def search_against_model(repeats, count):
 def cached_against_prefix(repeats, tokens=256, prompts=1, rows=16):
   """Seconds to draw `tokens` tokens greedily: with the cache, and running the prefix each time."""
   config = prior.Config(tokens=tokens)
-  graphdef, params = modules.split_module(prior.build(config))
-  text = jnp.asarray(scenes.tokenize(['a photo of a red circle'] * prompts))
+  graphdef, params = modules.split_module(prior.build_model(config))
+  text = jnp.asarray(scenes.tokenize_texts(['a photo of a red circle'] * prompts))
 
   @jax.jit
   def cached(params):
-    model = modules.bind(graphdef, params)
-    text_kv = model.text(text)
+    model = modules.bind_graph(graphdef, params)
+    text_kv = model.encode_text(text)
 
     def token(carry, t):
       last, cache = carry
-      logits, cache = model.step(text_kv, cache, last, t)
+      logits, cache = model.feed_tokens(text_kv, cache, last, t)
       last = jnp.argmax(logits, -1).astype(jnp.int32)
       return (last, cache), last
 
@@ -132,9 +132,9 @@ def cached_against_prefix(repeats, tokens=256, prompts=1, rows=16):
       SEGMENT, tokens + 1, SEGMENT
     ):  # shapes are static: SEGMENT tokens share one
       short, _ = modules.abstract_module(
-        lambda n=length: prior.build(dataclasses.replace(config, tokens=n))
+        lambda n=length: prior.build_model(dataclasses.replace(config, tokens=n))
       )
-      model = modules.bind(short, params | {'place': params['place'][:length]})
+      model = modules.bind_graph(short, params | {'place': params['place'][:length]})
 
       def token(drawn, t, model=model):
         logits = jax.lax.dynamic_index_in_dim(model(texts, drawn), t, 1, keepdims=False)

@@ -6,19 +6,23 @@
     vtts run --config=configs/flextok.py:uncond          the beam; the verifier alone reads prompts
     vtts run --config=configs/flextok.py:uniform         no prior: 5 beams of 640 uniform tokens
                                                          (1 % of the codes), 32 tokens
-    vtts run --config=configs/flextok.py:beam,runlocal   anything, on tiny random weights, no files
+    vtts run --config=configs/flextok.py:beam,runlocal   any of them on tiny random weights, no
+                                                         files, half a minute on two cores
     vtts run --config=configs/flextok.py:beam --config.generator.dtype=bfloat16
     vtts run --config=configs/flextok.py:beam,coco --config.prompts.path=captions.txt
     vtts run --config=configs/flextok.py:beam,file,verifiers.image_reward \\
       --config.prompts.path=mine.txt
 
-Options after the search, in any order: the prompts (geneval if none are named; coco: the first 300
-captions of a file; file), the verifier as a component (CLIPScore with B/16 if none is given; or a
-module of yours), runlocal.
+Options follow the search in any order: the prompts, a verifier and `runlocal`. Prompts are
+`geneval` (the default), `coco` (the first 300 captions of a file) or `file`. The verifier is a
+component, CLIPScore with B/16 by default, or a module of yours.
 
-What comes out: runs/flextok-<search>-<prompts>-<hash>/, as of configs/scenes.py. GenEval's prompts
-are graded by its rules on what OWL-ViT sees, which the report calls not official; captions and
-prompts of yours are not graded.
+Time: not measured at full size, since no released weights could be read where this was written.
+`python benchmarks/flextok.py` says where the time of a beam goes.
+
+What comes out: runs/flextok-<search>-<prompts>-<hash>/ with report.html, curve.png, grid.png and
+one line for each (arm, seed, prompt). GenEval's prompts are graded by its rules on what OWL-ViT
+sees, which the report calls not official. Captions and prompts of yours are not graded.
 """
 
 from ml_collections import ConfigDict
@@ -33,22 +37,25 @@ PROMPTS = {
   'file': {'name': 'data.prompts', 'path': 'prompts.txt', 'texts': (), 'count': 0},
 }
 LOCAL_PROMPTS = ('a photo of a bench', 'a photo of two red dogs')
+# accuracy is right or wrong; the partial credit that a search climbs is another number
 GRADED = {'name': 'verifiers.geneval', 'output': 'strict'}
 
 
-def beam(**settings) -> dict:
-  """The published loop: one root, distinct last tokens."""
+def beam_settings(**settings) -> dict:
+  """The published beam: one root, children that differ in their last token."""
   fixed = {'width': 5, 'branch': 10, 'roots': 1, 'replace': False}
   return default_settings('search.beam', **fixed | settings)
 
 
-SEARCHES = {  # the search, settings of the generator, and what runlocal makes of the search
-  'beam': (beam(), {}, {'width': 2, 'branch': 3}),
+# the search, settings of the generator, and what runlocal makes of the search
+SEARCHES = {
+  'beam': (beam_settings(), {}, {'width': 2, 'branch': 3}),
+  # as many pictures as a step of the beam looks at
   'bon': (default_settings('search.best_of_n', n=50), {}, {'n': 4}),
-  'lookahead': (beam(lookahead=8), {}, {'width': 2, 'branch': 3, 'lookahead': 2}),
-  'uncond': (beam(), {'condition': 'none'}, {'width': 2, 'branch': 3}),
+  'lookahead': (beam_settings(lookahead=8), {}, {'width': 2, 'branch': 3, 'lookahead': 2}),
+  'uncond': (beam_settings(), {'condition': 'none'}, {'width': 2, 'branch': 3}),
   'uniform': (
-    beam(branch=640, schedule='fixed', steps=32, complete=False),
+    beam_settings(branch=640, schedule='fixed', steps=32, complete=False),
     {'prior': 'uniform'},
     {'width': 2, 'branch': 6, 'steps': 3},
   ),
@@ -56,6 +63,11 @@ SEARCHES = {  # the search, settings of the generator, and what runlocal makes o
 
 
 def get_config(arg: str = 'beam') -> ConfigDict:
+  """The config of a search with its options, as in 'beam,coco,runlocal'.
+
+  Raises:
+    ValueError: an unknown search or option.
+  """
   what, *options = (arg or 'beam').split(',')
   if what not in SEARCHES:
     raise ValueError(f'configs/flextok.py:{what}: must be {", ".join(SEARCHES)}')
@@ -76,11 +88,13 @@ def get_config(arg: str = 'beam') -> ConfigDict:
     'prompts': PROMPTS[prompts],
     'generator': default_settings('generators.flextok', **generator),
     'verifier': verifier,
+    # the score that is searched on is measured at every budget too, so that its curve can be drawn
     'measure': {verifier['name'].split('.')[-1]: verifier},
     'metric': GRADED if prompts == 'geneval' else 'data.prompts',
     'search': dict(search),
     'arms': {},
     'seeds': (0,),
+    # a prompt has up to 50 candidates with caches of their own; more at a time where memory allows
     'batch': 1,
     'render_chunk': 50,
     'mode': 'stepped',
@@ -94,6 +108,7 @@ def get_config(arg: str = 'beam') -> ConfigDict:
     config['prompts'] = {'name': 'data.prompts', 'path': '', 'texts': LOCAL_PROMPTS, 'count': 0}
     config['metric'] = 'data.prompts'
     config['generator'].update(**TINY, words=8, decode_steps=2)
+    # whatever the verifier reads from files becomes random too
     verifier.update({key: 'random:tiny' for key in verifier if key.endswith('weights')})
     config['search'].update(local)
     config['batch'] = 2

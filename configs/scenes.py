@@ -3,13 +3,17 @@
     vtts run --config=configs/scenes.py:demo          accuracy rising with budget, 1 min, 2 cores
     vtts run --config=configs/scenes.py:study         token orders x searches, 3 seeds, 45 min
     vtts run --config=configs/scenes.py:verifiers     each verifier searched on and measured, 10 min
-    vtts run --config=configs/scenes.py:beam          one search: bon, beam, lookahead, uniform,
-                                                      smc, rollover, mcts or halving
+    vtts run --config=configs/scenes.py:beam          one search, a few minutes: bon, beam,
+                                                      lookahead, uniform, smc, rollover, mcts or
+                                                      halving
     vtts run --config=configs/scenes.py:beam,2d       the same on grid tokens
-    vtts run --config=configs/scenes.py:study,runlocal   anything, shrunk to a minute
+    vtts run --config=configs/scenes.py:study,runlocal   any of them, shrunk to a minute
 
-What comes out: runs/scenes-<what>-<hash>/ with report.html, curve.png, grid.png and one line per
-(arm, seed, prompt). Every setting can be changed: --config.search.width=8, --config.seeds='(0,)'.
+Times are on two CPU cores.
+
+What comes out: runs/scenes-<what>-<hash>/ with report.html, curve.png, grid.png and one line for
+each (arm, seed, prompt). Every setting can be changed, as in --config.search.width=8 or
+--config.seeds='(0,)'.
 """
 
 from ml_collections import ConfigDict
@@ -25,19 +29,19 @@ MEASURED = {
   'likelihood': {'name': 'verifiers.likelihood'},
 }
 ORDERS = ('1d', '2d')
-BON = {'search': {'name': 'search.best_of_n', 'n': 64}}
+BEST_OF_N = {'search': {'name': 'search.best_of_n', 'n': 64}}
 
 
-def beam(**settings):
-  """Geometric chunks, as published for ordered tokens; 'rows' are what was published for grids."""
+def beam_arm(**settings) -> dict:
+  """An arm with a beam, by default with the geometric chunks published for ordered tokens."""
   return {'search': {'name': 'search.beam', 'width': 4, 'branch': 8, **settings}}
 
 
 SINGLE = {
-  'bon': BON,
-  'beam': beam(),
-  'lookahead': beam(branch=4, lookahead=-1),
-  'uniform': beam(schedule='fixed'),
+  'bon': BEST_OF_N,
+  'beam': beam_arm(),
+  'lookahead': beam_arm(branch=4, lookahead=-1),
+  'uniform': beam_arm(schedule='fixed'),
   'smc': {'search': {'name': 'search.smc', 'anneal': 'increasing', 'lookahead': -1}},
   'rollover': {'search': {'name': 'search.rollover'}},
   'mcts': {'search': {'name': 'search.mcts', 'simulations': 32}},
@@ -53,6 +57,11 @@ SINGLE = {
 
 
 def get_config(arg: str = 'demo') -> ConfigDict:
+  """The config of a study or of one search with its options, as in 'beam,2d,runlocal'.
+
+  Raises:
+    ValueError: an unknown study, search or option.
+  """
   what, *options = (arg or 'demo').split(',')
   if what not in ('demo', 'study', 'verifiers', *SINGLE):
     raise ValueError(
@@ -70,11 +79,13 @@ def get_config(arg: str = 'demo') -> ConfigDict:
     'verifier': {'name': 'scenes.clip', 'which': 'a'},
     'measure': MEASURED,
     'metric': 'scenes.oracle',
-    'search': default_settings(SINGLE.get(what, BON)['search']['name']),
+    # all settings stand in the config, so that each can be a flag
+    'search': default_settings(SINGLE.get(what, BEST_OF_N)['search']['name']),
     'arms': {},
     'seeds': (0, 1, 2),
     'batch': 24,
-    'render_chunk': 4,  # x 24 prompts: 96 pictures fit a core's cache, 1,536 do not (12 x slower)
+    # x 24 prompts: 96 pictures fit a core's cache, 1,536 do not and are 12 times as slow
+    'render_chunk': 4,
     'mode': 'fused',
     'stop': placeholder(float),  # a score at which a prompt's search ends
     'budget': {'generator': 0.0, 'observe': 0.0, 'verify': 0.0, 'flops': 0.0},
@@ -86,9 +97,10 @@ def get_config(arg: str = 'demo') -> ConfigDict:
       config['generator']['prior'] = 'uniform'
   elif what == 'demo':
     config['prompts']['count'], config['seeds'] = 60, (0,)
-    config['arms'] = {'best-of-n': BON, 'beam': beam()}
+    config['arms'] = {'best-of-n': BEST_OF_N, 'beam': beam_arm()}
   elif what == 'study':
     config['arms'] = study_arms()
+  # best-of-16 on each: the rows of the matrix differ in the verifier alone
   elif what == 'verifiers':
     config['arms'] = {name: {'verifier': settings} for name, settings in MEASURED.items()}
     members = {k: MEASURED[k] for k in ('clip_a', 'clip_b', 'quality')}
@@ -104,14 +116,16 @@ def study_arms() -> dict:
   arms = {}
   for order in ORDERS:
     base = {'generator': {'order': order}}
-    arms[f'{order} best-of-n'] = base | BON
+    arms[f'{order} best-of-n'] = base | BEST_OF_N
     for width in (2, 4, 8):
-      arms[f'{order} beam/{width}'] = base | beam(width=width)
-    arms[f'{order} rows/4'] = base | beam(schedule='linear', size=4)
-    arms[f'{order} whole chunks/4'] = base | beam(schedule='linear', size=8, branch_at='first')
+      arms[f'{order} beam/{width}'] = base | beam_arm(width=width)
+    # a row of the grid at a time is what was published for grids
+    arms[f'{order} rows/4'] = base | beam_arm(schedule='linear', size=4)
+    arms[f'{order} whole chunks/4'] = base | beam_arm(schedule='linear', size=8, branch_at='first')
     for width in (2, 4):
-      arms[f'{order} lookahead/{width}'] = base | beam(width=width, branch=4, lookahead=-1)
+      arms[f'{order} lookahead/{width}'] = base | beam_arm(width=width, branch=4, lookahead=-1)
+    # without a prior the verifier alone decides
     free = {'generator': {'order': order, 'prior': 'uniform'}}
-    arms[f'{order} uniform best-of-n'] = free | BON
-    arms[f'{order} uniform beam'] = free | beam(schedule='fixed')
+    arms[f'{order} uniform best-of-n'] = free | BEST_OF_N
+    arms[f'{order} uniform beam'] = free | beam_arm(schedule='fixed')
   return arms

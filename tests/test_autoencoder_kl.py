@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import convert, modeling
@@ -33,14 +33,14 @@ def test_released_sizes(names, channels, size):
   assert len(no_factor) == 1  # of one size, they differ in their factors only
   config = configs[0]
   assert (config.latent_channels, config.downscale) == (channels, 8)
-  _, params = modules.abstract_module(lambda: modeling.build(config))
+  _, params = modules.abstract_module(lambda: modeling.build_model(config))
   assert modules.count_parameters(params) == size
 
 
 def test_released_shapes():
   config = modeling.part_of(modeling.SIZES['flextok_vae_c16'], 'decoder')
-  graphdef, template = modules.abstract_module(lambda: modeling.build(config))
-  run = lambda p, x: modules.bind(graphdef, p).decode(x)
+  graphdef, template = modules.abstract_module(lambda: modeling.build_model(config))
+  run = lambda p, x: modules.bind_graph(graphdef, p).decode(x)
   out = jax.eval_shape(run, template, jax.ShapeDtypeStruct((2, 32, 32, 16), jnp.float32))
   assert out.shape == (2, 256, 256, 3)
 
@@ -52,41 +52,41 @@ def tensors():
 
 
 def load(tensors, options, part=''):
-  source = source_files.arrays(tensors, options)
+  source = source_of_arrays(tensors, options)
   config = convert.config_of(source, part)
-  return config, convert.load(source, config)
+  return config, convert.load_weights(source, config)
 
 
 OPTIONS = {'_class_name': 'AutoencoderKL', 'norm_num_groups': 4}
 
 
 def test_config_decides_then_keys(tensors):
-  config = convert.config_of(source_files.arrays(tensors, OPTIONS))
+  config = convert.config_of(source_of_arrays(tensors, OPTIONS))
   assert config == modeling.Config(
     latent_channels=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
     use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.18215,
   )  # fmt: skip
   said = {'norm_num_groups': 4, 'shift_factor': 0.5}
-  bare = convert.config_of(source_files.arrays(tensors, said))
+  bare = convert.config_of(source_of_arrays(tensors, said))
   assert bare == dataclasses.replace(config, scaling_factor=None, shift_factor=0.5)
-  model = modules.bind_module(modeling.build, *load(tensors, said))
+  model = modules.bind_module(modeling.build_model, *load(tensors, said))
   with pytest.raises(ConfigError, match='scaling_factor=None'):
-    model.unscale(jnp.zeros((1, 2, 2, 16)))
+    model.unscale_latents(jnp.zeros((1, 2, 2, 16)))
 
 
 def test_scale_and_back():
   tiny = modeling.SIZES['tiny']
   config = dataclasses.replace(tiny, scaling_factor=2.0, shift_factor=0.5, encoder=False)
-  model = modules.bind(*modules.abstract_module(lambda: modeling.build(config)))
-  assert model.scale(1.0) == 1.0 and model.unscale(1.0) == 1.0
-  assert model.scale(3.0) == 5.0 and model.unscale(5.0) == 3.0
+  model = modules.bind_graph(*modules.abstract_module(lambda: modeling.build_model(config)))
+  assert model.scale_latents(1.0) == 1.0 and model.unscale_latents(1.0) == 1.0
+  assert model.scale_latents(3.0) == 5.0 and model.unscale_latents(5.0) == 3.0
 
 
 def test_decoder_alone(tensors):
   sizes, params = load(tensors, OPTIONS)
   config, own = load(tensors, OPTIONS, 'decoder')
-  whole = modules.bind_module(modeling.build, sizes, params)
-  half = modules.bind_module(modeling.build, config, own)
+  whole = modules.bind_module(modeling.build_model, sizes, params)
+  half = modules.bind_module(modeling.build_model, config, own)
   assert config == dataclasses.replace(sizes, encoder=False) and own.keys() == {'decoder'}
   jax.tree.map(np.testing.assert_array_equal, own['decoder'], params['decoder'])
   with pytest.raises(ConfigError, match='encoder=False'):
@@ -112,10 +112,10 @@ def test_old_attention_names(tensors, convolutions):
 
 def test_posterior():
   mean, spread = jnp.full((20_000, 1, 1, 1), 2.0), jnp.full((20_000, 1, 1, 1), jnp.log(9.0))
-  drawn = modeling.sample(jax.random.key(0), mean, spread)
+  drawn = modeling.sample_posterior(jax.random.key(0), mean, spread)
   assert abs(drawn.mean() - 2) < 0.1 and abs(drawn.std() - 3) < 0.1
   np.testing.assert_allclose(
-    modeling.divergence(mean, spread)[0], 0.5 * (4 + 9 - 1 - np.log(9.0)), rtol=1e-6
+    modeling.kl_divergence(mean, spread)[0], 0.5 * (4 + 9 - 1 - np.log(9.0)), rtol=1e-6
   )
 
 
@@ -130,6 +130,6 @@ def test_what_is_wrong_is_said(tensors):
     ({'block_out_channels': []}, 'at least one block'),
   ):
     with pytest.raises(ConfigError, match=say):
-      convert.config_of(source_files.arrays(tensors), options=options)
+      convert.config_of(source_of_arrays(tensors), options=options)
   with pytest.raises(ValueError, match=r'wanted by the model: quant_conv\.kernel'):
     load(tensors, OPTIONS | {'use_quant_conv': True})

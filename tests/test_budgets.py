@@ -111,7 +111,7 @@ def test_baselines_share_the_generator_and_rather_the_verifier():
   part = lambda g, v: {'generator': g, 'verifier': v, 'search': {}}
   settings = {'b1': part(1, 1), 'b2': part(1, 2), 'x': part(1, 2), 'y': part(1, 3), 'z': part(2, 1)}
   none = np.zeros((1, 1))
-  families = [budgets.Series(n, (n,), {}, none, none, n) for n in settings]
+  families = [budgets.FamilySeries(n, (n,), {}, none, none, n) for n in settings]
   got = budgets.find_baselines(families, {'b1', 'b2'}, settings)
   assert got == {'x': 'b2', 'y': 'b1'}
 
@@ -148,7 +148,8 @@ def test_bins_are_quintiles_and_halves_are_balanced():
 
 def _family(name, correct, cost=1.0):
   correct = np.asarray(correct, float)[None]
-  return budgets.Series(name, (name,), {'flops': np.array([cost])}, correct, correct * 0, name)
+  costs = {'flops': np.array([cost])}
+  return budgets.FamilySeries(name, (name,), costs, correct, correct * 0, name)
 
 
 def test_each_bin_takes_what_suits_it():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from vtts_jax import components, core
-from vtts_jax.checkpoints import files as weight_files
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.files import write_weights
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.clip import convert, modeling
@@ -45,7 +45,9 @@ def one_model():
 def seen(monkeypatch):
   """Scores of embeddings: 2 x 3 pictures' against 2 prompts', all of length one."""
   rng = np.random.default_rng(1)
-  shown, read = (modeling.unit(rng.normal(size=s).astype('f')) for s in ((2, 3, 12), (2, 12)))
+  shown, read = (
+    modeling.unit_vectors(rng.normal(size=s).astype('f')) for s in ((2, 3, 12), (2, 12))
+  )
   monkeypatch.setattr(DualEncoder, 'embed_images', lambda self, params, images: images)
 
   def scores(ver, context=read):
@@ -62,7 +64,7 @@ def tiny(name, **settings):
 def test_released_sizes():
   for name, count in COUNTS.items():
     config = modeling.SIZES[name]
-    _, params = modules.abstract_module(lambda c=config: modeling.build(c))
+    _, params = modules.abstract_module(lambda c=config: modeling.build_model(c))
     assert modules.count_parameters(params) == count
   assert {'tiny', *COUNTS} == modeling.SIZES.keys()
 
@@ -86,17 +88,17 @@ def products(jaxpr, times=1):
 
 @pytest.mark.parametrize('size', ['b32', 'siglip_b16_224'])
 def test_flops_are_those_of_the_products(size):
-  model = DualEncoder(weights=f'random:{size}').pretrained
+  model = DualEncoder(weights=f'random:{size}').model_part
   c, net = model.config, model.modeling
-  graphdef, params = modules.abstract_module(lambda: net.build(c))
+  graphdef, params = modules.abstract_module(lambda: net.build_model(c))
   shapes = {
     'image': jax.ShapeDtypeStruct((1, c.image_size, c.image_size, 3), jnp.float32),
     'text': jax.ShapeDtypeStruct((1, c.length), jnp.int32),
   }
   for op, shape in shapes.items():
-    run = lambda p, x, op=op: getattr(modules.bind(graphdef, p), f'embed_{op}s')(x)
+    run = lambda p, x, op=op: getattr(modules.bind_graph(graphdef, p), f'embed_{op}s')(x)
     traced = jax.make_jaxpr(run)(params, shape)
-    assert products(traced.jaxpr) == net.flops(c, op)
+    assert products(traced.jaxpr) == net.count_flops(c, op)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +180,9 @@ def write_aesthetic(tmp_path):
     layers[f'{name}.bias'] = rng.normal(size=out).astype(np.float32)
     width = out
   options = {'num_attention_heads': 2, 'hidden_act': 'quick_gelu'}
-  weight_files.save(tmp_path / 'whole.safetensors', state | layers, options)
-  weight_files.save(tmp_path / 'clip.safetensors', state, options)
-  weight_files.save(tmp_path / 'head.safetensors', layers)
+  write_weights(tmp_path / 'whole.safetensors', state | layers, options)
+  write_weights(tmp_path / 'clip.safetensors', state, options)
+  write_weights(tmp_path / 'head.safetensors', layers)
   return list(layers.values())
 
 
@@ -201,7 +203,7 @@ def test_aesthetic_head_by_hand(tmp_path, monkeypatch):
   np.testing.assert_allclose(have['aesthetic_whole'], x[..., 0], rtol=1e-4, atol=1e-4)
   with pytest.raises(ConfigError, match=r"verifier\.head_weights='': .* does not fit"):
     components.load('verifiers.aesthetic', weights=place('clip')).load()
-  wide = dataclasses.replace(apart.pretrained.config, projection=768)
+  wide = dataclasses.replace(apart.model_part.config, projection=768)
   monkeypatch.setattr(Pretrained, 'config', wide)
   with pytest.raises(ConfigError, match=r'has shape \(1024, 12\)'):
     apart._read_head(apart._head_shapes())
@@ -237,7 +239,7 @@ def test_a_checkpoint_of_open_clip(tmp_path, caplog):
   with np.load(GOLDEN / 'clip_open.npz') as file:
     state = {k[7:]: file[k] for k in file.files if k.startswith('params/')}
   path = str(tmp_path / 'open.safetensors')
-  weight_files.save(path, state, {'vision_config': {'num_attention_heads': 2}})
+  write_weights(path, state, {'vision_config': {'num_attention_heads': 2}})
   ver = components.load('verifiers.clip', weights=path, output='cosine')
   params, ids = ver.load(), np.arange(16).reshape(2, 8)
   half = dataclasses.replace(ver, dtype='bfloat16').load()
@@ -257,7 +259,7 @@ def test_a_checkpoint_of_open_clip(tmp_path, caplog):
   with pytest.raises(ConfigError, match=r'verifier\.weights=.*must be CLIP h14; it is Config'):
     components.load('verifiers.pickscore', weights=path).check()
   with pytest.raises(ConfigError, match='has no CLIP'):
-    weight_files.save(tmp_path / 'x.safetensors', {'w': np.zeros(1)})
+    write_weights(tmp_path / 'x.safetensors', {'w': np.zeros(1)})
     components.load('verifiers.clip', weights=str(tmp_path / 'x.safetensors')).check()
   with caplog.at_level(logging.WARNING):
     tiny('clip').tokenize(core.as_prompts(['a cat', 'a ' * 20]))
@@ -291,7 +293,7 @@ def test_bad_settings(name, settings, message):
 def test_bad_checkpoints():
   with np.load(GOLDEN / 'clip_hf.npz') as file:
     state = {k[7:]: file[k] for k in file.files if k.startswith('params/')}
-  load = lambda **options: convert.config_of(source_files.arrays(state, options))
+  load = lambda **options: convert.config_of(source_of_arrays(state, options))
   with pytest.raises(ConfigError, match="act='relu': must be one of"):
     load(vision_config={'hidden_act': 'relu'})
   with pytest.raises(ConfigError, match='width=12: must be a multiple of heads=5'):

@@ -68,7 +68,7 @@ def test_draws_follow_the_distribution():
   p = np.array([0.5, 0.3, 0.15, 0.05])
   logits = jnp.log(jnp.array(p, jnp.float32))
   keys = jax.random.split(KEY, 20_000)
-  drawn = np.asarray(sampling.draw(jnp.broadcast_to(logits, (20_000, 4)), keys))
+  drawn = np.asarray(sampling.draw_tokens(jnp.broadcast_to(logits, (20_000, 4)), keys))
   assert scipy_stats.chisquare(np.bincount(drawn, minlength=4), 20_000 * p).pvalue > 1e-3
   pairs = np.asarray(sampling.draw_distinct(jnp.broadcast_to(logits, (20_000, 4)), keys, 2))
   assert (pairs[:, 0] == drawn).all() and (pairs[:, 0] != pairs[:, 1]).all()
@@ -80,12 +80,13 @@ def test_draws_follow_the_distribution():
 
 def test_truncation():
   logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
-  kept = lambda **how: np.isfinite(np.asarray(sampling.adjust(logits, **how))).tolist()
+  kept = lambda **how: np.isfinite(np.asarray(sampling.truncate_logits(logits, **how))).tolist()
   assert kept(top_k=2) == [True, True, False, False]
   assert kept(top_p=0.69) == [True, True, False, False]
   assert kept(top_p=0.71) == [True, True, True, False]
   assert kept(top_p=1e-6) == [True, False, False, False]
-  np.testing.assert_allclose(sampling.adjust(logits, temperature=0.5), logits * 2, rtol=1e-6)
+  warm = sampling.truncate_logits(logits, temperature=0.5)
+  np.testing.assert_allclose(warm, logits * 2, rtol=1e-6)
 
 
 @given(

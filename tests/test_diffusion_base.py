@@ -40,9 +40,9 @@ class Gaussian(DiffusionGenerator):
     }[self.words]
 
   @property
-  def times(self):
+  def step_times(self):
     # noise says nothing of the data at t = 0
-    return np.maximum(super().times, 1e-3 if self.words == 'noise' else 0)
+    return np.maximum(super().step_times, 1e-3 if self.words == 'noise' else 0)
 
   def tokenize(self, prompts):
     return {'hash': toys.hash_prompts(prompts)}
@@ -50,11 +50,11 @@ class Gaussian(DiffusionGenerator):
   def encode(self, params, prompt):
     """The mean by stream `[B, C]`: 0 without the prompt."""
     mean = {'prompt': jnp.float32(prompt['hash'] % 5) / 5, 'null': jnp.zeros(len(prompt['hash']))}
-    return jnp.stack([mean[s] for s in self.streams], axis=1)
+    return jnp.stack([mean[s] for s in self.guidance_streams], axis=1)
 
   def predict(self, params, ctx, x, t):
     mean, t = ctx[:, :, None, None, None, None], t[..., None, None, None]
-    (alpha, sigma), slopes = self.path.coefficients(t), self.path.derivatives(t)
+    (alpha, sigma), slopes = self.path.alpha_sigma(t), self.path.alpha_sigma_slopes(t)
     off = x - alpha * mean
     variance = (alpha * SPREAD) ** 2 + sigma**2
     data, noise = mean + alpha * SPREAD**2 * off / variance, sigma * off / variance
@@ -64,8 +64,8 @@ class Gaussian(DiffusionGenerator):
   def decode(self, params, x):
     return jnp.clip(x, 0, 1)
 
-  def flops(self, op):
-    return {'encode': 1, 'predict': 10 * len(self.streams), 'decode': 3}[op]
+  def count_flops(self, op):
+    return {'encode': 1, 'predict': 10 * len(self.guidance_streams), 'decode': 3}[op]
 
 
 def candidates(count, prompts=2):
@@ -110,7 +110,7 @@ def test_predictors_say_the_same():
 def test_fresh_noise_spreads_candidates_as_its_share_says():
   """Every step is linear in x, so the variance around the mean obeys a recursion."""
   gen, variance = Gaussian(steps=12, eta=0.4), 1.0
-  for t, after in zip(gen.times[:-1], gen.times[1:]):
+  for t, after in zip(gen.step_times[:-1], gen.step_times[1:]):
     total = (t * SPREAD) ** 2 + (1 - t) ** 2
     data, noise = t * SPREAD**2 / total, (1 - t) / total  # of what x is off its mean
     kept = after * data + (1 - after) * np.sqrt(1 - 0.4**2) * noise
@@ -146,7 +146,7 @@ def test_perturbing_turns_the_noise_and_keeps_its_norm():
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
     turned = np.arccos((before * after).sum(-1) / norms[0] / norms[1])
     np.testing.assert_allclose(turned, np.broadcast_to(scale, (2, 3)), atol=2e-3)
-    laws.assert_same(near, gen._start(near.noise), 'a neighbour is at stage 0')
+    laws.assert_same(near, gen.start_state(near.noise), 'a neighbour is at stage 0')
   other = gen.perturb(done, core.fold(keys, 1), 0.3)
   assert not np.allclose(other.noise, near.noise)
   draw = jax.vmap(lambda k: jax.random.normal(k, gen.data_shape))
@@ -161,9 +161,9 @@ def test_renoised_candidates_have_the_marginal_of_the_path(vp):
   keys, other = candidates(count, 1), candidates(count, 3)[2:]
   noise = gen.init({}, {}, other).x
   for stage, to in ((4, 2), (3, 1), (2, 0), (4, 4)):
-    x = paths.mix(gen.path, data, noise, gen.times[stage])
-    back = gen.renoise(gen._start(noise)._replace(x=x), keys, stage, to)
-    alpha, sigma = gen.path.coefficients(gen.times[to])
+    x = paths.mix_noise(gen.path, data, noise, gen.step_times[stage])
+    back = gen.renoise(gen.start_state(noise)._replace(x=x), keys, stage, to)
+    alpha, sigma = gen.path.alpha_sigma(gen.step_times[to])
     error = 4 * float(sigma) / np.sqrt(count) + 1e-5
     np.testing.assert_allclose(back.x.mean(1)[0], alpha * data[0, 0], atol=error)
     whole = (back.x - alpha * data).std()
@@ -171,7 +171,7 @@ def test_renoised_candidates_have_the_marginal_of_the_path(vp):
     np.testing.assert_array_equal(back.noise, back.x if to == 0 else noise)
   # a stage for each candidate
   stages, to = jnp.arange(count)[None] % 3 + 2, jnp.arange(count)[None] % 2
-  state = gen._start(noise)._replace(x=x)
+  state = gen.start_state(noise)._replace(x=x)
   back = gen.renoise(state, keys, stages, to)
   for i in range(6):
     one = gen.renoise(state, keys, i % 3 + 2, i % 2)

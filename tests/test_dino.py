@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.dino import convert, modeling
@@ -37,32 +37,32 @@ def test_released_sizes():
   assert modeling.SIZES.keys() > COUNTS.keys()
   for name, total in COUNTS.items():
     config = modeling.SIZES[name]
-    assert config.classes == 0 and count(lambda c=config: modeling.build(c)) == total
+    assert config.classes == 0 and count(lambda c=config: modeling.build_model(c)) == total
     if 'dinov2' in name:
       with_head = modeling.SIZES[f'{name}_imagenet1k_1_layer']
       assert with_head == dataclasses.replace(config, classes=1000)
   head = modeling.SIZES['dinov2_small_imagenet1k_1_layer']
-  assert count(lambda: modeling.build(head)) == COUNTS['dinov2_small'] + (2 * 384 + 1) * 1000
-  assert count(lambda: dreamsim.build(dreamsim.SIZES['ensemble'])) == 258_185_472
+  assert count(lambda: modeling.build_model(head)) == COUNTS['dinov2_small'] + (2 * 384 + 1) * 1000
+  assert count(lambda: dreamsim.build_model(dreamsim.SIZES['ensemble'])) == 258_185_472
   assert dreamsim.SIZES['ensemble'].width == 768 + 512 + 512
 
 
 def test_flops_by_hand():
   """B/16 at 224: 17.58 G multiply-adds, as published (DeiT-B), a little of it no matmul."""
-  assert modeling.flops(modeling.SIZES['dino_vitb16']) == pytest.approx(2 * 17.56e9, rel=2e-3)
+  assert modeling.count_flops(modeling.SIZES['dino_vitb16']) == pytest.approx(2 * 17.56e9, rel=2e-3)
   per_class = 2 * 2 * 384 * 1000
   head = modeling.SIZES['dinov2_small_imagenet1k_1_layer']
   plain = modeling.SIZES['dinov2_small']
-  assert modeling.flops(head) - modeling.flops(plain) == per_class
+  assert modeling.count_flops(head) - modeling.count_flops(plain) == per_class
 
 
 def test_positions_of_the_original_code_are_shifted():
   """0.1 more than the grid: the sampling points are nearer together than transformers has them."""
-  exact, shifted = modeling.resizing(37, 16), modeling.resizing(37, 16, 0.1)
+  exact, shifted = modeling.resize_matrix(37, 16), modeling.resize_matrix(37, 16, 0.1)
   middle = lambda table: (np.arange(37) @ table)[8:]
   assert (middle(shifted) < middle(exact)).all()
-  np.testing.assert_allclose(modeling.resizing(14, 14), np.eye(14), atol=1e-7)
-  np.testing.assert_allclose(modeling.resizing(37, 16, antialias=True).sum(0), 1, rtol=1e-6)
+  np.testing.assert_allclose(modeling.resize_matrix(14, 14), np.eye(14), atol=1e-7)
+  np.testing.assert_allclose(modeling.resize_matrix(37, 16, antialias=True).sum(0), 1, rtol=1e-6)
 
 
 def test_bfloat16_stays_near():
@@ -70,7 +70,7 @@ def test_bfloat16_stays_near():
   params = model.load()
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   images = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
-  a, b = (model.bind(p).features(images) for p in (params, half))
+  a, b = (model.bind(p).image_features(images) for p in (params, half))
   assert b.dtype == jnp.float32
   assert 0 < np.abs(a - b).max() < 0.1
 
@@ -84,25 +84,25 @@ def tensors():
 
 def test_config_is_read_off(tensors):
   arrays, config = tensors
-  found = convert.config_of(source_files.arrays(arrays, config))
+  found = convert.config_of(source_of_arrays(arrays, config))
   assert found == modeling.Config(12, 2, 2, 24, 4, 4, layer_scale=True, classes=5)
-  assert convert.config_of(source_files.arrays(arrays)).heads == 1  # 64 wide, if nothing says
-  bare = convert.config_of(source_files.arrays(arrays, config), 'encoder')
+  assert convert.config_of(source_of_arrays(arrays)).heads == 1  # 64 wide, if nothing says
+  bare = convert.config_of(source_of_arrays(arrays, config), 'encoder')
   assert bare == dataclasses.replace(found, classes=0)
-  assert 'head' not in convert.load(source_files.arrays(arrays, config), bare)
+  assert 'head' not in convert.load_weights(source_of_arrays(arrays, config), bare)
 
 
 def load(arrays, config):
-  source = source_files.arrays(arrays, config)
-  return convert.load(source, convert.config_of(source))
+  source = source_of_arrays(arrays, config)
+  return convert.load_weights(source, convert.config_of(source))
 
 
 def test_what_is_wrong_is_said(tensors):
   arrays, config = tensors
   with pytest.raises(ValueError, match=r'has no DINO or DINOv2: nothing for cls, patch\.kernel'):
-    convert.config_of(source_files.arrays({'x': np.zeros(1)}))
+    convert.config_of(source_of_arrays({'x': np.zeros(1)}))
   with pytest.raises(ConfigError, match="act='silu': must be one of quick_gelu, gelu"):
-    convert.config_of(source_files.arrays(arrays, config | {'hidden_act': 'silu'}))
+    convert.config_of(source_of_arrays(arrays, config | {'hidden_act': 'silu'}))
   gone = {k: v for k, v in arrays.items() if 'layer_scale2' not in k}
   with pytest.raises(ValueError, match=r'wanted by the model: trunk\.blocks\.scale_ffn'):
     load(gone, config)
@@ -132,8 +132,8 @@ def folder(tmp_path):
 def embedding(place, images):
   source = dreamsim_convert.open_weights(str(place))
   config = dreamsim_convert.config_of(source, heads=2)
-  params = dreamsim_convert.load(source, config)
-  return modules.bind_module(dreamsim.build, config, params).embed_images(images)
+  params = dreamsim_convert.load_weights(source, config)
+  return modules.bind_module(dreamsim.build_model, config, params).embed_images(images)
 
 
 def test_dreamsim_from_its_files(folder):
@@ -143,8 +143,8 @@ def test_dreamsim_from_its_files(folder):
   np.testing.assert_allclose(embedding(place, images), golden['out/embedding'], atol=1e-5)
   whole = {'extractor_list.0.proj.mlp.0.weight': np.zeros((3, 3), np.float32)}  # DINO's own head
   source = dreamsim_convert.open_weights(str(place))
-  for full_name in source.names():
-    (i, _, name), value = full_name.partition('.'), source.get(full_name)
+  for full_name in source.tensor_names():
+    (i, _, name), value = full_name.partition('.'), source.read_tensor(full_name)
     lead = f'extractor_list.{i}.' + ('' if name == 'proj' else 'model.')
     layers = enumerate(value) if '*' in name else [('', value)]
     for layer, part in layers:

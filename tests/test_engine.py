@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vtts_jax import core
-from vtts_jax.engine import fused
+from vtts_jax.engine import fused, stepped
 from vtts_jax.engine.compilation import compile_log
 from vtts_jax.engine.program import SearchProgram
 from vtts_jax.engine.search import bill, prepare_search, search
@@ -112,6 +112,11 @@ FLOW, SCALES, WORDS = toys.Flow(), toys.Scales(), toys.Words()
     ({'ids': [1, 1, 2, 3, 4]}, 'ids: must be 5 different integers'),
     ({'mode': 'fast'}, "mode='fast': must be 'fused' or 'stepped'"),
     ({'on_step': print}, "on_step: needs mode='stepped'"),
+    ({'seed': 2**32}, r'seed=4294967296: must be an integer in 0 .. 2\*\*32 - 1'),
+    ({'seed': True}, 'seed=True: must be'),
+    ({'stop': float('nan')}, 'stop=nan: must be a number above -inf'),
+    ({'batch': -1}, 'batch=-1: must be an integer >= 0'),
+    ({'budget': {'flops': float('nan')}}, 'budget.flops=nan: must be a number >= 0'),
     ({'checkpoint': 'here'}, "checkpoint: needs mode='stepped'"),
     ({'collect': ('pictures',)}, "'pictures' is none of scores, best"),
     ({'gen': FLOW, 'algo': Beam(replace=False)}, 'search.replace=False'),
@@ -187,6 +192,43 @@ def test_prepared_searches_run_any_rows():
   np.testing.assert_array_equal(part.best.total, whole.best.total[[3, 1]])
   assert [prompt['text'] for prompt in part.prompts] == ['prompt 3', 'prompt 1']
   assert part.ids.tolist() == [3, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading(toys.Tokens):
+  """Counts how often its weights are read."""
+
+  def load(self):
+    LOADED.append(1)
+    return {'scale': np.ones(3, np.float32)}
+
+
+LOADED: list[int] = []
+
+
+def test_weights_are_loaded_and_placed_once():
+  prepared = prepare_search(BEAM, Loading(), TARGET, PROMPTS, batch=2)
+  for seed in (0, 1):
+    prepared.run(seed=seed)
+  search(BEAM, Loading(), TARGET, PROMPTS[:2])
+  assert len(LOADED) == 1
+  assert isinstance(prepared.params['generator']['scale'], jax.Array)
+
+
+def test_a_stepped_search_holds_one_state():
+  """The state is donated from step to step."""
+  prepared = prepare_search(SMC(particles=4, size=2), TOKENS, TARGET, PROMPTS)
+  program, params = prepared.program, prepared.params
+  contexts = stepped.encode_batch(program, None, params, prepared.arrays)
+  state = stepped.begin_batch(
+    program, None, params, contexts, np.arange(5), KEY, prepared.initial
+  )
+  phase = program.algo.plan(program.gen)[0]
+  row = tuple(np.asarray(x) for x in phase.rows[0])
+  after, _ = stepped.advance_batch(program, None, phase.shape, (), params, contexts, state, row)
+  assert state.frontier.state.tokens.is_deleted() and state.frontier.keys.is_deleted()
+  assert not after.frontier.state.tokens.is_deleted()
+  assert not KEY.is_deleted(), "the user's key"
 
 
 def test_a_result_can_be_saved_and_read(tmp_path):
@@ -331,24 +373,30 @@ def test_any_mesh_gives_the_same(tmp_path):
     from vtts_jax.search.best_of_n import BestOfN
 
     small = Beam(width=2, branch=3, schedule='linear', size=2)
-    large = Beam(width=2, branch=2, schedule=(4, 16, 32))
+    large = Beam(width=2, branch=2, schedule=(32,))  # 32 tokens, and a branch at the last
     prompts = [f'prompt {i}' for i in range(11)]
     scenes = ['a photo of a red circle', 'a photo of two blue squares', 'a photo of a green ring']
     parts = {
       'tokens': (small, toys.Tokens(), toys.Target(), prompts),
-      'flow': (small, toys.Flow(), toys.Target(), prompts),
       'scenes': (large, components.load('scenes.ar'), components.load('scenes.clip'), scenes),
     }
     meshes = {'one': None, '8x1': make_mesh(), '4x2': make_mesh(model=2), '2x4': make_mesh(model=4)}
     found, sharded = {}, {}
     for part, given in parts.items():
       for name, mesh in meshes.items():
-        options = {'mode': 'stepped', 'batch': 4} if (part, name) == ('flow', '4x2') else {}
+        options = {'mode': 'stepped', 'batch': 4} if (part, name) == ('tokens', '4x2') else {}
         if part == 'scenes' and name == '8x1':
           continue
+        if part == 'tokens':
+          options |= {'measure': toys.Brightness(), 'collect': ('best', 'samples', 'measured')}
         r = search(*given, seed=5, mesh=mesh, **options)
         state = jax.tree.leaves(r.best.state)[0]
         found.setdefault(part, {})[name] = [np.asarray(state).tolist(), r.best.total.tolist()]
+        if part == 'tokens':
+          last = r.steps[-1]
+          found[part][name] += [last.measured['brightness'].tolist(),
+                                last.outputs['image'].tolist(),
+                                last.best.shown['outputs']['image'].tolist()]
         if mesh is not None:
           from vtts_jax.engine.search import load_parameters
           placed = jax.tree.leaves(load_parameters(given[1], mesh))

@@ -50,23 +50,23 @@ def test_frechet_by_hand():
 
 def test_statistics_of_shards_add_up(tmp_path):
   x, z = features(50, 3), np.random.default_rng(4).normal(size=(50, 7))
-  whole = Statistics.of(x, z)
-  a, b, c = (Statistics.of(x[i], z[i]) for i in (slice(0, 7), slice(7, 8), slice(8, 50)))
-  for sums in ((a + b) + c, c + (b + a), whole + Statistics.of(x[:0], z[:0])):
+  whole = Statistics.of_batch(x, z)
+  a, b, c = (Statistics.of_batch(x[i], z[i]) for i in (slice(0, 7), slice(7, 8), slice(8, 50)))
+  for sums in ((a + b) + c, c + (b + a), whole + Statistics.of_batch(x[:0], z[:0])):
     assert sums.count == 50
     np.testing.assert_allclose(sums.mu, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(sums.sigma, np.cov(x, rowvar=False), atol=1e-9)
-  a.save(tmp_path / 'a.npz')
-  both = Statistics.load(tmp_path / 'a.npz') + (b + c)
+  a.write_npz(tmp_path / 'a.npz')
+  both = Statistics.read_npz(tmp_path / 'a.npz') + (b + c)
   np.testing.assert_allclose(both.outer, whole.outer, rtol=1e-12)
   assert both.log_is == pytest.approx(whole.log_is, abs=1e-12)
   assert np.exp(whole.log_is) == pytest.approx(fid.inception_score(z, 1)[0])
   with pytest.raises(ValueError, match='do not add'):
-    whole + Statistics.of(x[:, 1:], z)
+    whole + Statistics.of_batch(x[:, 1:], z)
   with pytest.raises(ValueError, match='a covariance needs 2 pictures, there are 1'):
     _ = b.sigma
   with pytest.raises(ValueError, match=r'picture 2 \(1 of 3\) are not finite'):
-    Statistics.of(np.array([[1.0], [2.0], [np.nan]]), np.zeros((3, 2)))
+    Statistics.of_batch(np.array([[1.0], [2.0], [np.nan]]), np.zeros((3, 2)))
 
 
 def test_inception_score_by_hand():

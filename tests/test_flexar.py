@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vtts_jax.checkpoints import source as checkpoints
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import Source, source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.flexar import convert, modeling
@@ -28,7 +27,7 @@ def small(**options):
   graphdef, template = modules.abstract_module(build)
   rng = np.random.default_rng(0)  # and no initialisation: every part matters
   draw = lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32)
-  return modules.bind(graphdef, jax.tree.map(draw, template))
+  return modules.bind_graph(graphdef, jax.tree.map(draw, template))
 
 
 @functools.cache
@@ -47,7 +46,7 @@ def prefill():
 
 @functools.cache
 def step():
-  return jax.jit(small().step)
+  return jax.jit(small().feed_tokens)
 
 
 @functools.cache
@@ -116,14 +115,14 @@ def test_masked_words_do_not_matter():
 
 def test_bfloat16_weights_give_bfloat16_caches_and_float32_logits():
   graphdef, params = modules.split_module(small())
-  low = modules.bind(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  low = modules.bind_graph(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
   states, mask = jnp.ones((B, C, W, SMALL.text_width)), jnp.ones((B, C, W))
 
   def run(model):
     ctx = model.text_context(states, mask)
     hidden, cache = model.prefill(ctx, case()[2])
-    hidden, cache = model.step(ctx, cache, case()[2][..., 5:6], 6)
-    return model.logits(hidden), cache
+    hidden, cache = model.feed_tokens(ctx, cache, case()[2][..., 5:6], 6)
+    return model.token_logits(hidden), cache
 
   shapes = jax.eval_shape(lambda: run(low))
   assert shapes[0].dtype == jnp.float32
@@ -140,8 +139,8 @@ def test_classes_and_no_class():
 
 def test_guidance():
   logits = jnp.array([[[1.0, 2.0], [3.0, 1.0]]])  # [1, C, V]
-  np.testing.assert_array_equal(modeling.guide(logits, 3.0), [[-3.0, 4.0]])
-  np.testing.assert_array_equal(modeling.guide(logits[:, :1], 3.0), [[1.0, 2.0]])
+  np.testing.assert_array_equal(modeling.guide_logits(logits, 3.0), [[-3.0, 4.0]])
+  np.testing.assert_array_equal(modeling.guide_logits(logits[:, :1], 3.0), [[1.0, 2.0]])
 
 
 # Published sizes, in millions, count the trunk. For the class model 1150 is published as for the
@@ -159,7 +158,7 @@ def test_guidance():
 )
 def test_released_sizes(name, trunk, all_of_it):
   config = modeling.SIZES[name]
-  _, params = modules.abstract_module(lambda: modeling.build(config))
+  _, params = modules.abstract_module(lambda: modeling.build_model(config))
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
   assert round(modules.count_parameters(params['blocks']) / 1e6) == trunk
   assert round(modules.count_parameters(params) / 1e6) == all_of_it
@@ -168,11 +167,11 @@ def test_released_sizes(name, trunk, all_of_it):
 
 def test_flops_are_those_of_the_compiled_program():
   model, ctx, tokens = case()
-  run = lambda *args: model.logits(model.step(*args)[0])
+  run = lambda *args: model.token_logits(model.feed_tokens(*args)[0])
   lowered = jax.jit(run).lower(ctx, model.init_cache(B, N, C), tokens[..., :1], 3)
   counted = lowered.compile().cost_analysis()['flops'] / (B * N * C)
-  trunk = modeling.flops_trunk(SMALL, SMALL.tokens, W)
-  exact = trunk / SMALL.layers + modeling.flops_head(SMALL)  # XLA counts a loop body once
+  trunk = modeling.count_trunk_flops(SMALL, SMALL.tokens, W)
+  exact = trunk / SMALL.layers + modeling.count_head_flops(SMALL)  # XLA counts a loop body once
   assert exact < counted < 1.35 * exact  # the rest: norms, softmax, gates at a width of 16
 
 
@@ -203,13 +202,13 @@ def test_headers_of_released_checkpoints_give_the_released_configs():
 
   for name in ('flexar_113m', 'flexar_3b'):
     shapes = {k: (v, 'bfloat16') for k, v in header(name).items()}
-    source = checkpoints.Source('here', shapes, read)
+    source = Source('here', shapes, read)
     assert convert.config_of(source) == modeling.SIZES[name]
   with pytest.raises(AssertionError, match='was read'):  # names and shapes fit: it starts to read
-    convert.load(source, modeling.SIZES[name])
+    convert.load_weights(source, modeling.SIZES[name])
   lost = {k: v for k, v in shapes.items() if '.7.cross_attn.Wk' not in k}
   with pytest.raises(ValueError, match=r'here has no .*cross_attn.Wk.weight for layers \[7\]'):
-    convert.load(checkpoints.Source('here', lost, read), modeling.SIZES[name])
+    convert.load_weights(Source('here', lost, read), modeling.SIZES[name])
 
 
 def test_errors_name_setting_value_and_what_is_allowed():
@@ -217,6 +216,6 @@ def test_errors_name_setting_value_and_what_is_allowed():
     modeling.Config(width=20, heads=3)
   with pytest.raises(ConfigError, match="norm='batch': must be one of"):
     modeling.Config(norm='batch')
-  source = source_files.arrays({'a.blocks.0.w': np.zeros(2), 'b': np.zeros(2)}, where='here')
+  source = source_of_arrays({'a.blocks.0.w': np.zeros(2), 'b': np.zeros(2)}, where='here')
   with pytest.raises(ValueError, match='here is no FlexTok AR checkpoint: no models.ar_image'):
     convert.config_of(source)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules, stacked
 from vtts_jax.models.flextok import convert, flow, fsq, modeling
@@ -29,13 +29,13 @@ def tok(config=SMALL):
   graphdef, template = modules.abstract_module(build)
   rng = np.random.default_rng(0)  # and no initialisation: every part matters
   draw = lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32)
-  return modules.bind(graphdef, jax.tree.map(draw, template))
+  return modules.bind_graph(graphdef, jax.tree.map(draw, template))
 
 
 @functools.cache
 def velocity(config=SMALL):
   decoder = tok(config).decoder
-  return jax.jit(lambda x, t, ids, keep: decoder(x, t, decoder.condition(ids, keep)))
+  return jax.jit(lambda x, t, ids, keep: decoder(x, t, decoder.embed_registers(ids, keep)))
 
 
 def pictures(seed, rows=2):
@@ -55,12 +55,12 @@ def close(a, b):
 
 @pytest.mark.parametrize('levels', [(2,), (6, 3), (8, 8, 8, 5, 5, 5)])
 def test_every_id_is_a_code_and_comes_back(levels):
-  ids = np.arange(fsq.size(levels))
+  ids = np.arange(fsq.count_codes(levels))
   codes = fsq.codes_of(ids, levels)
   np.testing.assert_array_equal(fsq.ids_of(codes, levels), ids)
   assert len(np.unique(codes, axis=0)) == len(ids) and np.abs(codes).max() <= 1
   z = np.linspace(-9, 9, 2001, dtype=np.float32)[:, None].repeat(len(levels), 1)
-  seen = np.asarray(fsq.quantize(z, levels))
+  seen = np.asarray(fsq.quantize_codes(z, levels))
   for i, n in enumerate(levels):  # each level is reached, in order, and no other
     np.testing.assert_array_equal(np.unique(seen[:, i]), np.unique(codes[:, i]))
     assert len(np.unique(seen[:, i])) == n and (np.diff(seen[:, i]) >= 0).all()
@@ -76,7 +76,7 @@ def test_first_level_is_the_least_significant_digit():
 
 def test_a_register_does_not_see_those_after_it():
   graphdef, params = modules.split_module(tok().encoder)
-  run = jax.jit(lambda p: modules.bind(graphdef, p).unquantized(pictures(0)))
+  run = jax.jit(lambda p: modules.bind_graph(graphdef, p).unquantized_codes(pictures(0)))
   changed = params | {'registers': params['registers'].at[3:].mul(-1.0)}
   before, after = run(params), run(changed)
   close(before[:, :3], after[:, :3])
@@ -86,7 +86,7 @@ def test_a_register_does_not_see_those_after_it():
 def test_a_latent_smaller_than_the_tables_is_cropped_to_their_corner():
   encoder = tok().encoder
   large = jnp.pad(pictures(0), ((0, 0), (0, 2), (0, 2), (0, 0)))
-  close(encoder.project(pictures(0)), encoder.project(large)[:, :3, :3])
+  close(encoder.embed_patches(pictures(0)), encoder.embed_patches(large)[:, :3, :3])
 
 
 # --------------------------------------------------------------------------------------- decoder
@@ -102,12 +102,12 @@ def test_ids_past_keep_do_not_matter_and_those_before_do():
   other = velocity()(pictures(1), T, IDS.at[:, 1].set(6), keep)
   assert (np.abs(out - other).max((1, 2, 3)) > 1e-3).all()
   decoder = tok().decoder
-  np.testing.assert_array_equal(decoder.condition(IDS), decoder.condition(IDS, 5))
+  np.testing.assert_array_equal(decoder.embed_registers(IDS), decoder.embed_registers(IDS, 5))
 
 
 def test_one_time_for_all_rows_is_that_time_in_each():
   decoder = tok().decoder
-  run = jax.jit(lambda t: decoder(pictures(1), t, decoder.condition(IDS)))
+  run = jax.jit(lambda t: decoder(pictures(1), t, decoder.embed_registers(IDS)))
   close(run(jnp.array([0.4])), run(jnp.array([0.4, 0.4])))
 
 
@@ -116,7 +116,7 @@ def test_one_time_for_all_rows_is_that_time_in_each():
 
 def test_projected_guidance_by_hand():
   cond, null = pictures(3), pictures(4)
-  out, momentum = flow.apg(cond, null, 4.0, jnp.zeros_like(cond))
+  out, momentum = flow.projected_guidance(cond, null, 4.0, jnp.zeros_like(cond))
   close(momentum, cond - null)
   added = np.asarray(out - cond)
   for row in range(2):
@@ -124,40 +124,40 @@ def test_projected_guidance_by_hand():
     d = d * min(1, 2.5 / np.linalg.norm(d))
     close(added[row].ravel(), 3 * (d - c * (d @ c) / (c @ c)))
     assert abs(added[row].ravel() @ c) < 1e-3
-  _, second = flow.apg(cond, null, 4.0, momentum)
+  _, second = flow.projected_guidance(cond, null, 4.0, momentum)
   close(second, 0.5 * (cond - null))
-  short, _ = flow.apg(cond, cond - 1e-3, 1.0, jnp.zeros_like(cond))
+  short, _ = flow.projected_guidance(cond, cond - 1e-3, 1.0, jnp.zeros_like(cond))
   close(short, cond)  # scale 1 adds nothing
 
 
 def test_euler_steps_by_hand():
   decoder, noise = tok().decoder, pictures(5)
-  registers = decoder.condition(IDS, jnp.array([2, 5]))
-  null = jnp.broadcast_to(decoder.null(), registers.shape)
+  registers = decoder.embed_registers(IDS, jnp.array([2, 5]))
+  null = jnp.broadcast_to(decoder.null_registers(), registers.shape)
   velocity = jax.jit(decoder.__call__)
 
   @jax.jit
   def run(r, x):
     cases = (x, 2, 1.0, False), (x, 1, 3.0, False), (x, 1, 3.0, True), (x[:1], 1, 3.0, True)
-    return [flow.sample(decoder, r, *case) for case in cases]
+    return [flow.sample_latents(decoder, r, *case) for case in cases]
 
   unguided, plain, projected, shared = run(registers, noise)
   x = noise - velocity(noise, jnp.array([1.0]), registers) / 2
   close(unguided, x - velocity(x, jnp.array([0.5]), registers) / 2)
   pair = [velocity(noise, jnp.array([1.0]), r) for r in (registers, null)]
-  close(plain, noise - flow.cfg(*pair, 3.0))
-  close(projected, noise - flow.apg(*pair, 3.0, 0.0)[0])
+  close(plain, noise - flow.plain_guidance(*pair, 3.0))
+  close(projected, noise - flow.projected_guidance(*pair, 3.0, 0.0)[0])
   close(shared[0], projected[0])  # one noise for all rows
   assert np.abs(shared[1] - projected[1]).max() > 1e-2
 
 
 def test_bfloat16_weights_are_run_in_bfloat16_and_latents_stay_float32():
   graphdef, params = modules.split_module(tok())
-  low = modules.bind(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  low = modules.bind_graph(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
   def run(noise):
-    registers = low.decoder.condition(low.encoder(noise))
-    return registers, flow.sample(low.decoder, registers, noise, 2)
+    registers = low.decoder.embed_registers(low.encoder(noise))
+    return registers, flow.sample_latents(low.decoder, registers, noise, 2)
 
   registers, latents = jax.eval_shape(run, pictures(0))
   assert registers.dtype == jnp.bfloat16 and latents.dtype == jnp.float32
@@ -183,7 +183,7 @@ def source(change=lambda arrays: None):
   with np.load(GOLDEN) as file:
     arrays = {k[7:]: file[k] for k in file.files if k.startswith('params/')}
   change(arrays)
-  return source_files.arrays(arrays, {'model': {'head_dim': 16, 'max_timestep': 7}}, 'here')
+  return source_of_arrays(arrays, {'model': {'head_dim': 16, 'max_timestep': 7}}, 'here')
 
 
 def test_loading_infers_the_config_and_takes_parts():
@@ -192,12 +192,12 @@ def test_loading_infers_the_config_and_takes_parts():
     channels=4, size=8, grid=4, registers=8, encoder_width=48, encoder_layers=2, decoder_width=64,
     decoder_layers=2, head=16, max_timestep=7.0,
   )  # fmt: skip
-  both = convert.load(source(), config)
+  both = convert.load_weights(source(), config)
   for part in modeling.PARTS:
-    own = convert.load(source(), convert.config_of(source(), part))
+    own = convert.load_weights(source(), convert.config_of(source(), part))
     jax.tree.map(np.testing.assert_array_equal, own, both[part])
   extra = lambda arrays: arrays.update({'vae.decoder.x': np.zeros(3), 'decoder.repa.y': np.ones(2)})
-  jax.tree.map(np.testing.assert_array_equal, convert.load(source(extra), config), both)
+  jax.tree.map(np.testing.assert_array_equal, convert.load_weights(source(extra), config), both)
 
 
 @pytest.mark.parametrize(
@@ -215,15 +215,15 @@ def test_loading_infers_the_config_and_takes_parts():
 )  # fmt: skip
 def test_checkpoints_that_do_not_fit(change, message):
   with pytest.raises(ValueError, match=message):
-    convert.load(source(change), convert.config_of(source()))
+    convert.load_weights(source(change), convert.config_of(source()))
 
 
 def test_stacked_layers_keep_their_order():
   layers = {f'a.blocks.{i}.w': np.full(2, i) for i in (1, 0, 10, *range(2, 10))}
-  joined = stacked.stacked(source_files.arrays({**layers, 'b': np.ones(1)}))
-  assert sorted(joined.names()) == ['a.blocks.*.w', 'b']
-  assert joined.shape('a.blocks.*.w') == (11, 2)
-  np.testing.assert_array_equal(joined.get('a.blocks.*.w')[:, 0], np.arange(11))
+  joined = stacked.stack_layers(source_of_arrays({**layers, 'b': np.ones(1)}))
+  assert sorted(joined.tensor_names()) == ['a.blocks.*.w', 'b']
+  assert joined.shape_of('a.blocks.*.w') == (11, 2)
+  np.testing.assert_array_equal(joined.read_tensor('a.blocks.*.w')[:, 0], np.arange(11))
 
 
 # Published in billions, with the VAE (84 million parameters at 16 channels).
@@ -238,7 +238,7 @@ def test_stacked_layers_keep_their_order():
 )
 def test_released_sizes(name, billions, millions):
   config = modeling.SIZES[name]
-  _, params = modules.abstract_module(lambda: modeling.build(config))
+  _, params = modules.abstract_module(lambda: modeling.build_model(config))
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
   assert round(modules.count_parameters(params) / 1e6) == millions
   assert abs(millions + 84 - 1e3 * billions) < 0.02 * 1e3 * billions
@@ -248,8 +248,9 @@ def test_released_sizes(name, billions, millions):
 def test_flops_are_those_of_the_compiled_program():
   lowered = velocity().lower(pictures(1), T, IDS, jnp.array([5, 5]))
   counted = lowered.compile().cost_analysis()['flops'] / 2
-  ends = modeling.flops_decode(dataclasses.replace(SMALL, decoder_layers=0))
-  exact = ends + (modeling.flops_decode(SMALL) - ends) / SMALL.decoder_layers  # one loop body
+  ends = modeling.count_velocity_flops(dataclasses.replace(SMALL, decoder_layers=0))
+  # XLA counts one loop body
+  exact = ends + (modeling.count_velocity_flops(SMALL) - ends) / SMALL.decoder_layers
   assert (
     exact < counted < 2 * exact
   )  # modulations and pointwise work are not small at a width of 24
@@ -264,4 +265,4 @@ def test_errors_name_setting_value_and_what_is_allowed():
     with pytest.raises(ConfigError, match=message):
       dataclasses.replace(SMALL, **options)
   with pytest.raises(ValueError, match='here is no FlexTok checkpoint: no encoder.module_dict'):
-    convert.config_of(source_files.arrays({'x': np.zeros(1)}, where='here'))
+    convert.config_of(source_of_arrays({'x': np.zeros(1)}, where='here'))

@@ -279,7 +279,7 @@ def test_strict_is_the_benchmark_on_its_own_detections(settings):
 
 def test_owl_asks_for_every_class_in_every_colour():
   """Scores and colours of a class are those of its own queries, whatever the batch."""
-  model = load('verifiers.geneval', **TINY).detector
+  model = load('verifiers.geneval', **TINY).object_detector
   params, names = model.load(), [['dog', 'tv remote'], ['cup', 'cow']]
   prompt = model.tokenize(names, True)
   assert prompt['ids'].shape == (2, 22, 16)
@@ -287,13 +287,13 @@ def test_owl_asks_for_every_class_in_every_colour():
 
   @jax.jit
   def found(params, ids):
-    return model.detect(params, model.encode(params, {'ids': ids}), images, 2)
+    return model.detect_objects(params, model.encode(params, {'ids': ids}), images, 2)
 
   @jax.jit
   def alone(params, images, ids):
     net = model.bind(params)
-    x = net.features(owl.preprocess(model.config, images))
-    return net.logits(x, net.text(ids)[None])[0], net.boxes(x)[0]
+    x = net.patch_features(owl.preprocess(model.config, images))
+    return net.query_logits(x, net.text(ids)[None])[0], net.predict_boxes(x)[0]
 
   boxes, scores, hues = found(params, prompt['ids'])
   for b, e in np.ndindex(2, 2):
@@ -309,12 +309,12 @@ def test_owl_asks_for_every_class_in_every_colour():
 
 
 def test_yolos_looks_up_cocos_numbers():
-  model = load('verifiers.geneval', **TINY_YOLOS).detector
+  model = load('verifiers.geneval', **TINY_YOLOS).object_detector
   params = model.load()
   prompt = model.tokenize([['computer mouse', 'person']], False)
   assert prompt['index'].tolist() == [[74, 1]]
   images = np.random.default_rng(2).random((1, 2, 40, 40, 3), np.float32)
-  boxes, scores, hues = jax.jit(lambda p, x: model.detect(p, prompt['index'], x, 2))(params, images)
+  boxes, scores, hues = jax.jit(lambda p, x: model.detect_objects(p, prompt['index'], x, 2))(params, images)
   prepared = detectors.yolos.preprocess(model.config, images[0])
   logits, _ = jax.jit(lambda p, x: model.bind(p)(x))(params, prepared)
   assert hues is None and boxes.shape == (1, 2, 20, 4)
@@ -345,18 +345,18 @@ def checkpoint(folder, name):
   """A folder as on the hub, from a fixture."""
   config, source, *_ = replay.read(str(HERE / 'golden' / name))
   folder.mkdir()
-  save_file({k: source.get(k) for k in source.names()}, folder / 'model.safetensors')
+  save_file({k: source.read_tensor(k) for k in source.tensor_names()}, folder / 'model.safetensors')
   (folder / 'config.json').write_text(json.dumps(config['params']))
   return str(folder)
 
 
 def test_a_checkpoint_says_which_detector_it_is(tmp_path):
   verifier = load('verifiers.geneval', weights=checkpoint(tmp_path / 'my-owl', 'owlv2.npz'))
-  assert verifier.names == ('geneval_partial_my_owl',) and verifier.detector.config.v2
+  assert verifier.names == ('geneval_partial_my_owl',) and verifier.object_detector.config.v2
   params = verifier.load()['detector']
   x = np.zeros((1, 1, 20, 20, 3), np.float32)
   queries = np.ones((1, 22, 8), np.float32)
-  boxes, *_ = jax.jit(lambda p: verifier.detector.detect(p, queries, x, 2))(params)
+  boxes, *_ = jax.jit(lambda p: verifier.object_detector.detect(p, queries, x, 2))(params)
   assert boxes.shape == (1, 1, 16, 4)
   few = load('verifiers.geneval', weights=checkpoint(tmp_path / 'few', 'yolos.npz'))
   with pytest.raises(ConfigError, match="has 7 classes; must be COCO's 92"):
@@ -403,7 +403,7 @@ def test_cost_is_the_detectors_and_the_clips():
   assert 1.0e11 < owl_.cost('score').flops < 1.25e11 and owl_.cost('score').verify == 1
   settings = {'colour': 'clip', 'clip_weights': 'random:tiny'}
   clipped = load('verifiers.geneval', weights='random:owlvit_b32', **settings)
-  crop = 2 * colours.modeling.flops(colours.modeling.SIZES['tiny'], 'image')
+  crop = 2 * colours.modeling.count_flops(colours.modeling.SIZES['tiny'], 'image')
   fewer = 2 * 24**2 * 20 * 512  # the queries of ten colours for two classes
   assert clipped.cost('score').flops == owl_.cost('score').flops - fewer + crop
 

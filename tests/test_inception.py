@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vtts_jax import components
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.metrics import fid as metric
 from vtts_jax.metrics import inception
@@ -36,28 +36,28 @@ PICTURES = squares(0, 2, 3)
 
 def test_released_size():
   c = modeling.SIZES['inception_2015_12_05']
-  _, params = modules.abstract_module(lambda: modeling.build(c))
+  _, params = modules.abstract_module(lambda: modeling.build_model(c))
   assert modules.count_parameters(params) == 23_833_744
   assert params['fc']['kernel'].shape == (2048, 1008)
-  assert modeling.flops(c) == 11_426_464_960  # 5.7 G multiply-adds, as published
+  assert modeling.count_flops(c) == 11_426_464_960  # 5.7 G multiply-adds, as published
 
 
 def test_pools_do_not_see_their_padding():
   x = np.arange(12, dtype=np.float32).reshape(1, 3, 4, 1) - 20
   flat = lambda y: np.asarray(y)[0, :, :, 0]
-  assert flat(modeling.mean(x))[0, 0] == x[0, :2, :2].mean()
-  assert flat(modeling.mean(x))[1, 3] == x[0, :, 2:].mean()
-  assert flat(modeling.mean(x))[1, 1] == x[0, :, :3].mean()
-  assert flat(modeling.largest(x)).tolist() == [[-15, -14, -13, -13], *[[-11, -10, -9, -9]] * 2]
+  assert flat(modeling.mean_pool(x))[0, 0] == x[0, :2, :2].mean()
+  assert flat(modeling.mean_pool(x))[1, 3] == x[0, :, 2:].mean()
+  assert flat(modeling.mean_pool(x))[1, 1] == x[0, :, :3].mean()
+  assert flat(modeling.max_pool(x)).tolist() == [[-15, -14, -13, -13], *[[-11, -10, -9, -9]] * 2]
   y = np.arange(25, dtype=np.float32).reshape(1, 5, 5, 1)
-  assert flat(modeling.halve(y)).tolist() == [[12, 14], [22, 24]]
+  assert flat(modeling.halving_pool(y)).tolist() == [[12, 14], [22, 24]]
 
 
 def test_preprocessings_by_hand():
   """Two pixels to four: torch's are at -1/4, 1/4, 3/4, 5/4, those of TensorFlow 1 at 0 .. 3/2."""
   line = np.array([0, 1], np.float32)
-  assert (modeling._line(2, 4, 'pytorch_fid').T @ line).tolist() == [0, 0.25, 0.75, 1]
-  assert (modeling._line(2, 4, 'tensorflow').T @ line).tolist() == [0, 0.5, 1, 1]
+  assert (modeling._resize_matrix(2, 4, 'pytorch_fid').T @ line).tolist() == [0, 0.25, 0.75, 1]
+  assert (modeling._resize_matrix(2, 4, 'tensorflow').T @ line).tolist() == [0, 0.5, 1, 1]
   tiny, white = modeling.SIZES['tiny'], np.ones((1, 7, 5, 3), np.float32)
   torch = modeling.preprocess(tiny, white)
   assert np.ptp(torch) == 0 and torch[0, 0, 0, 0] == 1
@@ -68,11 +68,11 @@ def test_preprocessings_by_hand():
 def tensors():
   with np.load(GOLDEN) as file:
     config = json.loads(str(file['config']))
-    return golden.unpack(file['params/flat'], config['names'])
+    return golden.unpack_tensors(file['params/flat'], config['names'])
 
 
 def test_what_is_wrong_is_said(tensors):
-  load = lambda values: convert.load(source_files.arrays(values), modeling.Config(139, 7, 64))
+  load = lambda values: convert.load_weights(source_of_arrays(values), modeling.Config(139, 7, 64))
   load(tensors | {'Mixed_5b.branch1x1.bn.num_batches_tracked': np.array(3)})
   lost = {k: v for k, v in tensors.items() if k != 'Mixed_6a.branch3x3.bn.running_var'}
   with pytest.raises(ValueError, match=r'without Mixed_6a\.branch3x3\.bn\.running_var'):
@@ -80,9 +80,9 @@ def test_what_is_wrong_is_said(tensors):
   with pytest.raises(ValueError, match=r'unused by the model: extra'):
     load(tensors | {'extra': np.zeros(2)})
   with pytest.raises(ValueError, match='is the InceptionV3 of torchvision'):
-    convert.config_of(source_files.arrays(tensors | {'AuxLogits.fc.weight': np.zeros(2)}))
+    convert.config_of(source_of_arrays(tensors | {'AuxLogits.fc.weight': np.zeros(2)}))
   with pytest.raises(ValueError, match='has no InceptionV3'):
-    convert.config_of(source_files.arrays({'x': np.zeros(2)}))
+    convert.config_of(source_of_arrays({'x': np.zeros(2)}))
   with pytest.raises(ConfigError, match='side=74: at least 75'):
     modeling.Config(side=74)
 
@@ -96,7 +96,7 @@ def sets(n, seed=0):
   mix = rng.normal(size=(D, D)) * np.exp(-np.arange(D) / 6)
   draw = lambda n, shape: rng.gamma(shape, size=(n, D)) @ mix
   made = draw(6, 0.3) * np.linspace(0.5, 6, 6)[:, None]
-  kept = stats.Statistics.of(draw(n, 0.3), 2 * rng.normal(size=(n, K)))
+  kept = stats.Statistics.of_batch(draw(n, 0.3), 2 * rng.normal(size=(n, K)))
   real = draw(100, 0.4)
   return kept, (real.mean(0), np.cov(real, rowvar=False)), made, 3 * rng.normal(size=(6, K))
 
@@ -108,7 +108,7 @@ def test_oracles_are_the_metrics_recomputed(n):
   now = metric.frechet_distance((kept.mu, kept.sigma), real)
   fids, scores = [], []
   for x, z in zip(made, logits):
-    more = kept + stats.Statistics.of(x[None], z[None])
+    more = kept + stats.Statistics.of_batch(x[None], z[None])
     fids.append(now - metric.frechet_distance((more.mu, more.sigma), real))
     scores.append(more.log_is - kept.log_is)
   have = fid.fid_reduction(fid.tabulate_fid(kept, *real), made.astype(np.float32))
@@ -123,27 +123,28 @@ def test_oracles_on_statistics_files(tmp_path):
   see = inception.compiled_network('random:tiny')  # of 8 bits, as its preprocessing rounds to
   bits = lambda x: np.rint(x * 255).astype(np.uint8)
   real, old = (see(bits(squares(seed, 9))) for seed in (1, 2))
-  gauss = stats.Statistics.of(*real)
+  gauss = stats.Statistics.of_batch(*real)
   np.savez(tmp_path / 'real.npz', mu=gauss.mu, sigma=gauss.sigma)
-  kept = stats.Statistics.of(*old)
-  kept.save(tmp_path / 'kept.npz', 'pytorch_fid')
+  kept = stats.Statistics.of_batch(*old)
+  kept.write_npz(tmp_path / 'kept.npz', 'pytorch_fid')
   files = {'running_from': str(tmp_path / 'kept.npz'), 'weights': 'random:tiny'}
   made = components.load('verifiers.fid', reference_from=str(tmp_path / 'real.npz'), **files)
   have = jax.jit(made.score)(made.load(), {}, {'image': PICTURES})['fid_inception_v3']
-  new = stats.Statistics.of(*(x[:1] for x in see(bits(np.tile(PICTURES[0, :1], (9, 1, 1, 1))))))
+  seen = see(bits(np.tile(PICTURES[0, :1], (9, 1, 1, 1))))
+  new = stats.Statistics.of_batch(*(x[:1] for x in seen))
   score = lambda s: metric.frechet_distance((s.mu, s.sigma), (gauss.mu, gauss.sigma))
   np.testing.assert_allclose(have[0, 0], score(kept) - score(kept + new), rtol=1e-3)
   made = components.load('verifiers.inception_score', **files)
   assert made.tokenize([{'text': 'any words'}]) == {}
   have = jax.jit(made.score)(made.load(), {}, {'image': PICTURES})['log_is_inception_v3']
   np.testing.assert_allclose(have[0, 0], (kept + new).log_is - kept.log_is, rtol=1e-3)
-  read = stats.Statistics.load(tmp_path / 'kept.npz')
+  read = stats.Statistics.read_npz(tmp_path / 'kept.npz')
   np.testing.assert_allclose(read.sigma, kept.sigma, atol=1e-12)
   said = "preprocessing='tensorflow': .* was made with 'pytorch_fid'"
   with pytest.raises(ConfigError, match=said):
     components.load('verifiers.inception_score', preprocessing='tensorflow', **files).load()
   with pytest.raises(ConfigError, match='have no count, probs, plogp'):
-    stats.Statistics.load(tmp_path / 'real.npz')
+    stats.Statistics.read_npz(tmp_path / 'real.npz')
 
 
 @pytest.mark.parametrize('name', ['fid', 'inception_score'])

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import vtts_jax.models
-from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints.files import flatten_tree, write_weights
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.pretrained import Pretrained, short_name
@@ -29,7 +29,7 @@ def smallest(family, **options):
 def test_a_family_keeps_the_contract(family):
   """Sizes, parts, one signature of the loaders, random weights, and rules that name weights."""
   whole = smallest(family)
-  load = inspect.signature(whole.convert.load).parameters.values()
+  load = inspect.signature(whole.convert.load_weights).parameters.values()
   assert [(p.name, p.kind.name[:10]) for p in load] == [
     ('source', 'POSITIONAL'), ('config', 'POSITIONAL'), ('dtype', 'KEYWORD_ON'),
     ('sharding', 'KEYWORD_ON'),
@@ -39,13 +39,13 @@ def test_a_family_keeps_the_contract(family):
   for part in ('', *getattr(whole.modeling, 'PARTS', ())):
     model = smallest(family, part=part, dtype='bfloat16')
     assert model.is_random and model.name.endswith('tiny_random')
-    _, template = modules.structure_of(model.modeling.build, model.config)
+    _, template = modules.structure_of(model.modeling.build_model, model.config)
     params = jax.eval_shape(model.load) if family != 'inception' else model.load()
     assert jax.tree.structure(params) == jax.tree.structure(template)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
     model.bind(template)
   # each rule is needed, and splits an axis that the weight has
-  leaves = {k.replace('.', '/'): v for k, v in weight_files.flatten(template).items()}
+  leaves = {k.replace('.', '/'): v for k, v in flatten_tree(template).items()}
   for pattern, spec in whole.convert.SHARDING:
     found = [leaf for name, leaf in leaves.items() if re.search(pattern, name)]
     assert found or pattern.endswith('bias'), pattern  # not every size has biases
@@ -104,7 +104,7 @@ def test_checkpoints_that_cannot_be(tmp_path):
   model = Pretrained('dino', str(tmp_path / 'none'), setting='verifier.encoder')
   with pytest.raises(ConfigError, match=r"verifier.encoder='.*none': no weights at path="):
     _ = model.config
-  weight_files.save(tmp_path / 'x.safetensors', {'w': np.zeros(1)})
+  write_weights(tmp_path / 'x.safetensors', {'w': np.zeros(1)})
   other = Pretrained('dino', str(tmp_path / 'x.safetensors'))
   with pytest.raises(ConfigError, match=r"verifier.weights='.*x\.safetensors': .* has no DINO"):
     other.load()

@@ -53,7 +53,6 @@ def test_amounts(value, axis, text):
   assert tables.format_amount(value, axis) == text
 
 
-
 def write_run(folder, config, rows):
   folder.mkdir()
   about = {'config': config, 'environment': {'device': 'toy', 'revision': 'none'}}
@@ -130,7 +129,9 @@ def test_runs_without_graded_samples_still_have_a_page(tmp_path):
   more are left out."""
   rows = [line('bon', i=0), line('beam/w4', i=1)]
   root = write_run(tmp_path / 'a', toy_config(0), rows)
-  text = page.write_report(root).read_text()
+  written = page.write_report(root, out=tmp_path / 'elsewhere')
+  assert written.parent == tmp_path / 'elsewhere' and not (root / 'report.html').exists()
+  text = written.read_text()
   for section in ('equal', 'difficulty', 'rules', 'laws'):
     assert f'id="{section}"' not in text
   assert 'id="arms"' in text and 'id="curve"' in text

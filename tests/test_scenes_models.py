@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints.files import read_metadata, read_weights, write_weights
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.scenes import models, oracle, world
@@ -21,7 +21,7 @@ SMALL = prior.Config(tokens=8, codes=16, width=32, layers=2, heads=2, text_width
 
 @functools.cache
 def small_prior():
-  return modules.split_module(prior.build(SMALL, seed=3))
+  return modules.split_module(prior.build_model(SMALL, seed=3))
 
 
 @functools.cache
@@ -40,28 +40,28 @@ def counted(function, *args):
 def test_weights_come_back_and_a_file_that_does_not_fit_names_both_sides(tmp_path):
   params = small_prior()[1]
   path = tmp_path / 'a.safetensors'
-  weight_files.save(path, params, {'kind': 'prior', 'sizes': [1, 2]})
-  back = weight_files.load(path, modules.abstract_module(lambda: prior.build(SMALL))[1])
+  write_weights(path, params, {'kind': 'prior', 'sizes': [1, 2]})
+  back = read_weights(path, modules.abstract_module(lambda: prior.build_model(SMALL))[1])
   jax.tree.map(np.testing.assert_array_equal, params, back)
-  assert weight_files.metadata(path) == {'kind': 'prior', 'sizes': '[1, 2]'}
+  assert read_metadata(path) == {'kind': 'prior', 'sizes': '[1, 2]'}
   assert [p.name for p in tmp_path.iterdir()] == ['a.safetensors']  # no temporary file is left
 
   template = dict(params)
   template['extra'] = template.pop('head')
   with pytest.raises(ValueError, match=r'missing from the file: extra\.(.|\n)*unused: head\.'):
-    weight_files.load(path, template)
+    read_weights(path, template)
   with pytest.raises(ValueError, match=r'head\.bias: file has shape \(16,\), model wants \(3,\)'):
-    weight_files.load(path, {**params, 'head': {**params['head'], 'bias': np.zeros(3, np.float32)}})
+    read_weights(path, {**params, 'head': {**params['head'], 'bias': np.zeros(3, np.float32)}})
   with pytest.raises(ValueError, match=r'head\.bias: file has dtype float32, model wants int32'):
-    weight_files.load(path, {**params, 'head': {**params['head'], 'bias': np.zeros(16, np.int32)}})
+    read_weights(path, {**params, 'head': {**params['head'], 'bias': np.zeros(16, np.int32)}})
 
   (tmp_path / 'cut').write_bytes(path.read_bytes()[:-1000])
   (tmp_path / 'text').write_text('not weights')
   for name in ('cut', 'text'):
     with pytest.raises(ValueError, match='truncated or no safetensors'):
-      weight_files.load(tmp_path / name, params)
+      read_weights(tmp_path / name, params)
   with pytest.raises(FileNotFoundError, match='no weights at'):
-    weight_files.load(tmp_path / 'absent', params)
+    read_weights(tmp_path / 'absent', params)
   with pytest.raises(ConfigError, match="name='prior_3d' is no shipped scene model; allowed are"):
     models.load_model('prior_3d')
 
@@ -98,10 +98,10 @@ def test_prior_cached_steps_equal_prefill_and_teacher_forcing():
   text_ids[1, 7:] = 0
   text_ids[2] = 0  # the null prompt
   tokens = rng.integers(0, SMALL.codes, (3, 2, SMALL.tokens)).astype(np.int32)
-  call = lambda f: jax.jit(lambda p, *args: f(modules.bind(graphdef, p), *args))
-  text = call(lambda m, ids: m.text(ids))(params, text_ids)
-  step = call(lambda m, text, cache, t, i: m.step(text, cache, t, i))
-  cache = modules.bind(graphdef, params).init_cache(3, 2)
+  call = lambda f: jax.jit(lambda p, *args: f(modules.bind_graph(graphdef, p), *args))
+  text = call(lambda m, ids: m.encode_text(ids))(params, text_ids)
+  step = call(lambda m, text, cache, t, i: m.feed_tokens(text, cache, t, i))
+  cache = modules.bind_graph(graphdef, params).init_cache(3, 2)
   last, logits, caches = np.full((3, 2), SMALL.codes), [], []
   for t in range(SMALL.tokens):
     out, cache = step(params, text, cache, last, t)
@@ -124,39 +124,39 @@ def test_prior_cached_steps_equal_prefill_and_teacher_forcing():
     forced(params, text_ids, tokens[:, 0])[:, :5], forced(params, text_ids, changed[:, 0])[:, :5]
   )
   padded = np.concatenate([text_ids[1:2], text_ids[1:2]])
-  other = call(lambda m, ids: m.text(ids))(params, padded)
+  other = call(lambda m, ids: m.encode_text(ids))(params, padded)
   np.testing.assert_allclose(other[0]['k'][1], text[0]['k'][1], atol=1e-6)
 
 
 def test_flops_formulas_agree_with_the_compiler():
   config = prior.Config()
-  graphdef, params = modules.abstract_module(lambda: prior.build(config))
-  model = lambda p: modules.bind(graphdef, p)
+  graphdef, params = modules.abstract_module(lambda: prior.build_model(config))
+  model = lambda p: modules.bind_graph(graphdef, p)
   shape = jax.ShapeDtypeStruct
   B, N, T = 2, 3, config.tokens
   text_ids, last = shape((B, 12), jnp.int32), shape((B, N), jnp.int32)
-  text = jax.eval_shape(lambda p, i: model(p).text(i), params, text_ids)
+  text = jax.eval_shape(lambda p, i: model(p).encode_text(i), params, text_ids)
   cache = jax.eval_shape(lambda p: model(p).init_cache(B, N), params)
   measured = {
-    prior.flops_text(config): counted(lambda p, i: model(p).text(i), params, text_ids) / B,
-    prior.flops_step(config): counted(
-      lambda p, *a: model(p).step(*a), params, text, cache, last, shape((), jnp.int32)) / B / N,
-    prior.flops_prefill(config): counted(
+    prior.count_text_flops(config): counted(lambda p, i: model(p).encode_text(i), params, text_ids) / B,
+    prior.count_step_flops(config): counted(
+      lambda p, *a: model(p).feed_tokens(*a), params, text, cache, last, shape((), jnp.int32)) / B / N,
+    prior.count_prefill_flops(config): counted(
       lambda p, *a: model(p).prefill(*a), params, text, shape((B, N, T), jnp.int32),
       shape((), jnp.int32)) / B / N,
   }  # fmt: skip
   for order in ('1d', '2d'):
     sizes = tokenizer.Config(order=order)
-    graph, p = modules.abstract_module(lambda sizes=sizes: tokenizer.build(sizes))
-    measured[tokenizer.flops_decode(sizes)] = (
+    graph, p = modules.abstract_module(lambda sizes=sizes: tokenizer.build_model(sizes))
+    measured[tokenizer.count_decode_flops(sizes)] = (
       counted(
-        lambda p, i, graph=graph: modules.bind(graph, p).decode(i, sizes.tokens),  # noqa: B023
+        lambda p, i, graph=graph: modules.bind_graph(graph, p).decode(i, sizes.tokens),  # noqa: B023
         p, shape((64, sizes.tokens), jnp.int32)) / 64)  # fmt: skip
   sizes = flow.Config()
-  graph, p = modules.abstract_module(lambda: flow.build(sizes))
-  emb = jax.eval_shape(lambda p, i: modules.bind(graph, p).text(i), p, shape((8, 12), jnp.int32))
-  measured[flow.flops_velocity(sizes)] = counted(
-    lambda p, *a: modules.bind(graph, p)(*a), p, shape((8, 32, 32, 3), jnp.float32),
+  graph, p = modules.abstract_module(lambda: flow.build_model(sizes))
+  emb = jax.eval_shape(lambda p, i: modules.bind_graph(graph, p).embed_texts(i), p, shape((8, 12), jnp.int32))
+  measured[flow.count_velocity_flops(sizes)] = counted(
+    lambda p, *a: modules.bind_graph(graph, p)(*a), p, shape((8, 32, 32, 3), jnp.float32),
     shape((8,), jnp.float32), emb) / 8  # fmt: skip
   for formula, compiled in measured.items():
     assert compiled == pytest.approx(formula, rel=0.05)
@@ -169,8 +169,8 @@ def test_flops_formulas_agree_with_the_compiler():
 def test_tokenizer_prefixes_and_quality(order):
   graphdef, params = models.load_model(f'tokenizer_{order}')
   config = models.read_config(f'tokenizer_{order}')
-  encode = jax.jit(lambda p, x: modules.bind(graphdef, p).encode(x))
-  decode = jax.jit(lambda p, i, k: modules.bind(graphdef, p).decode(i, k))
+  encode = jax.jit(lambda p, x: modules.bind_graph(graphdef, p).encode(x))
+  decode = jax.jit(lambda p, i, k: modules.bind_graph(graphdef, p).decode(i, k))
   images, prompts = held(96)
   ids = np.array(encode(params, images))
   assert ids.shape == (96, config.tokens) and ids.dtype == np.int32
@@ -200,7 +200,7 @@ def test_the_two_orders_are_comparable_and_differ_in_their_prefixes():
   for order in ('1d', '2d'):
     graphdef, params = models.load_model(f'tokenizer_{order}')
     half = jax.jit(
-      lambda p, x, g=graphdef: modules.bind(g, p).decode(modules.bind(g, p).encode(x), 12)
+      lambda p, x, g=graphdef: modules.bind_graph(g, p).decode(modules.bind_graph(g, p).encode(x), 12)
     )
     error[order] = float(((half(params, images) - images) ** 2).mean())
   assert error['1d'] < 0.5 * error['2d']  # 12 of 32 tokens: a whole picture against a third of one

@@ -33,15 +33,15 @@ def _verifier(name):
 def _pairs():
   """Held-out pictures, right and wrong captions, what is wrong: relations as often as two more."""
   scenes = world.sample_scenes(301, np.arange(6 * PAIRS), 'held')
-  wrong, aspect = world.wrong_captions(scenes, 302, np.arange(6 * PAIRS), 'held')
+  wrong, aspect = labels.wrong_captions(scenes, 302, np.arange(6 * PAIRS), 'held')
   counts = {'relation': PAIRS // 3}
   order = np.concatenate([np.flatnonzero(aspect == k)[:counts.get(what, PAIRS // 6)]
-                          for k, what in enumerate(world.ASPECTS)])
+                          for k, what in enumerate(labels.ASPECTS)])
   assert len(order) == PAIRS
-  take = lambda tree: type(tree)(*(f.take(order) if isinstance(f, world.Captions) else f[order]
+  take = lambda tree: type(tree)(*(f.take_rows(order) if isinstance(f, world.Captions) else f[order]
                                    for f in tree))
   scenes = take(scenes)
-  texts = (world.caption_texts(captions) for captions in (scenes.captions, wrong.take(order)))
+  texts = (world.caption_texts(captions) for captions in (scenes.captions, wrong.take_rows(order)))
   return world.render_scenes(scenes), *texts, aspect[order]
 
 
@@ -90,7 +90,7 @@ def test_tells_a_caption_from_one_wrong_in_a_detail(name):
   verifier = _verifier(name)
   better = _scores(verifier, images, right) > _scores(verifier, images, wrong)
   assert better.mean() >= 0.90
-  for k, what in enumerate(world.ASPECTS):
+  for k, what in enumerate(labels.ASPECTS):
     assert better[aspect == k].mean() >= (0.90 if what == 'relation' else 0.85), what
 
 
@@ -120,12 +120,12 @@ def test_parse_reads_the_whole_grammar():
 
 def test_satisfaction_is_genevals_rule_on_certain_detections():
   scenes = world.sample_scenes(7, np.arange(200))
-  wrong, _ = world.wrong_captions(scenes, 8, np.arange(200))
+  wrong, _ = labels.wrong_captions(scenes, 8, np.arange(200))
   kind, colour = soft_detector.place_targets(scenes)
   sure = lambda x, n: np.log(np.eye(n, dtype=np.float32)[x] * 0.998 + 1e-3)[:, None]
   for captions in (scenes.captions, wrong):
     targets = soft_detector.parse_captions(world.caption_texts(captions))
-    log = soft_detector.satisfaction(sure(kind, 6), sure(colour, 8), targets)[:, 0]
+    log = soft_detector.satisfaction_log_prob(sure(kind, 6), sure(colour, 8), targets)[:, 0]
     want = [geneval.evaluate_detections(m, o)[0]
             for m, o in zip(world.caption_prompts(captions), world.object_detections(scenes))]
     np.testing.assert_array_equal(np.asarray(log) > np.log(0.5), want)
@@ -133,7 +133,7 @@ def test_satisfaction_is_genevals_rule_on_certain_detections():
 
 def test_labels_are_genevals_rule_on_the_objects():
   scenes = world.sample_scenes(9, np.arange(60))
-  wrong, _ = world.wrong_captions(scenes, 8, np.arange(60))
+  wrong, _ = labels.wrong_captions(scenes, 8, np.arange(60))
   said = world.Captions(*map(np.concatenate, zip(scenes.captions, wrong)))
   want = [[geneval.evaluate_detections(m, o)[0] for m in world.caption_prompts(said)]
           for o in world.object_detections(scenes)]

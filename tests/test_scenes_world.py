@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.scenes import oracle, world
+from vtts_jax.scenes import labels, oracle, world
 
 
 def test_rows_depend_on_seed_and_index_only():
@@ -54,7 +54,7 @@ def test_oracle_reads_clean_and_noisy_scenes():
   np.testing.assert_array_equal(oracle.grade(bytes_, prompts), oracle.grade(images, prompts))
   noise = np.random.default_rng(0).normal(0, 0.06, images.shape)
   assert oracle.report_grades(images + noise, prompts)['overall'] >= 0.99
-  wrong, aspect = world.wrong_captions(scenes, 1, np.arange(600), 'held')
+  wrong, aspect = labels.wrong_captions(scenes, 1, np.arange(600), 'held')
   assert not oracle.grade(images, world.caption_prompts(wrong)).any()
   assert set(aspect) == set(range(5))
   empty = np.full((2, 32, 32, 3), 0.5)
@@ -65,5 +65,5 @@ def test_oracle_reads_clean_and_noisy_scenes():
 
 def test_training_negatives_stay_in_the_training_split():
   scenes = world.sample_scenes(9, np.arange(400))
-  wrong, _ = world.wrong_captions(scenes, 1, np.arange(400))
+  wrong, _ = labels.wrong_captions(scenes, 1, np.arange(400))
   assert (world.caption_splits(wrong) == 0).all()

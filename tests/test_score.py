@@ -1,6 +1,7 @@
 """`vtts score` and `vtts serve`, the scorer behind them, and host verifiers scored while the next
 batch is generated."""
 
+import base64
 import http.server
 import json
 import os
@@ -8,6 +9,8 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 
 import jax
 import numpy as np
@@ -33,7 +36,7 @@ def tiny_clip():
 
 @pytest.fixture
 def folder(tmp_path):
-  """Five pictures of two sizes, one of them with transparency, and one that is none."""
+  """Six files: pictures of two sizes, the fourth with transparency, the last one broken."""
   rng = np.random.default_rng(0)
   for i, (size, channels) in enumerate([(32, 3), (20, 3), (32, 3), (32, 4), (20, 3)]):
     Image.fromarray(rng.integers(0, 256, (size, size, channels), np.uint8)).save(
@@ -47,7 +50,7 @@ def folder(tmp_path):
 def test_a_folder_is_scored_and_one_broken_picture_costs_itself_only(folder, capsys):
   out = folder / 'scores' / 'clip.jsonl'
   argv = ['score', *TINY, str(folder), f'--prompts={folder}/prompts.txt', f'--out={out}']
-  assert main.cli([*argv, '--batch=2']) == 1
+  assert main.run_cli([*argv, '--batch=4']) == 1
   said = capsys.readouterr().out
   assert re.search(r'5\.png: cannot be read as a picture', said) and 'clip_tiny' in said
   rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -55,23 +58,36 @@ def test_a_folder_is_scored_and_one_broken_picture_costs_itself_only(folder, cap
   assert 'scores' not in rows[5] and 'error' in rows[5]
 
   ver = tiny_clip()
-  params, score = ver.load(), jax.jit(ver.score)
-  for row in rows[:5]:
-    vctx = ver.encode(params, ver.tokenize([{'text': row['prompt']}]))
-    shown = files.image_floats(files.read_image(row['image']))[None, None]
-    for name, value in score(params, vctx, {'image': shown}).items():
+  params, score = engine.load_parameters(ver), jax.jit(ver.score)
+  contexts = jax.jit(ver.encode)(params, ver.tokenize([{'text': r['prompt']} for r in rows]))
+  for i, row in enumerate(rows[:5]):
+    vctx = jax.tree.map(lambda x, i=i: x[i : i + 1], contexts)
+    image = files.image_floats(files.read_image(row['image']))[None, None]
+    for name, value in score(params, vctx, {'image': image}).items():
       assert row['scores'][name] == pytest.approx(float(value[0, 0]), abs=1e-5)
   assert len({tuple(r['scores'].values()) for r in rows[:5]}) == 5
 
+
+def test_prompts_come_from_a_file_a_list_or_not_at_all(folder, capsys):
+  out = folder / 'scores.jsonl'
   plain = ['--verifier=vtts_jax.testing.toys', '--verifier.part=brightness', str(folder)]
-  assert main.cli(['score', *plain]) == 1  # of the picture alone: no prompt is needed
+  assert main.run_cli(['score', *plain]) == 1  # of the picture alone: no prompt is needed
   assert re.search(r'brightness +5 ', capsys.readouterr().out)
 
+  target = ['score', '--verifier=vtts_jax.testing.toys', '--verifier.part=target']
+  target += ['--verifier.rows=32', f'--out={out}']
+  given = [str(folder), f'--prompts={folder}/prompts.txt', '--batch=2']
+  assert main.run_cli([*target, *given]) == 1
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  score = Scorer(toys.Target(rows=32))
+  for row in rows[:5]:  # pictures of one size came in batches of two and a rest
+    alone = score({'image': files.read_image(row['image'])[None]}, [{'text': row['prompt']}])
+    assert row['scores'] == pytest.approx({'target': float(alone['target'][0])}, abs=1e-5)
   listed = folder / 'list.jsonl'
   listed.write_text(
     ''.join(json.dumps({'image': f'{i}.png', 'prompt': 'a cat'}) + '\n' for i in (2, 0))
   )
-  assert main.cli(['score', *TINY, str(listed), f'--out={out}']) == 0
+  assert main.run_cli([*target, str(listed)]) == 0
   again = [json.loads(line) for line in out.read_text().splitlines()]
   assert [r['scores'] for r in again] == [
     pytest.approx(rows[i]['scores'], abs=1e-5) for i in (2, 0)
@@ -94,7 +110,7 @@ def test_a_folder_is_scored_and_one_broken_picture_costs_itself_only(folder, cap
   ],
 )
 def test_bad_input(folder, capsys, argv, said):
-  assert main.cli(['score', *(a.format(d=folder) for a in argv)]) == 2
+  assert main.run_cli(['score', *(a.format(d=folder) for a in argv)]) == 2
   err = capsys.readouterr().err
   assert re.search(said, err) and err.count('\n') == 1, err
 
@@ -143,7 +159,8 @@ def test_a_verifier_in_its_own_process(folder):
   """Scores through `vtts serve` and `verifiers.host` are those of the verifier itself; the server
   has two devices, which share the batch."""
   flags = os.environ['XLA_FLAGS'] + ' --xla_force_host_platform_device_count=2'
-  command = [sys.executable, '-m', 'vtts_jax.cli.main', 'serve', *TINY, '--port=0']
+  toy = ['--verifier=vtts_jax.testing.toys', '--verifier.part=target', '--verifier.rows=32']
+  command = [sys.executable, '-m', 'vtts_jax.cli.main', 'serve', *toy, '--port=0']
   with subprocess.Popen(
     command, stdout=subprocess.PIPE, text=True, env={**os.environ, 'XLA_FLAGS': flags}
   ) as server:
@@ -157,10 +174,22 @@ def test_a_verifier_in_its_own_process(folder):
         vctx = host.encode({}, host.tokenize(prompts))
         return host.score({}, vctx, {'image': files.image_floats(images)[:, None]})['host'][:, 0]
 
-      want = Scorer(tiny_clip())({'image': images}, prompts)
-      np.testing.assert_allclose(ask(prompts, images), next(iter(want.values())), atol=1e-5)
-      with pytest.raises(RuntimeError, match='400'):
-        ask([{'text': ' '}], images[:1])
+      want = Scorer(toys.Target(rows=32))({'image': images}, prompts)['target']
+      np.testing.assert_allclose(ask(prompts, images), want, atol=1e-5)
+      # a request that cannot be read is answered, and the server goes on
+      picture = base64.b64encode((folder / '0.png').read_bytes()).decode()
+      for prompts_sent, images_sent, message in (
+        (['a'], [], '1 prompts and 0 images'),
+        ([{'tag': 'x'}], [picture], "prompt 0 has no 'text'"),
+        (['a'], ['bm8gcGljdHVyZQ=='], 'cannot be read as a picture'),
+        (['a'], ['no base64'], 'base64'),
+      ):
+        body = json.dumps({'prompts': prompts_sent, 'images': images_sent}).encode()
+        with pytest.raises(urllib.error.HTTPError, match='400') as answer:
+          urllib.request.urlopen(url, body, timeout=60)
+        with answer.value as response:
+          assert message in json.loads(response.read())['error']
+      np.testing.assert_allclose(ask(prompts[:1], images[:1]), want[:1], atol=1e-5)
     finally:
       server.kill()
 

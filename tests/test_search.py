@@ -53,7 +53,7 @@ ALGORITHMS = {
     FLOW,
     Beam(width=2, branch=3, roots=1, branch_at='first', lookahead=-1, lookahead_steps=1),
   ),
-  'smc': (TOKENS, SMC(particles=6, size=1, lookahead=-1, anneal='increasing', ess=0.7)),
+  'smc': (TOKENS, SMC(particles=6, size=2, lookahead=-1, anneal='increasing', ess=0.7)),
   'shrinking': (
     TOKENS,
     SMC(particles=(6, 4, 2), size=2, diverse=(0,), resample_at=(1,), potential='sum'),
@@ -65,7 +65,7 @@ ALGORITHMS = {
   'smc-flow': (FLOW, SMC(particles=5, size=2, potential='difference', resampler='systematic')),
   'rollover': (TOKENS, Rollover(quota=4, round=2, size=2)),
   'threshold': (FLOW, Rollover(quota=2, schedule='fixed', threshold=-0.05, lookahead=1)),
-  'halving': (TOKENS, Halving(Beam(width=2, branch=6, schedule=(2, 4, 6)), least=2)),
+  'halving': (TOKENS, Halving(Beam(width=2, branch=6, schedule=(3, 6)), least=2)),
   'halving-smc': (TOKENS, Halving(SMC(particles=8, size=3), HALVES, least=3)),
   'puct': (TOKENS, MCTS(simulations=4, leaves=2, size=3, rule='puct', commit=2, temperature=1.0)),
   'gumbel': (AHEAD, MCTS(simulations=6, leaves=2, mix=0.5)),

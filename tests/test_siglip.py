@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vtts_jax import components
-from vtts_jax.checkpoints import files as weight_files
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.files import write_weights
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.siglip import convert, modeling
@@ -44,7 +44,7 @@ def test_released_sizes():
     config = modeling.SIZES[f'siglip_{name}']
     key = dataclasses.replace(config, image_size=256, resample='bicubic')
     if key not in traced:
-      _, params = modules.structure_of(modeling.build, key)
+      _, params = modules.structure_of(modeling.build_model, key)
       traced[key] = modules.count_parameters(params)
     assert traced[key] + (config.tokens - key.tokens) * config.image.width == count, name
 
@@ -59,7 +59,7 @@ def test_a_checkpoint(tmp_path, tensors):
   """A file through the verifier that is CLIP's: which of the two it is, its header says."""
   path = tmp_path / 'siglip.safetensors'
   heads = {'num_attention_heads': 2}
-  weight_files.save(path, tensors, {'text_config': heads, 'vision_config': heads})
+  write_weights(path, tensors, {'text_config': heads, 'vision_config': heads})
   ver = components.load('verifiers.clip', weights=str(path), output='cosine')
   params = ver.load()
   ids = np.arange(16).reshape(2, 8)
@@ -71,15 +71,15 @@ def test_a_checkpoint(tmp_path, tensors):
 
 
 def test_what_a_file_says(tensors):
-  found = convert.config_of(source_files.arrays(tensors))
+  found = convert.config_of(source_of_arrays(tensors))
   assert (found.image_size, found.patch, found.length, found.vocab) == (12, 4, 8, 30)
   assert (found.image.act, found.image.eps, found.resample) == ('gelu_tanh', 1e-6, 'bicubic')
   said = {'vision_config': {'image_size': 15}}  # a rest of three pixels
-  assert convert.config_of(source_files.arrays(tensors, said)).image_size == 15
+  assert convert.config_of(source_of_arrays(tensors, said)).image_size == 15
   with pytest.raises(ValueError, match='9 positions do not fit pictures of 16 in patches of 4'):
-    convert.config_of(source_files.arrays(tensors, {'vision_config': {'image_size': 16}}))
+    convert.config_of(source_of_arrays(tensors, {'vision_config': {'image_size': 16}}))
   del tensors['vision_model.head.probe']
   with pytest.raises(ValueError, match=r'has no SigLIP: no .*head\.probe'):
-    convert.config_of(source_files.arrays(tensors))
+    convert.config_of(source_of_arrays(tensors))
   with pytest.raises(ConfigError, match="resample='box': must be one of bilinear"):
     modeling.Config(found.image, found.text, resample='box')

@@ -106,11 +106,11 @@ def test_the_class_is_the_one_that_was_asked_for(tmp_path):
   params, all_of_it = ver.load(), np.repeat(shown, 10, axis=0)
   probable, logits = (scores(v, labels, all_of_it)[:, 0] for v in (ver, plain))
   np.testing.assert_allclose(probable, jax.nn.log_softmax(logits), atol=1e-5)
-  encoder = ver.encoder
+  encoder = ver.model_part
 
   @jax.jit
   def own(params, x):
-    return encoder.bind(params).logits(encoder.modeling.preprocess(encoder.config, x))
+    return encoder.bind(params).class_logits(encoder.modeling.preprocess(encoder.config, x))
 
   np.testing.assert_allclose(logits, own(params, shown[0])[0], atol=1e-5)
   half = load('verifiers.dino_logit', **TINY, dtype='bfloat16')
@@ -130,7 +130,7 @@ def test_self_consistency():
   embed = functools.partial(jax.jit(ver.embed_images), ver.load())
   np.testing.assert_allclose(have, (embed(shown) * embed(early)).sum(-1), atol=1e-5)
   assert (np.delete(have.ravel(), 1) < 1 - 1e-4).all()
-  assert ver.cost('score').flops == 2 * ver.encoder.flops
+  assert ver.cost('score').flops == 2 * ver.model_part.embedding_flops
 
 
 def test_a_folder_of_the_hub(tmp_path):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.t5 import convert, modeling
@@ -20,7 +20,7 @@ SMALL = modeling.Config(
 
 
 def count(config):
-  return modules.count_parameters(modules.abstract_module(lambda: modeling.build(config))[1])
+  return modules.count_parameters(modules.abstract_module(lambda: modeling.build_model(config))[1])
 
 
 def decoder(c):
@@ -47,14 +47,14 @@ def test_released_sizes(name, encoder, whole):
 
 def test_buckets_by_hand():
   """8 buckets up to 16: per direction 0, 1 exact, 2..5 and further logarithmic."""
-  table = modeling.buckets(20, 8, 16)
+  table = modeling.relative_buckets(20, 8, 16)
   assert table[0].tolist()[:8] == [0, 5, 6, 6, 6, 6, 7, 7] and table[0, 19] == 7
   assert table[:, 0].tolist()[:8] == [0, 1, 2, 2, 2, 2, 3, 3] and table[19, 0] == 3
 
 
 def test_masked_tokens_are_not_seen():
-  graphdef, params = modules.split_module(modeling.build(SMALL))
-  model = jax.jit(lambda *args: modules.bind(graphdef, params)(*args))
+  graphdef, params = modules.split_module(modeling.build_model(SMALL))
+  model = jax.jit(lambda *args: modules.bind_graph(graphdef, params)(*args))
   ids = np.arange(12).reshape(2, 6)
   mask = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
   base, other = model(ids, mask), model(np.where(mask, ids, 20), mask)
@@ -70,15 +70,15 @@ def tensors():
 
 
 def load(tensors, options=None):
-  source = source_files.arrays(tensors, options)
-  return convert.load(source, convert.config_of(source))
+  source = source_of_arrays(tensors, options)
+  return convert.load_weights(source, convert.config_of(source))
 
 
 def test_config_decides_then_keys(tensors):
-  inferred = convert.config_of(source_files.arrays(tensors))
+  inferred = convert.config_of(source_of_arrays(tensors))
   assert (inferred.num_layers, inferred.num_heads, inferred.d_kv) == (2, 3, 6)
   said = {'layer_norm_epsilon': 1e-5, 'relative_attention_max_distance': 20, 'extra': 1}
-  config = convert.config_of(source_files.arrays(tensors, said))
+  config = convert.config_of(source_of_arrays(tensors, said))
   assert config == dataclasses.replace(
     inferred, layer_norm_epsilon=1e-5, relative_attention_max_distance=20
   )
@@ -98,6 +98,6 @@ def test_what_is_wrong_is_said(tensors):
   with pytest.raises(ValueError, match='has no T5 encoder'):
     load({'x': np.zeros(1)})
   with pytest.raises(ConfigError, match="feed_forward_proj='gated-silu': allowed are gated-gelu"):
-    convert.config_of(source_files.arrays(tensors), options={'feed_forward_proj': 'gated-silu'})
+    convert.config_of(source_of_arrays(tensors), options={'feed_forward_proj': 'gated-silu'})
   with pytest.raises(ValueError, match=r'blocks\.2\.feed\.wo\.kernel'):
     load(tensors, {'num_layers': 3})

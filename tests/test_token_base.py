@@ -29,8 +29,8 @@ class Sums(TokenGenerator):
   decoded_output = core.Output('image', (LENGTH, 1, 3))
 
   @property
-  def streams(self):
-    return () if self.prior == 'uniform' else super().streams
+  def guidance_streams(self):
+    return () if self.prior == 'uniform' else super().guidance_streams
 
   def load(self):
     table = jax.random.normal(jax.random.key(0), (VOCAB + 1, VOCAB))
@@ -51,7 +51,7 @@ class Sums(TokenGenerator):
     null = params['table'][fed]
     prompt = null + 0.1 * (total + ctx[:, None])[..., None] * params['slope']
     logits = {'prompt': prompt, 'null': null}
-    return self.guide_logits(jnp.stack([logits[s] for s in self.streams], -2)), total
+    return self.guide_logits(jnp.stack([logits[s] for s in self.guidance_streams], -2)), total
 
   def prefill(self, params, ctx, state, stage):
     read = jnp.arange(LENGTH) < jnp.asarray(stage)[..., None] - 1
@@ -62,8 +62,8 @@ class Sums(TokenGenerator):
     bars = jnp.where(drawn, state.tokens / VOCAB, 0.5)
     return jnp.broadcast_to(bars[..., None, None], (*state.tokens.shape, 1, 3))
 
-  def flops(self, op):
-    return {'encode': 0, 'step': 10 * len(self.streams), 'prefill': 30, 'decode': 5}[op]
+  def count_flops(self, op):
+    return {'encode': 0, 'step': 10 * len(self.guidance_streams), 'prefill': 30, 'decode': 5}[op]
 
 
 def log_probs_of(gen, params, ctx, tokens):

@@ -272,5 +272,7 @@ def test_tictactoe_is_played_perfectly(rule, leaves, simulations):
     )
     return simulate.root_summary(grown, rule.for_simulations(simulations)).action
 
-  for board, action in zip(boards, np.asarray(jax.jit(move)(np.array(boards, np.int8)))):
+  # long enough to be worth the optimiser that tests do without
+  fast = jax.jit(move, compiler_options={'xla_backend_optimization_level': 2})
+  for board, action in zip(boards, np.asarray(fast(np.array(boards, np.int8)))):
     assert action in tic_tac_toe.solve_board(board)[1], f'{board}: {action}'

@@ -24,7 +24,7 @@ SMALL = value.Config(tokens=9, codes=16, width=32, heads=2, text_width=16)
 
 @functools.cache
 def small(kind, config, seed=3):
-  return modules.split_module(kind.build(config, seed))
+  return modules.split_module(kind.build_model(config, seed))
 
 
 def inputs(config, tokens=8):
@@ -54,7 +54,7 @@ def test_nothing_is_loaded_or_computed_unless_asked_for():
   for name, leaf in few.items():
     jax.tree.map(np.testing.assert_array_equal, leaf, more[name])
   extra = asked.cost('encode').flops - plain.cost('encode').flops
-  assert extra == value.flops_context(models.read_config('value_1d')) + prior.flops_text(
+  assert extra == value.count_context_flops(models.read_config('value_1d')) + prior.count_text_flops(
     models.read_config('rollout_1d')
   )
 
@@ -80,18 +80,18 @@ def test_what_a_generator_lacks_is_a_config_error_that_names_it():
 def test_a_value_is_the_same_read_at_one_stage_and_at_all_of_them():
   graphdef, params = small(value, SMALL)
   text, tokens = inputs(SMALL)
-  call = lambda f: jax.jit(lambda p, *a: f(modules.bind(graphdef, p), *a))
-  context = call(lambda m, t: m.context(t))(params, text)
-  every = call(lambda m, c, t: m.scores(c, m.embeddings(c, t)))(params, context, tokens)
+  call = lambda f: jax.jit(lambda p, *a: f(modules.bind_graph(graphdef, p), *a))
+  context = call(lambda m, t: m.encode_context(t))(params, text)
+  every = call(lambda m, c, t: m.embedding_scores(c, m.completion_embeddings(c, t)))(params, context, tokens)
   assert every.shape == (2, 3, 9)
-  one = call(lambda m, c, t, s: m.value(c, t, s))
+  one = call(lambda m, c, t, s: m.predict_value(c, t, s))
   stages = np.array([[0, 4, 8], [7, 1, 0]])
   picked = np.take_along_axis(np.asarray(every), stages[..., None], 2)[..., 0]
   np.testing.assert_allclose(one(params, context, tokens, stages), picked, atol=2e-6)
 
 
 def test_scores_are_the_verifiers_logits_of_the_embedding():
-  verifier = clip.build(clip.Config(), seed=1)
+  verifier = clip.build_model(clip.Config(), seed=1)
   graphdef, params = small(value, SMALL)
   theirs = modules.split_module(verifier)[1]
   params = params | {
@@ -99,24 +99,24 @@ def test_scores_are_the_verifiers_logits_of_the_embedding():
     'scale': theirs['scale'],
     'bias': theirs['bias'],
   }
-  model, (text, _) = modules.bind(graphdef, params), inputs(SMALL)
+  model, (text, _) = modules.bind_graph(graphdef, params), inputs(SMALL)
   seen = jax.random.normal(KEY, (2, 5, 128))
-  want = verifier.logits(seen, verifier.text(text)[:, None])
-  np.testing.assert_allclose(model.scores(model.context(text), seen), want, rtol=1e-5, atol=1e-5)
+  want = verifier.pair_logits(seen, verifier.embed_texts(text)[:, None])
+  np.testing.assert_allclose(model.embedding_scores(model.encode_context(text), seen), want, rtol=1e-5, atol=1e-5)
 
 
 def test_flops_of_values_agree_with_the_compiler():
   config = value.Config()
-  graphdef, params = modules.abstract_module(lambda: value.build(config))
-  model = lambda p: modules.bind(graphdef, p)
+  graphdef, params = modules.abstract_module(lambda: value.build_model(config))
+  model = lambda p: modules.bind_graph(graphdef, p)
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
   count = lambda f, *a: jax.jit(f).lower(*a).compile().cost_analysis()['flops']
   text = shape((2, 12))
-  context = jax.eval_shape(lambda p, t: model(p).context(t), params, text)
+  context = jax.eval_shape(lambda p, t: model(p).encode_context(t), params, text)
   measured = {
-    value.flops_context(config): count(lambda p, t: model(p).context(t), params, text) / 2,
-    value.flops_value(config): count(
-      lambda p, *a: model(p).value(*a), params, context, shape((2, 3, 32)), shape((2, 3))
+    value.count_context_flops(config): count(lambda p, t: model(p).encode_context(t), params, text) / 2,
+    value.count_value_flops(config): count(
+      lambda p, *a: model(p).predict_value(*a), params, context, shape((2, 3, 32)), shape((2, 3))
     )
     / 6,
   }
@@ -130,7 +130,7 @@ def test_flops_of_values_agree_with_the_compiler():
 @pytest.mark.parametrize('scale', [1, 1.5])
 def test_samples_keep_what_is_given_and_tell_the_guided_logits(scale):
   config = prior.Config(tokens=8, codes=16, width=32, layers=2, heads=2, text_width=16)
-  model = modules.bind(*small(prior, config))
+  model = modules.bind_graph(*small(prior, config))
   text, given = inputs(config)
   begin = np.array([[0, 3, 8], [5, 0, 1]])
   draw = functools.partial(completions.sample_tokens, model, scale)
@@ -139,7 +139,7 @@ def test_samples_keep_what_is_given_and_tell_the_guided_logits(scale):
   kept = np.arange(8) < begin[..., None]
   np.testing.assert_array_equal(tokens[kept], given[kept])
   assert (np.asarray(tokens)[0, 0] != given[0, 0]).any()
-  on, off = (model.forced(model.text(t), tokens) for t in (text, np.zeros_like(text)))
+  on, off = (model.forced_logits(model.encode_text(t), tokens) for t in (text, np.zeros_like(text)))
   np.testing.assert_allclose(logits, off + scale * (on - off), atol=1e-4)
   tokens, logits = draw(text, given, begin, KEY, greedy=True)
   np.testing.assert_array_equal(np.asarray(tokens)[~kept], np.asarray(logits).argmax(-1)[~kept])
@@ -147,9 +147,9 @@ def test_samples_keep_what_is_given_and_tell_the_guided_logits(scale):
 
 def test_a_distribution_survives_its_storage_and_diverges_from_itself_by_nothing():
   config = prior.Config(tokens=8, codes=16, width=32, layers=2, heads=2, text_width=16)
-  model = modules.bind(*small(prior, config))
+  model = modules.bind_graph(*small(prior, config))
   text, tokens = inputs(config)
-  p = jax.nn.softmax(model.forced(model.text(text), tokens))
+  p = jax.nn.softmax(model.forced_logits(model.encode_text(text), tokens))
   root = jnp.round(255 * jnp.sqrt(p)).astype(jnp.uint8)
   np.testing.assert_allclose(rollout.guided_probabilities(root), p, atol=0.01)
   assert abs(rollout.guided_divergence(model, text, tokens, root)).max() < 2e-3

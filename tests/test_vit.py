@@ -20,9 +20,10 @@ def test_attention(monkeypatch, scores, shape):
   whole = None if bias is None else jnp.broadcast_to(bias, (6, 3, 5, 7))
   want = jax.nn.dot_product_attention(split(q), split(k), split(v), bias=whole)
   monkeypatch.setattr(vit, 'SCORES', scores)
-  np.testing.assert_allclose(vit.attend(q, k, v, 3, bias), want.reshape(q.shape), atol=2e-6)
+  have = vit.multi_head_attention(q, k, v, 3, bias)
+  np.testing.assert_allclose(have, want.reshape(q.shape), atol=2e-6)
   monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
-  np.testing.assert_array_equal(vit.attend(q, k, v, 3, bias), want.reshape(q.shape))
+  np.testing.assert_array_equal(vit.multi_head_attention(q, k, v, 3, bias), want.reshape(q.shape))
 
 
 @pytest.mark.parametrize('shape', [None, (5, 7), (6, 1, 1, 7)])
@@ -31,6 +32,7 @@ def test_a_tpu_gets_no_loop_over_rows(monkeypatch, shape):
   monkeypatch.setattr(vit, 'SCORES', 1)
   q, k, v = (jax.ShapeDtypeStruct((6, t, 12), jnp.float32) for t in (5, 7, 7))
   bias = None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32)
-  traced = jax.jit(lambda q, k, v, bias: vit.attend(q, k, v, 3, bias)).trace(q, k, v, bias)
+  attend = jax.jit(lambda q, k, v, bias: vit.multi_head_attention(q, k, v, 3, bias))
+  traced = attend.trace(q, k, v, bias)
   lowered = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ('cpu', 'tpu')}
   assert 'stablehlo.while' in lowered['cpu'] and 'stablehlo.while' not in lowered['tpu']

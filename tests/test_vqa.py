@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vtts_jax import components, core
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules, vit
 from vtts_jax.models.clip import modeling as clip
@@ -38,7 +38,7 @@ PROMPTS = core.as_prompts(['a red square', 'two blue dogs sit'])
 )
 def test_released_sizes(name, count, decoder):
   """The tower's last block and norm are not there: 12,598,272 parameters of the released file."""
-  _, params = modules.abstract_module(lambda: modeling.build(modeling.SIZES[name]))
+  _, params = modules.abstract_module(lambda: modeling.build_model(modeling.SIZES[name]))
   size = modules.count_parameters
   assert size(params) == count and size(params['decoder']) == decoder
   assert size(params['image']) + 12_598_272 == 303_507_456  # CLIP L/14 at 336, bare
@@ -49,15 +49,15 @@ def test_flops_are_what_xla_counts():
   text = t5.Config(vocab_size=300, d_model=128, d_kv=16, d_ff=320, num_layers=1, num_heads=6)
   vision = clip.Config(vit.Config(96, 1, 2, 384), None, 1, image_size=32, patch=4)
   c = modeling.Config(vision, text, text)
-  graphdef, params = modules.abstract_module(lambda: modeling.build(c))
+  graphdef, params = modules.abstract_module(lambda: modeling.build_model(c))
   shape = lambda *s, dtype='float32': jax.ShapeDtypeStruct(s, jnp.dtype(dtype))
   words = shape(1, 9, 128), shape(1, 7, 128), shape(1, 7, dtype='int32')
   run = lambda p, pixels, before, after, mask, answer: (
-    lambda m: m.likelihood(before, m.embed_images(pixels), after, mask, answer)
-  )(modules.bind(graphdef, p))
+    lambda m: m.answer_likelihood(before, m.embed_images(pixels), after, mask, answer)
+  )(modules.bind_graph(graphdef, p))
   lowered = jax.jit(run).lower(params, shape(1, 32, 32, 3), *words, shape(1, 2, dtype='int32'))
   counted = lowered.compile().cost_analysis()['flops']
-  assert 1 <= counted / modeling.flops(c, 9, 7, 2) < 1.1
+  assert 1 <= counted / modeling.count_flops(c, 9, 7, 2) < 1.1
 
 
 @pytest.mark.parametrize('shape', [(4, 9), (9, 4), (5, 8), (6, 6)])
@@ -66,26 +66,26 @@ def test_pictures_are_squared_as_published(shape):
   side = max(shape)
   want = Image.new('RGB', (side, side), (122, 116, 104))  # int(255 mean)
   want.paste(Image.fromarray(picture), ((side - shape[1]) // 2, (side - shape[0]) // 2))
-  have = modeling.square(jnp.array(picture[None], jnp.float32) / 255)
+  have = modeling.pad_to_square(jnp.array(picture[None], jnp.float32) / 255)
   np.testing.assert_array_equal(np.rint(np.asarray(have[0]) * 255), np.asarray(want))
 
 
 def test_a_likelihood_is_over_the_words_of_the_tokenizer(params):
   """Over all answers of two tokens, P(first) P(second | first) sums to one."""
   c = dataclasses.replace(modeling.SIZES['tiny'], words=12)
-  graphdef, _ = modules.abstract_module(lambda: modeling.build(c))
+  graphdef, _ = modules.abstract_module(lambda: modeling.build_model(c))
   answers = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2)
   states = np.random.default_rng(0).normal(size=(1, 7, 16)).astype(np.float32)
 
   @jax.jit
   def log_probs(answers):
-    model, rows = modules.bind(graphdef, params), len(answers)
-    return model.log_probs(np.repeat(states, rows, 0), np.ones((rows, 7), bool), answers)
+    model, rows = modules.bind_graph(graphdef, params), len(answers)
+    return model.answer_log_probs(np.repeat(states, rows, 0), np.ones((rows, 7), bool), answers)
 
   found = np.asarray(log_probs(answers))
   np.testing.assert_allclose(np.exp(found.sum(1)).sum(), 1, atol=1e-5)
   assert np.ptp(found[answers[:, 1] == 3, 1]) > 1e-3  # the second hears the first
-  np.testing.assert_array_equal(t5_decoder.shifted(answers)[:, 1], answers[:, 0])
+  np.testing.assert_array_equal(t5_decoder.shift_right(answers)[:, 1], answers[:, 0])
 
 
 @pytest.fixture
@@ -100,8 +100,8 @@ def test_what_is_wrong_is_said(tensors):
   values, config = tensors
 
   def load(values, config=config):
-    source = convert.whole(source_files.arrays(values, config))
-    return convert.load(source, convert.config_of(source))
+    source = convert.join_tower(source_of_arrays(values, config))
+    return convert.load_weights(source, convert.config_of(source))
 
   load(values)
   towerless = {k: v for k, v in values.items() if not k.startswith('vision_tower.')}
@@ -223,8 +223,8 @@ def test_loading_with_the_tower_inside_or_apart(tensors, tmp_path):
 
   inside, apart = make('clip-flant5-xs'), make('towerless', 'clip')
   assert inside.names == ('vqa_score_clip_flant5_xs',)
-  config = inside.clip_flant5.config
-  assert config == apart.clip_flant5.config and config.vision.image_size == 12
+  config = inside.model_part.config
+  assert config == apart.model_part.config and config.vision.image_size == 12
   params = inside.load()
   jax.tree.map(np.testing.assert_array_equal, params, apart.load())
   assert {str(x.dtype) for x in jax.tree.leaves(params)} == {'bfloat16'}

@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from vtts_jax.checkpoints import cache as weight_cache
-from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.checkpoints import files as weight_files
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.cache import convert_with_cache
+from vtts_jax.checkpoints.convert import convert_weights
+from vtts_jax.checkpoints.files import read_metadata, read_weights, write_weights
+from vtts_jax.checkpoints.source import Source, open_source, read_config, source_of_arrays
 from vtts_jax.models import modules
 
 RULES = [
@@ -89,25 +89,25 @@ def check(params, values):
 
 def test_shards_and_single_file_give_the_same(tmp_path, template):
   values = tensors()
-  check(conversion.convert(source_files.arrays(values), RULES, template), values)
-  source = source_files.open_source(shards(tmp_path / 'shards', values))
-  assert sorted(source.names()) == sorted(values) and source.config == {}
-  check(conversion.convert(source, RULES, template), values)
+  check(convert_weights(source_of_arrays(values), RULES, template), values)
+  source = open_source(shards(tmp_path / 'shards', values))
+  assert sorted(source.tensor_names()) == sorted(values) and source.config == {}
+  check(convert_weights(source, RULES, template), values)
   save_file(values, tmp_path / 'one.safetensors')
-  one = source_files.open_source(tmp_path / 'one.safetensors')
-  check(conversion.convert(one, RULES, template), values)
+  one = open_source(tmp_path / 'one.safetensors')
+  check(convert_weights(one, RULES, template), values)
 
 
 def test_dtype_touches_floats_only(template):
-  params = conversion.convert(source_files.arrays(tensors()), RULES, template, jnp.bfloat16)
+  params = convert_weights(source_of_arrays(tensors()), RULES, template, jnp.bfloat16)
   assert params['table'].dtype == jnp.bfloat16 and params['count'].dtype == jnp.int32
 
 
 def test_bfloat16_file(tmp_path, template):
   values = {k: v.astype(jnp.bfloat16) if v.dtype == np.float32 else v for k, v in tensors().items()}
-  source = source_files.open_source(shards(tmp_path, values))
+  source = open_source(shards(tmp_path, values))
   assert source.header['tied.a'] == ((5, 2), 'bfloat16')
-  params = conversion.convert(source, RULES, template)
+  params = convert_weights(source, RULES, template)
   assert params['table'].dtype == jnp.float32
   check(params, {k: v.astype(np.float32) if k != 'count' else v for k, v in values.items()})
 
@@ -122,8 +122,8 @@ def test_one_tensor_at_a_time(template):
     alive.append(weakref.ref(new))
     return new
 
-  source = source_files.Source('spy', source_files.arrays(values).header, read)
-  conversion.convert(source, RULES, template, jnp.bfloat16)
+  source = Source('spy', source_of_arrays(values).header, read)
+  convert_weights(source, RULES, template, jnp.bfloat16)
   assert len(alive) == len(values) - 1  # `train.step` is never read
   assert most <= 1
 
@@ -133,7 +133,7 @@ def test_one_tensor_at_a_time(template):
 
 def broken(**changes):
   values = tensors() | changes
-  return source_files.arrays({k: v for k, v in values.items() if v is not None})
+  return source_of_arrays({k: v for k, v in values.items() if v is not None})
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def broken(**changes):
 )
 def test_what_does_not_fit(template, changes, say):
   with pytest.raises(ValueError, match=say):
-    conversion.convert(broken(**changes), RULES, template)
+    convert_weights(broken(**changes), RULES, template)
 
 
 def test_both_sides_are_listed_and_nothing_is_read(template):
   values = {'encoder.w': np.zeros(2), 'layer.0.bias': np.zeros(6)}
-  source = source_files.Source('other.safetensors', source_files.arrays(values).header, None)
+  source = Source('other.safetensors', source_of_arrays(values).header, None)
   with pytest.raises(ValueError, match='looks like another model') as error:
-    conversion.convert(source, RULES, template)
+    convert_weights(source, RULES, template)
   for name in ('other.safetensors', 'encoder.w', 'conv.kernel', 'table', 'layers.1.kernel'):
     assert name in str(error.value)
 
@@ -173,7 +173,7 @@ def test_truncated_file(tmp_path):
   for size in (len(whole) - 8, 40, 3):
     path.write_bytes(whole[:size])
     with pytest.raises(ValueError, match=r'model.safetensors.* is truncated or no safetensors'):
-      source_files.open_source(tmp_path)
+      open_source(tmp_path)
 
 
 def test_unknown_dtype(tmp_path):
@@ -181,7 +181,7 @@ def test_unknown_dtype(tmp_path):
   path = tmp_path / 'model.safetensors'
   path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(2))
   with pytest.raises(ValueError, match='x has dtype F8_E4M3; allowed are F64, F32'):
-    source_files.open_source(path)
+    open_source(path)
 
 
 def test_missing_shard_and_broken_index(tmp_path):
@@ -189,33 +189,33 @@ def test_missing_shard_and_broken_index(tmp_path):
   second = tmp_path / 'model-00002-of-00002.safetensors'
   save_file({'count': np.zeros(())}, second)
   with pytest.raises(ValueError, match='shards do not hold: count, layer.1.bias'):
-    source_files.open_source(tmp_path)
+    open_source(tmp_path)
   second.unlink()
   with pytest.raises(FileNotFoundError, match='1 of 2 shards are missing: model-00002-of-00002'):
-    source_files.open_source(tmp_path)
+    open_source(tmp_path)
   (tmp_path / 'model.safetensors.index.json').unlink()
   with pytest.raises(FileNotFoundError, match='shards but no .*index.json'):
-    source_files.open_source(tmp_path)
+    open_source(tmp_path)
 
 
 def test_folders_without_weights(tmp_path):
   with pytest.raises(FileNotFoundError, match='no such file or folder'):
-    source_files.open_source(tmp_path / 'nowhere')
+    open_source(tmp_path / 'nowhere')
   with pytest.raises(FileNotFoundError, match='has no .*safetensors'):
-    source_files.open_source(tmp_path)
+    open_source(tmp_path)
   (tmp_path / 'pytorch_model.bin').write_bytes(b'\x80\x04')
   with pytest.raises(FileNotFoundError, match='pickles are never loaded'):
-    source_files.open_source(tmp_path)
+    open_source(tmp_path)
   with pytest.raises(ValueError, match='pickles are never loaded'):
-    source_files.open_source(tmp_path / 'pytorch_model.bin')
+    open_source(tmp_path / 'pytorch_model.bin')
   for name in 'ab':
     save_file({'x': np.zeros(1)}, tmp_path / f'{name}.safetensors')
   with pytest.raises(ValueError, match='name one: a.safetensors, b.safetensors'):
-    source_files.open_source(tmp_path)
-  assert source_files.open_source(tmp_path, file='b.safetensors').names() == ['x']
+    open_source(tmp_path)
+  assert open_source(tmp_path, file='b.safetensors').tensor_names() == ['x']
   save_file({'y': np.zeros(1)}, tmp_path / 'diffusion_pytorch_model.safetensors')
   save_file({'z': np.zeros(1)}, tmp_path / 'diffusion_pytorch_model.fp16.safetensors')
-  assert source_files.open_source(tmp_path).names() == ['y']
+  assert open_source(tmp_path).tensor_names() == ['y']
 
 
 # ------------------------------------------------------------------------------------------- config
@@ -225,17 +225,17 @@ def test_config_beside_and_inside(tmp_path):
   (tmp_path / 'config.json').write_text('{"depth": 3, "deep": {"width": 8}}')
   said = {'format': 'pt', 'width': '5', 'model': "{'heads': 2, 'none': None}", 'note': 'a: b'}
   save_file({'x': np.zeros(1)}, tmp_path / 'model.safetensors', metadata=said)
-  source = source_files.open_source(tmp_path)
+  source = open_source(tmp_path)
   assert source.config == {
     'depth': 3, 'deep': {'width': 8}, 'width': 5, 'model': {'heads': 2, 'none': None},
     'note': 'a: b',
   }  # fmt: skip
-  assert source.option('width') == 5 and source.option('size', 'heads') == 2
-  assert source.option('none', default=1) == 1
+  assert source.find_option('width') == 5 and source.find_option('size', 'heads') == 2
+  assert source.find_option('none', default=1) == 1
   (tmp_path / 'config.yaml').write_text('depth: 4\nnorm: {eps: 1.0e-6}\n')
-  source = source_files.open_source(tmp_path)
-  assert source.option('depth') == 4 and source.option('eps') == 1e-6
-  assert source.part('x').config == {}
+  source = open_source(tmp_path)
+  assert source.find_option('depth') == 4 and source.find_option('eps') == 1e-6
+  assert source.select_prefix('x').config == {}
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_config_beside_and_inside(tmp_path):
 def test_bad_config(tmp_path, name, text, say):
   (tmp_path / name).write_text(text)
   with pytest.raises(ValueError, match=say):
-    source_files.read_config(tmp_path)
+    read_config(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- hub
@@ -278,17 +278,17 @@ def test_hub_from_the_local_cache_without_a_network(tmp_path, template, monkeypa
     ('owner/toy', {'revision': commit}),
     ('owner/toy', {}),
   ):
-    source = source_files.open_source(place, subfolder='vae', **options)
+    source = open_source(place, subfolder='vae', **options)
     assert source.identity == f'owner/toy@{commit}'
-    check(conversion.convert(source, RULES, template), values)
-  assert source_files.open_source('owner/toy').names() == ['x']
+    check(convert_weights(source, RULES, template), values)
+  assert open_source('owner/toy').tensor_names() == ['x']
   save_file({'y': np.zeros(1)}, folder / 'ae.safetensors')
-  assert source_files.open_source('owner/toy', file='ae.safetensors').names() == ['y']
-  assert source_files.open_source(f'owner/toy/ae.safetensors@{commit}').names() == ['y']
+  assert open_source('owner/toy', file='ae.safetensors').tensor_names() == ['y']
+  assert open_source(f'owner/toy/ae.safetensors@{commit}').tensor_names() == ['y']
   with pytest.raises(FileNotFoundError, match=r'owner/toy@v2.*not in the local hub cache'):
-    source_files.open_source('owner/toy@v2')
+    open_source('owner/toy@v2')
   with pytest.raises(FileNotFoundError, match='owner/other'):
-    source_files.open_source('owner/other')
+    open_source('owner/other')
 
 
 def test_hub_downloads_what_the_cache_lacks(tmp_path, monkeypatch):
@@ -306,7 +306,7 @@ def test_hub_downloads_what_the_cache_lacks(tmp_path, monkeypatch):
     return str(folder)
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
-  assert source_files.open_source('owner/toy@v1').identity == f'owner/toy@{"b" * 40}'
+  assert open_source('owner/toy@v1').identity == f'owner/toy@{"b" * 40}'
   assert [a[:3] for a in asked] == [('owner/toy', 'v1', True), ('owner/toy', 'v1', False)]
   assert not any(p.endswith(('.bin', '.pt')) for p in asked[1][3])
 
@@ -319,19 +319,19 @@ def test_cached_copy(tmp_path, template):
   path = tmp_path / 'model.safetensors'
   save_file(values, path)
   keep = tmp_path / 'kept'
-  check(weight_cache.cached(keep, source_files.open_source(path), RULES, template), values)
+  check(convert_with_cache(keep, open_source(path), RULES, template), values)
   assert len(os.listdir(keep)) == 1
-  source = source_files.open_source(path)
-  blind = source_files.Source(source.where, source.header, None, identity=source.identity)
-  check(weight_cache.cached(keep, blind, RULES, template), values)  # nothing is read again
-  half = weight_cache.cached(keep, source, RULES, template, jnp.bfloat16)
+  source = open_source(path)
+  blind = Source(source.where, source.header, None, identity=source.identity)
+  check(convert_with_cache(keep, blind, RULES, template), values)  # nothing is read again
+  half = convert_with_cache(keep, source, RULES, template, jnp.bfloat16)
   assert half['table'].dtype == jnp.bfloat16 and len(os.listdir(keep)) == 2
   values['layer.0.bias'] = values['layer.0.bias'] + 1
   save_file(values, path)
   os.utime(path, ns=(1, 1))
-  check(weight_cache.cached(keep, source_files.open_source(path), RULES, template), values)
+  check(convert_with_cache(keep, open_source(path), RULES, template), values)
   with pytest.raises(ValueError, match='no identity'):
-    weight_cache.cached(keep, source_files.arrays(values), RULES, template)
+    convert_with_cache(keep, source_of_arrays(values), RULES, template)
 
 
 SHARDED = """
@@ -340,20 +340,20 @@ from jax.sharding import PartitionSpec as P
 from flax import nnx
 sys.path.insert(0, sys.argv[1])
 import test_weights as t
-from vtts_jax.checkpoints import cache as weight_cache
-from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.cache import convert_with_cache
+from vtts_jax.checkpoints.convert import convert_weights
+from vtts_jax.checkpoints.source import open_source
 from vtts_jax.engine import sharding
 from vtts_jax.models import modules
 template = modules.abstract_module(lambda: t.Toy(nnx.Rngs(0)))[1]
 values = t.tensors()
-source = source_files.open_source(sys.argv[2])
+source = open_source(sys.argv[2])
 for model in (2, 1):  # kept under one layout, loaded under two
   mesh = sharding.make_mesh(model)
   places = modules.shardings_by_rule(template, mesh, [(r'layers/.*kernel', P('data', 'model'))])
   for new in (
-    conversion.convert(source, t.RULES, template, sharding=places),
-    weight_cache.cached(sys.argv[3], source, t.RULES, template, sharding=places),
+    convert_weights(source, t.RULES, template, sharding=places),
+    convert_with_cache(sys.argv[3], source, t.RULES, template, sharding=places),
   ):
     t.check(new, values)
     kernel = new['layers'][1]['kernel']
@@ -377,10 +377,10 @@ def test_any_sharding(tmp_path):
 def test_save_and_load(tmp_path):
   _, params = modules.split_module(Toy(nnx.Rngs(0)))
   path = str(tmp_path / 'x.safetensors')
-  weight_files.save(path, params, {'config': {'a': 1}}, jnp.float16)
-  assert weight_files.metadata(path) == {'config': '{"a": 1}'}
-  back = weight_files.load(path, params)
+  write_weights(path, params, {'config': {'a': 1}}, jnp.float16)
+  assert read_metadata(path) == {'config': '{"a": 1}'}
+  back = read_weights(path, params)
   assert jax.tree.structure(back) == jax.tree.structure(params)
   np.testing.assert_allclose(back['conv']['kernel'], params['conv']['kernel'], atol=1e-3)
   with pytest.raises(ValueError, match='missing from the file: extra'):
-    weight_files.load(path, params | {'extra': jnp.zeros(1)})
+    read_weights(path, params | {'extra': jnp.zeros(1)})

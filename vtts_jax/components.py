@@ -1,15 +1,17 @@
 """Components by name: a module path and its settings. There is no registry.
 
 A component is a module with one generator, verifier or algorithm: a frozen dataclass whose fields
-are its settings. A package stands for the class that it exports. Where a component must do more
-than take its settings, its module has a `build(**settings)`. Prompt sets (`prompts(**settings)`)
-and metrics (`grade(images, prompts)`) are named by their module in the same way.
+are its settings. A package is the component whose class it exports. A module whose component must
+do more than take its settings has a `build(**settings)`. Prompt sets are modules with
+`prompts(**settings)`, and metrics are modules with `grade(outputs, prompts)`. Both are named in the
+same way.
 
-The package's own components are listed by reading their source: `vtts list` imports nothing.
+`vtts list` reads the source of the package's own components and imports none of them.
 """
 
 import ast
 import dataclasses
+import functools
 import importlib
 import pathlib
 from collections.abc import Mapping
@@ -34,21 +36,24 @@ RENAMED = {  # what 0.1.0 called them
 
 
 def load(name: str, **settings):
-  """Builds a component by its module path, e.g. `load('search.beam', width=5)`.
+  """Builds a component by its module path, as in `load('search.beam', width=5)`.
 
-  A setting that is itself a mapping with a `name` is a component too, and is built first.
+  A setting that is a mapping with a `name` is itself a component, and is built first.
 
   Raises:
-    ConfigError: unknown component, unknown setting or a value that the component refuses.
+    ConfigError: an unknown component, an unknown setting, or a value that the component refuses.
   """
   module = find_module(name)
+  # first, because a module with a `build` may define several classes to choose from
   if hasattr(module, 'build'):
     return module.build(**settings)
   return build_component(component_class(module), **settings)
 
 
 def build_component(cls, **settings):
-  """An instance of a settings dataclass; lists become tuples, mappings with a `name` components.
+  """Builds an instance of a component's class.
+
+  Lists become tuples, and mappings with a `name` become components.
 
   Raises:
     ConfigError: an unknown setting, or a required one that is missing.
@@ -60,6 +65,7 @@ def build_component(cls, **settings):
       raise ConfigError(
         f'{where}: unknown setting {name}={value!r}; allowed: {", ".join(fields)}'
       )
+  # before the class is called: Python's own message would not name the component
   missing = [name for name, field in fields.items() if _is_required(field) and name not in settings]
   if missing:
     raise ConfigError(f'{where}: {missing[0]} is missing')
@@ -67,6 +73,7 @@ def build_component(cls, **settings):
 
 
 def _freeze_setting(value):
+  """A setting that can be hashed, since a component is a static argument of `jax.jit`."""
   if isinstance(value, list | tuple):
     return tuple(_freeze_setting(v) for v in value)
   if isinstance(value, Mapping):
@@ -78,17 +85,18 @@ def _freeze_setting(value):
 # --------------------------------------------------------------------------------------- by name
 
 
-def find_module(name: str, needs: str = ''):
-  """The module of this name.
+def find_module(name: str, function: str = ''):
+  """Imports the module of a component, prompt set or metric.
 
-  A name that starts with one of the package's folders is `vtts_jax.<name>`. Any other is imported
-  as it stands, so a part of yours needs no registration: one module, found on the Python path.
+  A name that starts with one of the package's folders stands for `vtts_jax.<name>`. Any other name
+  is imported as it is, so that a part of yours is one module on the Python path.
 
   Args:
-    needs: a function that it must define: 'prompts' or 'grade'.
+    name: the module path.
+    function: what the module must define, 'prompts' or 'grade'; '' for nothing.
 
   Raises:
-    ConfigError: there is no such module, it lacks what is needed, or it has been renamed.
+    ConfigError: there is no such module, it lacks the function, or it has been renamed.
   """
   if name in RENAMED:
     raise ConfigError(f'component {name!r} is now called {RENAMED[name]!r}')
@@ -97,30 +105,37 @@ def find_module(name: str, needs: str = ''):
   try:
     module = importlib.import_module(path)
   except ModuleNotFoundError as err:
-    # a module that exists and misses an import of its own is another error
+    # a module that exists and lacks an import of its own is another error, which must not hide
     if err.name and (path == err.name or path.startswith(err.name + '.')):
-      raise ConfigError(f'unknown component {name!r}; allowed: {_allowed_names(needs)}') from None
+      allowed = _allowed_names(function)
+      raise ConfigError(f'unknown component {name!r}; allowed: {allowed}') from None
     raise
-  if needs and not hasattr(module, needs):
-    raise ConfigError(f'component {name!r} has no {needs}(); allowed: {_allowed_names(needs)}')
+  if function and not hasattr(module, function):
+    allowed = _allowed_names(function)
+    raise ConfigError(f'component {name!r} has no {function}(); allowed: {allowed}')
   return module
 
 
-def _allowed_names(needs: str) -> str:
-  if needs:
-    return f'a module with a {needs}()'
+def _allowed_names(function: str) -> str:
+  """What a message says may be named."""
+  if function:
+    return f'a module with a {function}()'
   return f'{", ".join(list_components())}, or a module of yours with one component'
 
 
 def component_class(module) -> type:
-  """The class of a component's module: the one that it defines, or that a package exports.
+  """The class of a component: the one that its module defines, or that its package exports.
 
   Raises:
-    ConfigError: there is none, or there are several.
+    ConfigError: there is no such class, or there are several.
   """
-  own = lambda c: c.__module__ == module.__name__ or c.__module__.startswith(module.__name__ + '.')
+
+  def is_own(cls):
+    return f'{cls.__module__}.'.startswith(f'{module.__name__}.')
+
+  # a module may import other components, to build on them or to search inside them
   public = [c for key, c in vars(module).items() if isinstance(c, type) and key[0] != '_']
-  found = [c for c in dict.fromkeys(public) if issubclass(c, ROLES) and own(c)]
+  found = [c for c in dict.fromkeys(public) if issubclass(c, ROLES) and is_own(c)]
   # of a class and the base that it is derived from, the derived one is the component
   found = [c for c in found if not any(c in other.__mro__[1:] for other in found)]
   name = module.__name__.removeprefix('vtts_jax.')
@@ -137,13 +152,19 @@ def component_class(module) -> type:
 
 
 def default_settings(name: str, **settings) -> dict[str, Any]:
-  """A config section for a component: its name, its defaults, and what `settings` change."""
+  """A config section for a component: its name and all of its settings.
+
+  Args:
+    name: of the component.
+    settings: values that are not the defaults.
+  """
   defaults = _defaults_of(component_class(find_module(name)))
-  return {'name': name} | defaults | settings | {'name': name}  # a setting may be called so too
+  # the name comes first for the reader, and last because a setting may be called 'name' too
+  return {'name': name} | defaults | settings | {'name': name}
 
 
 def describe_component(name: str) -> str:
-  """A component's docstring, its settings with their defaults, and what they mean."""
+  """The docstring of a component, its settings with their defaults, and what they mean."""
   module = find_module(name)
   cls = component_class(module)
   lines = [module.__doc__ or '', 'Settings:']
@@ -153,20 +174,25 @@ def describe_component(name: str) -> str:
 
 
 def _defaults_of(cls) -> dict[str, Any]:
+  """Settings of a component's class that have a default, with it."""
   fields = [f for f in dataclasses.fields(cls) if f.init and not _is_required(f)]
-  made = lambda f: f.default_factory() if f.default is dataclasses.MISSING else f.default
-  return {f.name: made(f) for f in fields}
+  return {
+    f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields
+  }
 
 
 def _is_required(field) -> bool:
+  """Whether a field of a dataclass has no default."""
   return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 # --------------------------------------------------------------------------------------- listing
 
 
+@functools.cache
 def list_components() -> dict[str, str]:
   """Names of the package's own components, each with the first line of its docstring."""
+  # importing them would load every family, which takes seconds and may need extras
   root = pathlib.Path(__file__).parent
   trees = {
     path.relative_to(root): ast.parse(path.read_text(encoding='utf-8'))
@@ -179,6 +205,7 @@ def list_components() -> dict[str, str]:
     for node in tree.body
     if isinstance(node, ast.ClassDef)
   }
+  # a class that another is derived from is a base and no component
   derived_from = {base for names in bases.values() for base in names}
   found = {}
   for path, tree in trees.items():
@@ -199,6 +226,7 @@ def list_components() -> dict[str, str]:
 
 
 def _holds_component(tree, bases) -> bool:
+  """Whether the source of a module has a `build`, or a public class derived from a role."""
   for node in tree.body:
     if isinstance(node, ast.FunctionDef) and node.name == 'build':
       return True
@@ -209,7 +237,8 @@ def _holds_component(tree, bases) -> bool:
 
 def _has_role(name, bases, seen=()) -> bool:
   """Whether a class of this name is derived from one of the roles."""
-  if name in seen:  # a class may have the name of its base
+  # a class may have the name of its base, and would be looked up for ever
+  if name in seen:
     return False
   roles = {role.__name__ for role in ROLES}
   above = bases.get(name, [])
@@ -217,4 +246,5 @@ def _has_role(name, bases, seen=()) -> bool:
 
 
 def _last_name(node) -> str:
+  """The name of a base class in the source: 'Verifier' of `Verifier` and of `core.Verifier`."""
   return getattr(node, 'attr', getattr(node, 'id', ''))

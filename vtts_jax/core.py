@@ -402,6 +402,7 @@ class Sampler(NamedTuple):
   def extend(self, state, keys, stage, count: int, *, greedy: bool = False):
     grown = self.gen.extend(self.params, self.ctx, state, keys, stage, count, greedy=greedy)
     evals = None
+    # candidates that had ended before the call, or end in it, needed fewer stages than it runs
     if self.meter is not None and finishes_early(self.gen):
       before, after = self.gen.stages_done(state, stage), self.gen.stages_done(grown, stage + count)
       evals = (after - before).sum(axis=1)

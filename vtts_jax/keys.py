@@ -34,6 +34,7 @@ def candidate_keys(keys: jax.Array, ids: jax.Array) -> jax.Array:
 def child_keys(keys: jax.Array, stage, k: int) -> jax.Array:
   """Keys `[B, N, K]` of the children that candidates with keys `[B, N]` get at `stage`; child 0 is
   its parent."""
+  # child 0 keeps its parent's key: a beam with one child each draws what best-of-N draws
   parents = keys[:, :, None]
   if k == 1:
     return parents
@@ -79,6 +80,7 @@ def run_stages(one, state, stage, count: int, end: int):
 
   def body(state, i):
     t = stage + i
+    # one stage for all: nothing can be past the end, and nothing has to be masked
     if not jnp.ndim(t):
       return one(state, t), None
     grown, going = one(state, jnp.minimum(t, end - 1)), t < end

@@ -1,18 +1,20 @@
-"""Sweeps of the scene world: algorithm x verifier x budget, read off as curves in one report.
+"""Sweeps of the scene world: search x verifier x budget, read off as curves in one report.
 
     vtts run --config=configs/sweeps/scenes.py:budget       searches at rising budgets
     vtts run --config=configs/sweeps/scenes.py:verifier     each verifier searched on by each search
     vtts run --config=configs/sweeps/scenes.py:alphago      tree search by value, rollout and both
     vtts run --config=configs/sweeps/scenes.py:all          the whole grid
     vtts run --config=configs/sweeps/scenes.py:budget,2d    the same on grid tokens
-    vtts run --config=configs/sweeps/scenes.py:all,runlocal anything, shrunk to minutes
+    vtts run --config=configs/sweeps/scenes.py:all,runlocal any of them, shrunk to minutes
     vtts report runs/sweep-budget-1d-* runs/sweep-budget-2d-* --out=runs/orders
+
+Time: on two CPU cores a seed of `budget` takes about 15 minutes and a seed of `alphago` 6; there
+are three seeds unless --config.seeds='(0,)' is given. Arms resume one by one: repeat the command.
+launch/ starts many processes.
 
 What comes out: runs/sweep-<what>-<order>-<hash>/ with report.html: curves, tables at equal budgets,
 the compute-optimal choice by difficulty, selection rules, fitted laws. Best-of-N runs once, at the
-largest N. On two cores a seed of `budget` takes about 15 minutes and one of `alphago` 6
-(--config.seeds='(0,)'). Arms resume one by one: repeat the command. Many processes: --distributed
-(see launch/).
+largest N.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +29,8 @@ VERIFIERS = {
   'quality': {'name': 'scenes.quality'},
   'likelihood': {'name': 'verifiers.likelihood'},
 }
-ALGORITHMS = {  # a new one is a line here; the second argument is the setting that is its budget
+# a new one is a line here; the second argument is the setting that is its budget
+ALGORITHMS = {
   'best-of-n': vary_setting('search.best_of_n', 'n', (64,)),
   'beam': vary_setting('search.beam', 'width', (2, 4, 8), branch=8),
   'lookahead': vary_setting('search.beam', 'width', (1, 2), branch=4, lookahead=-1),
@@ -45,11 +48,13 @@ ALGORITHMS = {  # a new one is a line here; the second argument is the setting t
   'rollover': vary_setting('search.rollover', 'quota', (2, 4), size=4),
   'mcts': vary_setting('search.mcts', 'simulations', (16, 32)),
 }
-AT_ONE = {  # for the sweep over verifiers: each algorithm at one budget
+# the sweep over verifiers has each search at one budget, so that its rows can be compared
+AT_ONE_BUDGET = {
   'best-of-n': vary_setting('search.best_of_n', 'n', (64,)),
   'beam': vary_setting('search.beam', 'width', (4,), branch=8),
 }
-COLD = {  # greedy lookahead is part of most searches: what does a colder sampler buy by itself?
+# greedy lookahead is part of most searches: what does a colder sampler buy by itself?
+COLD_SAMPLERS = {
   f'cold best-of-n t{round(10 * t)}': {
     'generator': {'temperature': t},
     'search': {'name': 'search.best_of_n', 'n': 16},
@@ -58,10 +63,13 @@ COLD = {  # greedy lookahead is part of most searches: what does a colder sample
 }
 
 
-def alphago() -> dict:
-  """Leaves worth a value head, a rollout (of the generator or of the small model) or both, at about
-  the same FLOPs (AlphaGo's ablation, Silver et al. 2016, figure 4)."""
-  ahead = {'value_of': 'scenes_clip_a', 'rollout_model': 'small'}
+def alphago_arms() -> dict:
+  """AlphaGo's ablation (Silver et al. 2016, figure 4): what a leaf of the tree is worth.
+
+  It is the value head, a rollout of the generator or of the small model, or both, at about the same
+  FLOPs.
+  """
+  guides = {'value_of': 'scenes_clip_a', 'rollout_model': 'small'}
   tree = {'name': 'search.mcts'}
   arms = {
     'rollout': {'simulations': 32},
@@ -70,18 +78,24 @@ def alphago() -> dict:
     'both': {'simulations': 32, 'mix': 0.5},
     'both small': {'simulations': 48, 'mix': 0.5, 'rollout': 'small'},
   }
-  return {name: {'generator': ahead, 'search': tree | own} for name, own in arms.items()}
+  return {name: {'generator': guides, 'search': tree | own} for name, own in arms.items()}
 
 
+# functions, because building a grid checks all of its arms
 ARMS = {
-  'budget': lambda: build_grid(ALGORITHMS, {'clip_a': VERIFIERS['clip_a']}) | COLD,
-  'verifier': lambda: build_grid(AT_ONE, VERIFIERS),
-  'alphago': alphago,
+  'budget': lambda: build_grid(ALGORITHMS, {'clip_a': VERIFIERS['clip_a']}) | COLD_SAMPLERS,
+  'verifier': lambda: build_grid(AT_ONE_BUDGET, VERIFIERS),
+  'alphago': alphago_arms,
   'all': lambda: build_grid(ALGORITHMS, VERIFIERS),
 }
 
 
 def get_config(arg: str = 'budget') -> ConfigDict:
+  """The config of a sweep with its options, as in 'budget,2d,runlocal'.
+
+  Raises:
+    ValueError: an unknown sweep or option.
+  """
   what, *options = (arg or 'budget').split(',')
   if what not in ARMS:
     raise ValueError(f'configs/sweeps/scenes.py:{what}: must be {", ".join(ARMS)}')
@@ -103,7 +117,8 @@ def get_config(arg: str = 'budget') -> ConfigDict:
     'arms': ARMS[what](),
     'seeds': (0, 1, 2),
     'batch': 24,
-    'render_chunk': 4,  # x 24 prompts: 96 pictures fit a core's cache
+    # x 24 prompts: 96 pictures fit a core's cache
+    'render_chunk': 4,
     'mode': 'fused',
     'budget': {'generator': 0.0, 'observe': 0.0, 'verify': 0.0, 'flops': 0.0},
     'traces': 6,

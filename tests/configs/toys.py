@@ -3,6 +3,7 @@
     vtts run --config=tests/configs/toys.py              pictures
     vtts run --config=tests/configs/toys.py:counting     the same, and every decode is counted
     vtts run --config=tests/configs/toys.py:words        texts, graded by nothing
+    vtts run --config=tests/configs/toys.py:one          pictures, one arm of the three
 """
 
 import os
@@ -14,7 +15,6 @@ sys.path.append(os.path.dirname(__file__))  # where counting_toy and host_toy ar
 
 TOYS = 'vtts_jax.testing.toys'
 BON = {'name': 'search.best_of_n', 'n': 16}
-SMC = {'name': 'search.smc', 'particles': 2, 'size': 3}
 
 
 def get_config(arg: str = '') -> ConfigDict:
@@ -41,12 +41,16 @@ def get_config(arg: str = '') -> ConfigDict:
   }
   if arg == 'counting':
     config['generator'] = {'name': 'counting_toy', 'length': 6}
+  if arg == 'one':
+    config['arms'] = {'beam/w2': {}}
   if arg == 'words':
     config['prompts']['count'], config['seeds'], config['batch'] = 3, (0,), 0
     config['generator'] = {'name': TOYS, 'part': 'words'}
     config['verifier'] = {'name': TOYS, 'part': 'letters'}
     config['measure'] = {'letters': config['verifier']}
     config['metric'], config['mesh'] = 'data.prompts', {'model': 1}
-    config['arms'] = {'bon': {'search': {**BON, 'n': 4}}, 'smc': {'search': SMC}}
+    # the second one is no prefix of anything: its snapshots are those of its steps
+    rounds = {**BON, 'n': 4, 'round': 2}
+    config['arms'] = {'bon': {'search': {**BON, 'n': 4}}, 'rounds': {'search': rounds}}
   return ConfigDict(config)
 

@@ -170,7 +170,7 @@ def compare():
   from pytorch_fid import inception as fid
   from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-  from vtts_jax.checkpoints import source as source_files
+  from vtts_jax.checkpoints.source import source_of_arrays
   from vtts_jax.models import modules
   from vtts_jax.models.inception import convert, modeling
 
@@ -192,10 +192,10 @@ def compare():
   held = other.state_dict()
   names = {k: v.shape for k, v in held.items() if 'num_batches' not in k}
   print(len(held), 'names, the same:', names == {k: v.shape for k, v in made.state.items()})
-  source = source_files.arrays({k: v.numpy() for k, v in made.state.items()})
+  source = source_of_arrays({k: v.numpy() for k, v in made.state.items()})
   config = convert.config_of(source)
   graphdef, params = modules.split_module(reference.bind_port(convert, modeling, source))
-  run = jax.jit(lambda p, x: modules.bind(graphdef, p)(modeling.preprocess(config, x)))
+  run = jax.jit(lambda p, x: modules.bind_graph(graphdef, p)(modeling.preprocess(config, x)))
   shown = pixels.astype(np.float32) / 255
   print('ours', gap(run(params, shown), want['pytorch_fid']['features']))
   batch = np.random.default_rng(2).random((8, 299, 299, 3), np.float32)

@@ -12,7 +12,7 @@ with warnings.catch_warnings():
 
   LAZY = (diffusers.AutoencoderKL, transformers.T5EncoderModel)  # they load when they are named
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.models import modules
 
 
@@ -31,13 +31,13 @@ def randomise(model, seed, scale=0.2):
 def source(model, config=None):
   """The state dict as production code sees a file; tied names are all there."""
   state = {k: v.numpy() for k, v in model.state_dict().items()}
-  return source_files.arrays(state, config)
+  return source_of_arrays(state, config)
 
 
 def bind_port(convert, modeling, source, **options):
   """Our module with the weights of a source, read as production code reads them."""
   config = convert.config_of(source, **options)
-  return modules.bind_module(modeling.build, config, convert.load(source, config))
+  return modules.bind_module(modeling.build_model, config, convert.load_weights(source, config))
 
 
 def run(module, *values, **options):

@@ -7,7 +7,7 @@ import pytest
 import reference
 from reference import diffusers, nchw, nhwc, torch
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import convert, modeling
 
@@ -89,12 +89,13 @@ def test_whole(pair):
     posterior = theirs.encode(torch.from_numpy(images)).latent_dist
     decoded = theirs.decode(torch.from_numpy(latents)).sample.numpy()
   graphdef, params = modules.split_module(ours)
-  mean, spread = jax.jit(lambda p, x: modules.bind(graphdef, p).encode(x))(params, nhwc(images))
+  encode = jax.jit(lambda p, x: modules.bind_graph(graphdef, p).encode(x))
+  mean, spread = encode(params, nhwc(images))
   np.testing.assert_allclose(nchw(mean), posterior.mean.numpy(), **CLOSE)
   np.testing.assert_allclose(nchw(spread), posterior.logvar.numpy(), **CLOSE)
-  kl = modeling.divergence(mean, spread)
+  kl = modeling.kl_divergence(mean, spread)
   np.testing.assert_allclose(kl, posterior.kl().numpy(), rtol=1e-4)
-  have = jax.jit(lambda p, x: modules.bind(graphdef, p).decode(x))(params, nhwc(latents))
+  have = jax.jit(lambda p, x: modules.bind_graph(graphdef, p).decode(x))(params, nhwc(latents))
   np.testing.assert_allclose(nchw(have), decoded, **CLOSE)
   assert ours.config.scaling_factor == theirs.config.scaling_factor
   assert ours.config.shift_factor == (theirs.config.shift_factor or 0)
@@ -111,7 +112,7 @@ def test_old_attention_names(pair, as_convolution):
         value = value[:, :, None, None]
       name = name.replace(f'.{new}.', f'.{old}.')
     state[name] = value
-  params = convert.load(source_files.arrays(state, dict(theirs.config)), ours.config)
+  params = convert.load_weights(source_of_arrays(state, dict(theirs.config)), ours.config)
   jax.tree.map(np.testing.assert_array_equal, params, modules.split_module(ours)[1])
 
 
@@ -120,7 +121,7 @@ def test_bfloat16_stays_near(pair):
   latents = data(1, ours.config.latent_channels, 4, 4)
   graphdef, params = modules.split_module(ours)
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  have = modules.bind(graphdef, half).decode(nhwc(latents).astype(jnp.bfloat16))
+  have = modules.bind_graph(graphdef, half).decode(nhwc(latents).astype(jnp.bfloat16))
   assert have.dtype == jnp.bfloat16
   with torch.no_grad():
     want = theirs.decode(torch.from_numpy(latents)).sample.numpy()
@@ -140,4 +141,5 @@ def test_released_configs(name):
       use_post_quant_conv=c.use_post_quant_conv,
     )  # fmt: skip
   count = sum(p.numel() for p in theirs.parameters())
-  assert modules.count_parameters(modules.abstract_module(lambda: modeling.build(c))[1]) == count
+  _, template = modules.abstract_module(lambda: modeling.build_model(c))
+  assert modules.count_parameters(template) == count

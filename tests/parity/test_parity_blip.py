@@ -13,9 +13,8 @@ from reference import torch, transformers
 from safetensors.numpy import save_file
 
 from vtts_jax import components, core
-from vtts_jax.checkpoints import files as weight_files
-from vtts_jax.checkpoints import source as checkpoints
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.files import flatten_tree
+from vtts_jax.checkpoints.source import Source, source_of_arrays
 from vtts_jax.models import modules
 from vtts_jax.models.blip import convert, modeling
 from vtts_jax.models.clip import modeling as clip
@@ -41,7 +40,7 @@ def ours(theirs, request):
   found, options, settings = state(theirs), {}, theirs.config.to_dict()
   if request.param == 'image_reward':
     found, options, settings = golden.renamed(found), golden.OPTIONS, {}
-  source = source_files.arrays(found, settings)
+  source = source_of_arrays(found, settings)
   return reference.bind_port(convert, modeling, source, **options)
 
 
@@ -50,13 +49,13 @@ def test_every_stage(theirs, ours):
   mask = (np.arange(W) < np.array([[W], [4], [7]])).astype(np.int64)
   images, ids = rng.normal(size=(R, 16, 16, 3)).astype(np.float32), rng.integers(0, 50, (R, W))
   stages = golden.stages(theirs, reference.nchw(images), ids, mask)
-  tokens, image = ours.vision.tokens(images), ours.vision(images)
-  text = ours.text(ids, mask)
-  first, states = ours.fuse(text, mask, image)
+  tokens, image = ours.vision.embed_patches(images), ours.vision(images)
+  text = ours.encode_text(ids, mask)
+  first, states = ours.fuse_image(text, mask, image)
   have = {
-    'tokens': tokens, 'blocks': ours.vision.trunk.states(tokens), 'image': image,
-    'embedded': ours.embed(ids), 'text': text, 'states': states, 'first': first,
-    'reward': ours.reward(first),
+    'tokens': tokens, 'blocks': ours.vision.trunk.layer_states(tokens), 'image': image,
+    'embedded': ours.embed_tokens(ids), 'text': text, 'states': states, 'first': first,
+    'reward': ours.predict_reward(first),
   }  # fmt: skip
   assert set(have) == set(stages)
   for name, want in stages.items():
@@ -79,12 +78,12 @@ def test_released_names_and_counts():
   shapes = golden.renamed({k: tuple(v.shape) for k, v in theirs.state_dict().items()})
   header = {k: (s, 'float32') for k, s in shapes.items()}
   header['blip.text_encoder.embeddings.position_ids'] = ((1, 512), 'int64')
-  source = checkpoints.Source('released', header, lambda name: None)
+  source = Source('released', header, lambda name: None)
   assert convert.config_of(source) == modeling.SIZES['image_reward']
-  _, template = modules.abstract_module(lambda: modeling.build(convert.config_of(source)))
-  want = weight_files.flatten(template)
+  _, template = modules.abstract_module(lambda: modeling.build_model(convert.config_of(source)))
+  want = flatten_tree(template)
   found, left = set(), set()
-  for name in convert.paired(source).names():
+  for name in convert.arrange_layers(source).tensor_names():
     rule = next(r for r in convert.RULES if re.fullmatch(r[0], name))
     (found if rule[1] else left).add(re.fullmatch(rule[0], name).expand(rule[1] or name))
   assert found == set(want)

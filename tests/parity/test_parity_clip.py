@@ -14,9 +14,9 @@ from PIL import Image
 from reference import nchw, torch, transformers
 
 from vtts_jax import components
-from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.checkpoints import files as weight_files
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.convert import _match_rule
+from vtts_jax.checkpoints.files import flatten_tree, write_weights
+from vtts_jax.checkpoints.source import Source, source_of_arrays
 from vtts_jax.models import modules
 from vtts_jax.models.clip import convert, modeling
 
@@ -61,12 +61,13 @@ def test_image_tower(pair):
     first = vision.pre_layrnorm(vision.embeddings(torch.from_numpy(nchw(x))))
     out = vision(torch.from_numpy(nchw(x)), output_hidden_states=True)
     pooled, projected = out.pooler_output, theirs.visual_projection(out.pooler_output)
-  np.testing.assert_allclose(ours.image.embed(x), first.numpy(), **CLOSE)
-  states = ours.image.trunk.states(ours.image.embed(x))
+  np.testing.assert_allclose(ours.image.embed_patches(x), first.numpy(), **CLOSE)
+  states = ours.image.trunk.layer_states(ours.image.embed_patches(x))
   assert len(states) == len(out.hidden_states) - 1 == 3
   for ours_state, state in zip(states, out.hidden_states[1:]):
     np.testing.assert_allclose(ours_state, state.numpy(), **CLOSE)
-  np.testing.assert_allclose(ours.image.pool(ours.image.tokens(x)), pooled.numpy(), **CLOSE)
+  states = ours.image.hidden_states(x)
+  np.testing.assert_allclose(ours.image.pool_tokens(states), pooled.numpy(), **CLOSE)
   np.testing.assert_allclose(ours.image(x), projected.numpy(), **CLOSE)
 
 
@@ -76,13 +77,13 @@ def test_text_tower(pair):
     ids = torch.from_numpy(IDS)
     out = theirs.text_model(ids, output_hidden_states=True)
     projected = theirs.text_projection(out.pooler_output)
-  np.testing.assert_allclose(ours.text.embed(IDS), out.hidden_states[0].numpy(), **CLOSE)
-  states = ours.text.trunk.states(ours.text.embed(IDS), modeling.vit.causal(7))
+  np.testing.assert_allclose(ours.text.embed_tokens(IDS), out.hidden_states[0].numpy(), **CLOSE)
+  states = ours.text.trunk.layer_states(ours.text.embed_tokens(IDS), modeling.vit.causal_bias(7))
   for ours_state, state in zip(states, out.hidden_states[1:]):
     np.testing.assert_allclose(ours_state, state.numpy(), **CLOSE)
-  tokens = ours.text.tokens(IDS)
+  tokens = ours.text.hidden_states(IDS)
   np.testing.assert_allclose(tokens, out.last_hidden_state.numpy(), **CLOSE)
-  np.testing.assert_allclose(ours.text.pool(tokens, IDS), out.pooler_output.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.text.pool_tokens(tokens, IDS), out.pooler_output.numpy(), **CLOSE)
   np.testing.assert_allclose(ours.text(IDS), projected.numpy(), **CLOSE)
   np.testing.assert_allclose(ours.text(IDS[:, :4])[0], projected[0].numpy(), **CLOSE)
 
@@ -95,14 +96,15 @@ def test_scores(pair):
   image, text = ours.embed_images(x), ours.embed_texts(IDS)
   np.testing.assert_allclose(image, out.image_embeds.numpy(), **CLOSE)
   np.testing.assert_allclose(text, out.text_embeds.numpy(), **CLOSE)
-  np.testing.assert_allclose(ours.logits(image @ text.T), out.logits_per_image.numpy(), **CLOSE)
+  want = out.logits_per_image.numpy()
+  np.testing.assert_allclose(ours.pair_logits(image @ text.T), want, **CLOSE)
 
 
 def test_bfloat16_stays_near(pair):
   theirs, ours = pair
   source = reference.source(theirs, theirs.config.to_dict())
-  params = convert.load(source, ours.config, dtype=jnp.bfloat16)
-  half = modules.bind_module(modeling.build, ours.config, params)
+  params = convert.load_weights(source, ours.config, dtype=jnp.bfloat16)
+  half = modules.bind_module(modeling.build_model, ours.config, params)
   assert half.scale.dtype == jnp.float32 and half.image.cls.dtype == jnp.bfloat16
   x = data(8, 20, 20, 3, seed=2)
   cosines = [(m.embed_images(x) @ m.embed_texts(IDS).T) for m in (ours, half)]
@@ -181,12 +183,12 @@ def test_open_clip_layout(pair):
     mine = {
       n if n.startswith('visual.') or n == 'logit_scale' else lead + n: v for n, v in state.items()
     }
-    source = source_files.arrays(mine, options)
-    params = convert.load(source, convert.config_of(source))
+    source = source_of_arrays(mine, options)
+    params = convert.load_weights(source, convert.config_of(source))
     jax.tree.map(np.testing.assert_array_equal, params, modules.split_module(ours)[1])
   mine |= {'input_resolution': np.array(20), 'context_length': np.array(7)}
-  assert convert.config_of(source_files.arrays(mine)).image.act == 'quick_gelu'
-  assert convert.config_of(source_files.arrays(state)).image.act == 'gelu'
+  assert convert.config_of(source_of_arrays(mine)).image.act == 'quick_gelu'
+  assert convert.config_of(source_of_arrays(state)).image.act == 'gelu'
 
 
 def test_a_tower_alone(pair):
@@ -195,7 +197,7 @@ def test_a_tower_alone(pair):
   _, whole = modules.split_module(ours)
   for tower in modeling.PARTS:
     config = convert.config_of(source, tower)
-    params = convert.load(source, config)
+    params = convert.load_weights(source, config)
     assert config == modeling.part_of(ours.config, tower)
     assert set(params) == {tower}
     jax.tree.map(np.testing.assert_array_equal, params[tower], whole[tower])
@@ -204,7 +206,7 @@ def test_a_tower_alone(pair):
   alone = reference.source(alone, options)
   config = convert.config_of(source, 'image')
   assert convert.config_of(alone, 'image') == config
-  convert.load(alone, config)
+  convert.load_weights(alone, config)
 
 
 @pytest.mark.parametrize('name', [name for name in modeling.SIZES if name != 'tiny'])
@@ -218,7 +220,7 @@ def test_released_sizes_are_theirs(name):
   )  # fmt: skip
   with torch.device('meta'):
     theirs = transformers.CLIPModel(released)
-  _, template = modules.abstract_module(lambda: modeling.build(c))
+  _, template = modules.abstract_module(lambda: modeling.build_model(c))
   assert modules.count_parameters(template) == sum(p.numel() for p in theirs.parameters())
   old = {f'{side}_model.embeddings.position_ids': torch.empty(9) for side in ('text', 'vision')}
   layouts = (theirs.state_dict() | old, open_names(theirs.state_dict()))
@@ -233,15 +235,15 @@ def header(state, options):
   """A `Source` that knows names and shapes, and reads zeros without memory."""
   shapes = {k: (tuple(v.shape), 'float32') for k, v in state.items()}
   read = lambda name: np.broadcast_to(np.float32(0), shapes[name][0])
-  return source_files.Source('meta', shapes, read, options)
+  return Source('meta', shapes, read, options)
 
 
 def check_table(source, template):
   """Every key is used or knowingly left, every parameter is filled: by names, nothing is read."""
-  source = convert.fused(convert.stacked(source, 'layers|resblocks'))
-  targets = [conversion._match(name, convert.RULES)[0] for name in source.names()]
+  source = convert.fuse_projections(convert.stack_layers(source, 'layers|resblocks'))
+  targets = [_match_rule(name, convert.RULES)[0] for name in source.tensor_names()]
   assert '' not in targets
-  assert {t for t in targets if t} == set(weight_files.flatten(template))
+  assert {t for t in targets if t} == set(flatten_tree(template))
 
 
 @pytest.mark.parametrize('shape', [(64, 64), (300, 301), (512, 380), (33, 47)])
@@ -268,7 +270,7 @@ def test_aesthetic_head_is_the_published_module(tmp_path):
   made = [torch.nn.Dropout(x) if isinstance(x, float) else torch.nn.Linear(*x) for x in layers]
   theirs = torch.nn.ModuleDict({'layers': torch.nn.Sequential(*made)}).eval()
   state = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
-  weight_files.save(tmp_path / 'head.safetensors', state)
+  write_weights(tmp_path / 'head.safetensors', state)
   place = str(tmp_path / 'head.safetensors')
   ver = components.load('verifiers.aesthetic', weights='random:tiny', head_weights=place)
   params = ver.load()

@@ -12,7 +12,7 @@ from make_golden_vqa import TEXT, VISION, Published, given, torches
 from PIL import Image
 from reference import nchw, torch, transformers
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.models import modules
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.clip_flant5 import convert, modeling
@@ -31,7 +31,7 @@ def theirs():
 
 @pytest.fixture(scope='module')
 def ours(theirs):
-  source = convert.whole(reference.source(theirs, OPTIONS))
+  source = convert.join_tower(reference.source(theirs, OPTIONS))
   return reference.bind_port(convert, modeling, source)
 
 
@@ -42,15 +42,15 @@ def test_every_stage(theirs, ours, words):
   with torch.no_grad():
     want = {k: v.numpy() for k, v in theirs.stages(**torches(inputs), words=words).items()}
   config = dataclasses.replace(ours.config, words=words)
-  graphdef, _ = modules.abstract_module(lambda: modeling.build(config))
-  ours = modules.bind(graphdef, modules.split_module(ours)[1])
+  graphdef, _ = modules.abstract_module(lambda: modeling.build_model(config))
+  ours = modules.bind_graph(graphdef, modules.split_module(ours)[1])
   embed, shown = ours.encoder.embed, ours.embed_images(inputs['pixels'])
   read = embed(inputs['before']), shown, embed(inputs['after']), inputs['mask']
-  states, mask = ours.read(*read)
+  states, mask = ours.encode_question(*read)
   have = {
     'patches': ours.image(inputs['pixels']), 'shown': shown, 'states': states,
-    'log_probs': ours.log_probs(states, mask, inputs['answer']),
-    'likelihood': ours.likelihood(*read, inputs['answer']),
+    'log_probs': ours.answer_log_probs(states, mask, inputs['answer']),
+    'likelihood': ours.answer_likelihood(*read, inputs['answer']),
   }  # fmt: skip
   for name, value in have.items():
     np.testing.assert_allclose(value, want[name], err_msg=name, **CLOSE)
@@ -68,17 +68,17 @@ def test_other_places_of_the_same_weights(theirs, ours):
     'text_model.x': np.zeros(2), 'visual_projection.weight': np.zeros((2, 2)),
     'logit_scale': np.zeros(()),
   }  # fmt: skip
-  apart = convert.whole(
-    source_files.arrays(text, SIZES), source_files.arrays(whole_clip, {'vision_config': TOWER})
+  apart = convert.join_tower(
+    source_of_arrays(text, SIZES), source_of_arrays(whole_clip, {'vision_config': TOWER})
   )
   other = {f't5.{k}' if not k.startswith('mm_') else k: v for k, v in text.items()}
   for name in ('shared', 'encoder.embed_tokens', 'embed_tokens'):  # as safetensors keeps one
     other.pop(f't5.{name}.weight')
   other |= {f'v.{k}': v for k, v in vision.items()}
-  renamed = convert.whole(source_files.arrays(other, OPTIONS))
+  renamed = convert.join_tower(source_of_arrays(other, OPTIONS))
   want = modules.split_module(ours)[1]
   for source in (apart, renamed):
-    params = convert.load(source, convert.config_of(source))
+    params = convert.load_weights(source, convert.config_of(source))
     jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
@@ -111,10 +111,10 @@ def test_released_sizes(name, count):
   with torch.device('meta'):
     theirs = Published(text, tower)
   buffer = 'vision_tower.vision_tower.vision_model.embeddings.position_ids'  # in old files
-  source = convert.whole(header(theirs, convert.SETTINGS, also=(buffer,)))
+  source = convert.join_tower(header(theirs, convert.SETTINGS, also=(buffer,)))
   assert convert.config_of(source) == config
-  _, template = modules.abstract_module(lambda: modeling.build(config))
-  check_table(convert.prepared(source), convert.RULES, template)
+  _, template = modules.abstract_module(lambda: modeling.build_model(config))
+  check_table(convert.arrange_layers(source), convert.RULES, template)
   own = {id(p): p.numel() for p in theirs.parameters()}
   last = sum(p.numel() for p in theirs.vision_tower.vision_tower.encoder.layers[-1].parameters())
   assert sum(own.values()) == count == modules.count_parameters(template) + last + 2 * 1024

@@ -18,7 +18,7 @@ from dino_layouts import (
 from full_size import check_table, header
 from reference import nchw, torch, transformers
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.models import modules
 from vtts_jax.models.dino import convert, modeling
 from vtts_jax.models.dreamsim import convert as dreamsim_convert
@@ -63,19 +63,19 @@ def test_every_stage(pair, size):
   inner, layers, options = encoder(theirs)
   x = data(2, *size, 3)
   first = reference.run(inner.embeddings, nchw(x), **options)
-  np.testing.assert_allclose(ours.embed(x), first, **CLOSE)
-  states = ours.trunk.states(ours.embed(x))
+  np.testing.assert_allclose(ours.embed_patches(x), first, **CLOSE)
+  states = ours.trunk.layer_states(ours.embed_patches(x))
   for state, layer in zip(states, layers, strict=True):
     first = reference.run(layer, first)
     np.testing.assert_allclose(state, first, **CLOSE)
   with torch.no_grad():
     tokens = inner(torch.from_numpy(nchw(x)), **options).last_hidden_state.numpy()
   np.testing.assert_allclose(ours(x), tokens, **CLOSE)
-  np.testing.assert_allclose(ours.features(x), tokens[:, 0], **CLOSE)
+  np.testing.assert_allclose(ours.image_features(x), tokens[:, 0], **CLOSE)
   if inner is not theirs:
     with torch.no_grad():
       logits = theirs(torch.from_numpy(nchw(x))).logits.numpy()
-    np.testing.assert_allclose(ours.logits(x), logits, **CLOSE)
+    np.testing.assert_allclose(ours.class_logits(x), logits, **CLOSE)
 
 
 def test_names_of_files(pair):
@@ -84,7 +84,7 @@ def test_names_of_files(pair):
   files = on_disk(theirs)
   assert {k: v.shape for k, v in files.items()} == {k: v.shape for k, v in saved(theirs).items()}
   config = theirs.config.to_dict()
-  params = convert.load(source_files.arrays(files, config), ours.config)
+  params = convert.load_weights(source_of_arrays(files, config), ours.config)
   jax.tree.map(np.testing.assert_array_equal, params, modules.split_module(ours)[1])
 
 
@@ -92,7 +92,7 @@ def test_original_layout():
   """facebookresearch/dino: other names, other epsilon, positions resized by a factor."""
   theirs = transformers.ViTModel(transformers.ViTConfig(**SMALL, layer_norm_eps=1e-6))
   theirs = original_positions(reference.randomise(theirs, 4))
-  source = source_files.arrays(original(theirs), {'num_attention_heads': 2})
+  source = source_of_arrays(original(theirs), {'num_attention_heads': 2})
   ours = reference.bind_port(convert, modeling, source)
   assert ours.config.offset == 0.1
   for size in SIZES:
@@ -114,9 +114,9 @@ def test_resizing(old, new):
   by_factor = resize(scale_factor=((new + 0.1) / old,) * 2)
   assert by_factor.shape[2] == new
   for want, by in (
-    (resize(size=(new, new)), modeling.resizing(old, new)),
-    (by_factor, modeling.resizing(old, new, 0.1)),
-    (resize(size=(new, new), antialias=True), modeling.resizing(old, new, 0.0, True)),
+    (resize(size=(new, new)), modeling.resize_matrix(old, new)),
+    (by_factor, modeling.resize_matrix(old, new, 0.1)),
+    (resize(size=(new, new), antialias=True), modeling.resize_matrix(old, new, 0.0, True)),
   ):
     np.testing.assert_allclose(twice(by), want, **CLOSE)
 
@@ -157,13 +157,13 @@ def test_released(name):
       theirs = getattr(transformers, kind + ('ForImageClassification' if c.classes else 'Model'))
       theirs = theirs(config)
   count = sum(p.numel() for n, p in theirs.named_parameters() if not n.endswith('mask_token'))
-  _, template = modules.abstract_module(lambda: modeling.build(c))
+  _, template = modules.abstract_module(lambda: modeling.build_model(c))
   assert modules.count_parameters(template) == count
   for tensors in (saved(theirs), None):
-    source = source_files.arrays(tensors, config.to_dict()) if tensors else header(theirs)
+    source = source_of_arrays(tensors, config.to_dict()) if tensors else header(theirs)
     if tensors:
       assert convert.config_of(source) == c
-    check_table(convert.joined(source), convert.RULES, template)
+    check_table(convert.arrange_layers(source), convert.RULES, template)
 
 
 # ----------------------------------------------------------------------------------------- DreamSim
@@ -173,19 +173,19 @@ def test_dreamsim():
   """Branches, adapters, embedding; the torch classes have the adapters merged by hand."""
   theirs = [reference.randomise(model, i) for i, model in enumerate(branches())]
   low_rank = adapters(np.random.default_rng(0))
-  bases = [source_files.arrays(original(model)) for model in theirs]
+  bases = [source_of_arrays(original(model)) for model in theirs]
   images = np.random.default_rng(1).random((3, 16, 16, 3)).astype(np.float32)
   with torch.no_grad():
     for i, model in enumerate(theirs):
       merge(model, low_rank, i, 0.5 / 16)
     parts, whole = embedding(theirs, images)
-  found = dreamsim_convert.merged(bases, source_files.arrays(low_rank), 0.5 / 16)
-  source = dreamsim_convert.joined(found)
+  found = dreamsim_convert.merge_adapters(bases, source_of_arrays(low_rank), 0.5 / 16)
+  source = dreamsim_convert.join_branches(found)
   ours = reference.bind_port(dreamsim_convert, dreamsim, source, heads=2)
   for branch, part in zip(ours.branches, parts, strict=True):
-    np.testing.assert_allclose(dreamsim.feature(branch, images), part.numpy(), **CLOSE)
+    np.testing.assert_allclose(dreamsim.branch_features(branch, images), part.numpy(), **CLOSE)
   np.testing.assert_allclose(ours.embed_images(images), whole.numpy(), **CLOSE)
-  source = dreamsim_convert.joined(bases)
+  source = dreamsim_convert.join_branches(bases)
   plain = reference.bind_port(dreamsim_convert, dreamsim, source, heads=2)
   assert np.abs(plain.embed_images(images) - whole.numpy()).max() > 1e-3
 
@@ -207,10 +207,10 @@ def test_dreamsim_branches(name):
       config = transformers.ViTConfig(**sizes)
       theirs = transformers.ViTModel(config, add_pooling_layer=False)
   tensors = saved(theirs) if 'v2' in name else original(theirs)
-  source = source_files.arrays(tensors)
+  source = source_of_arrays(tensors)
   found = convert.config_of(source, act=c.act, eps=c.eps, offset=c.offset)
   assert found == c
-  _, template = modules.abstract_module(lambda: modeling.build(c))
-  check_table(convert.joined(source), convert.RULES, template)
+  _, template = modules.abstract_module(lambda: modeling.build_model(c))
+  check_table(convert.arrange_layers(source), convert.RULES, template)
   left = sum(v.size for k, v in tensors.items() if 'mask_token' in k)
   assert modules.count_parameters(template) == sum(v.size for v in tensors.values()) - left

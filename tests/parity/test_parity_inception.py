@@ -9,9 +9,8 @@ import pytest
 import reference
 from reference import torch
 
-from vtts_jax.checkpoints import files as weight_files
-from vtts_jax.checkpoints import source as checkpoints
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.files import flatten_tree
+from vtts_jax.checkpoints.source import Source, source_of_arrays
 from vtts_jax.models import modules
 from vtts_jax.models.inception import convert, modeling
 
@@ -22,17 +21,17 @@ def test_every_stage():
   theirs = golden.Reference(thinner=16, classes=9, seed=1)
   x = np.random.default_rng(0).normal(size=(3, 155, 155, 3)).astype(np.float32)
   want = theirs(torch.from_numpy(reference.nchw(x)))
-  source = source_files.arrays({k: v.numpy() for k, v in theirs.state.items()})
+  source = source_of_arrays({k: v.numpy() for k, v in theirs.state.items()})
   model = reference.bind_port(convert, modeling, source, side=155)
   graphdef, params = modules.split_module(model)
-  have = jax.jit(lambda p, x: modules.bind(graphdef, p).grids(x))(params, x)
+  have = jax.jit(lambda p, x: modules.bind_graph(graphdef, p).stage_grids(x))(params, x)
   assert set(have) | {'features', 'logits'} == set(want)
   for name, grid in have.items():
     print(name, np.abs(reference.nchw(grid) - want[name].numpy()).max(), want[name].std().item())
     np.testing.assert_allclose(reference.nchw(grid), want[name], **CLOSE, err_msg=name)
   features = model(x)
   np.testing.assert_allclose(features, want['features'], **CLOSE)
-  np.testing.assert_allclose(model.logits(features), want['logits'], **CLOSE)
+  np.testing.assert_allclose(model.class_logits(features), want['logits'], **CLOSE)
 
 
 def test_released_names_and_counts():
@@ -42,17 +41,17 @@ def test_released_names_and_counts():
   header = {k: (tuple(v.shape), 'float32') for k, v in theirs.state.items()}
   norms = [n.removesuffix('.weight') for n in header if n.endswith('.bn.weight')]
   assert len(norms) == 94
-  source = checkpoints.Source('released', header, lambda name: None)
+  source = Source('released', header, lambda name: None)
   assert convert.config_of(source) == modeling.SIZES['inception_2015_12_05']
   counters = {f'{n}.num_batches_tracked': ((), 'int64') for n in norms}
-  source = checkpoints.Source('released', header | counters, lambda name: None)
-  whole = convert.folded(source)
-  _, template = modules.abstract_module(lambda: modeling.build(modeling.Config()))
-  want = weight_files.flatten(template)
+  source = Source('released', header | counters, lambda name: None)
+  whole = convert.fold_batch_norms(source)
+  _, template = modules.abstract_module(lambda: modeling.build_model(modeling.Config()))
+  want = flatten_tree(template)
   found = {}
-  for name in whole.names():
+  for name in whole.tensor_names():
     pattern, target, op = next(r for r in convert.RULES if re.fullmatch(r[0], name))
-    shape = whole.shape(name)
+    shape = whole.shape_of(name)
     found[re.fullmatch(pattern, name).expand(target)] = shape[::-1] if op else shape
   assert found == {k: v.shape for k, v in want.items()}
   learned = [v for k, v in theirs.state.items() if 'running' not in k]

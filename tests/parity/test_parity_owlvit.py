@@ -10,7 +10,7 @@ from reference import torch, transformers
 
 from vtts_jax.models import modules, vit
 from vtts_jax.models.owlvit import convert, modeling
-from vtts_jax.models.stacked import fused, stacked
+from vtts_jax.models.stacked import fuse_projections, stack_layers
 
 CLOSE = {'atol': 1e-5, 'rtol': 1e-5}
 R, Q, W = 3, 4, 7
@@ -66,9 +66,9 @@ def test_every_block_of_the_image_tower(pair, inputs, outputs):
     embedded = base.vision_model.embeddings(pixels)
     want = base.vision_model.pre_layernorm(embedded).numpy()
     states = base.vision_model(pixels, output_hidden_states=True).hidden_states
-  have = ours.vision.start(images)
+  have = ours.vision.embed_patches(images)
   np.testing.assert_allclose(have, want, **CLOSE)
-  blocks = ours.vision.trunk.states(have)
+  blocks = ours.vision.trunk.layer_states(have)
   assert len(blocks) == 3
   for i in range(3):
     np.testing.assert_allclose(blocks[i], states[i + 1].numpy(), atol=5e-5, rtol=1e-5)
@@ -78,25 +78,26 @@ def test_text_tower(pair, inputs, outputs):
   _, ours = pair
   ids = inputs[1]
   want = outputs.text_model_output.last_hidden_state.numpy()
-  np.testing.assert_allclose(ours.text.states(ids), want, **CLOSE)
+  np.testing.assert_allclose(ours.text.hidden_states(ids), want, **CLOSE)
   have = ours.text(ids).reshape(R, Q, -1)
   np.testing.assert_allclose(have, outputs.text_embeds.numpy(), **CLOSE)
 
 
 def test_heads(pair, inputs, outputs):
   theirs, ours = pair
-  features = ours.features(inputs[0])
+  features = ours.patch_features(inputs[0])
   want = outputs.image_embeds.numpy().reshape(R, 25, -1)
   np.testing.assert_allclose(features, want, atol=5e-5, rtol=1e-5)
   np.testing.assert_allclose(
-    modeling.unit(ours.classes(want)), outputs.class_embeds.numpy(), **CLOSE
+    modeling.unit_vectors(ours.classes(want)), outputs.class_embeds.numpy(), **CLOSE
   )
   queries = outputs.text_embeds.numpy()
-  np.testing.assert_allclose(ours.logits(want, queries), outputs.logits.numpy(), **CLOSE)
-  np.testing.assert_allclose(ours.boxes(want), outputs.pred_boxes.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.query_logits(want, queries), outputs.logits.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.predict_boxes(want), outputs.pred_boxes.numpy(), **CLOSE)
   np.testing.assert_allclose(modeling.box_bias(5), theirs.box_bias.numpy(), **CLOSE)
   if ours.config.v2:
-    np.testing.assert_allclose(ours.objectness(want), outputs.objectness_logits.numpy(), **CLOSE)
+    objects = outputs.objectness_logits.numpy()
+    np.testing.assert_allclose(ours.objectness_logits(want), objects, **CLOSE)
 
 
 def test_whole(pair, inputs, outputs):
@@ -104,9 +105,9 @@ def test_whole(pair, inputs, outputs):
 
   @jax.jit
   def run(params, images, ids):
-    model = modules.bind(graphdef, params)
-    x, queries = model.features(images), model.text(ids).reshape(R, Q, -1)
-    return model.logits(x, queries), model.boxes(x)
+    model = modules.bind_graph(graphdef, params)
+    x, queries = model.patch_features(images), model.text(ids).reshape(R, Q, -1)
+    return model.query_logits(x, queries), model.predict_boxes(x)
 
   logits, boxes = run(params, *inputs)
   np.testing.assert_allclose(logits, outputs.logits.numpy(), atol=1e-4, rtol=1e-5)
@@ -120,7 +121,7 @@ def test_boxes_in_pixels_are_the_processors(pair, outputs):
   processor = getattr(transformers, kind)()
   found = processor.post_process_object_detection(outputs, 0.0, [(30, 70)] * R)
   x, y, w, h = np.moveaxis(outputs.pred_boxes.numpy(), -1, 0)
-  wide, high = modeling.extent(ours, 30, 70)
+  wide, high = modeling.box_extent(ours, 30, 70)
   have = np.stack(
     [(x - w / 2) * wide, (y - h / 2) * high, (x + w / 2) * wide, (y + h / 2) * high], -1
   )
@@ -183,8 +184,8 @@ def test_released_sizes_and_keys(name):
   old = [f'{lead}.{part}_model.embeddings.position_ids' for part in ('text', 'vision')]
   source = full_size.header(theirs, sizes, [*old, 'box_bias'])
   assert convert.config_of(source) == c
-  _, template = modules.abstract_module(lambda: modeling.build(c))
-  full_size.check_table(fused(stacked(source, 'layers')), convert.RULES, template)
+  _, template = modules.abstract_module(lambda: modeling.build_model(c))
+  full_size.check_table(fuse_projections(stack_layers(source, 'layers')), convert.RULES, template)
   left = c.vision.width * c.embed + 1  # visual_projection, logit_scale
   count = sum(p.numel() for p in theirs.parameters())
   assert modules.count_parameters(template) + left == count
@@ -205,5 +206,5 @@ def test_flops_are_what_torch_counts(v2):
   width, tokens = ours.vision.width, ours.grid**2
   unused = 2 * width * ours.embed + 2 * Q * ours.embed  # the whole picture against the texts
   unused += 2 * tokens * (2 * width**2 + width) if v2 else 0  # objectness
-  have = modeling.flops(ours, 'image', Q) + modeling.flops(ours, 'text', Q)
+  have = modeling.count_flops(ours, 'image', Q) + modeling.count_flops(ours, 'text', Q)
   assert have == counter.get_total_flops() - unused

@@ -10,8 +10,8 @@ from PIL import Image
 from reference import nchw, torch, transformers
 from test_parity_clip import header
 
-from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints.convert import _match_rule
+from vtts_jax.checkpoints.files import flatten_tree
 from vtts_jax.models import modules
 from vtts_jax.models.siglip import convert, modeling
 
@@ -54,13 +54,13 @@ def test_image_tower(pair):
   x = data(pair)
   with torch.no_grad():
     out = theirs.vision_model(torch.from_numpy(nchw(x)), output_hidden_states=True)
-  embedded = ours.image.embed(x)
+  embedded = ours.image.embed_patches(x)
   np.testing.assert_allclose(embedded, out.hidden_states[0].numpy(), **CLOSE)
-  states = ours.image.trunk.states(embedded)
+  states = ours.image.trunk.layer_states(embedded)
   assert len(states) == len(out.hidden_states) - 1 == 3
   for ours_state, state in zip(states, out.hidden_states[1:]):
     np.testing.assert_allclose(ours_state, state.numpy(), **CLOSE)
-  np.testing.assert_allclose(ours.image.tokens(x), out.last_hidden_state.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.image.hidden_states(x), out.last_hidden_state.numpy(), **CLOSE)
   np.testing.assert_allclose(ours.image(x), out.pooler_output.numpy(), **CLOSE)
 
 
@@ -68,10 +68,10 @@ def test_text_tower(pair):
   theirs, ours = pair
   with torch.no_grad():
     out = theirs.text_model(torch.from_numpy(IDS), output_hidden_states=True)
-  states = ours.text.trunk.states(ours.text.token(IDS) + ours.text.position[...])
+  states = ours.text.trunk.layer_states(ours.text.token(IDS) + ours.text.position[...])
   for ours_state, state in zip(states, out.hidden_states[1:]):
     np.testing.assert_allclose(ours_state, state.numpy(), **CLOSE)
-  np.testing.assert_allclose(ours.text.tokens(IDS), out.last_hidden_state.numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.text.hidden_states(IDS), out.last_hidden_state.numpy(), **CLOSE)
   np.testing.assert_allclose(ours.text(IDS), out.pooler_output.numpy(), **CLOSE)
 
 
@@ -83,14 +83,15 @@ def test_scores(pair):
   image, text = ours.embed_images(x), ours.embed_texts(IDS)
   np.testing.assert_allclose(image, out.image_embeds.numpy(), **CLOSE)
   np.testing.assert_allclose(text, out.text_embeds.numpy(), **CLOSE)
-  np.testing.assert_allclose(ours.logits(image @ text.T), out.logits_per_image.numpy(), **CLOSE)
+  want = out.logits_per_image.numpy()
+  np.testing.assert_allclose(ours.pair_logits(image @ text.T), want, **CLOSE)
 
 
 def test_bfloat16_stays_near(pair):
   theirs, ours = pair
   source = reference.source(theirs, theirs.config.to_dict())
-  params = convert.load(source, ours.config, dtype=jnp.bfloat16)
-  half = modules.bind_module(modeling.build, ours.config, params)
+  params = convert.load_weights(source, ours.config, dtype=jnp.bfloat16)
+  half = modules.bind_module(modeling.build_model, ours.config, params)
   assert half.bias.dtype == jnp.float32 and half.image.pool.probe.dtype == jnp.bfloat16
   x = data(pair, seed=2)
   cosines = [(m.embed_images(x) @ m.embed_texts(IDS).T) for m in (ours, half)]
@@ -123,13 +124,13 @@ def test_released_sizes_are_theirs(name):
   )  # fmt: skip
   with torch.device('meta'):
     theirs = transformers.SiglipModel(released)
-  _, template = modules.abstract_module(lambda: modeling.build(c))
+  _, template = modules.abstract_module(lambda: modeling.build_model(c))
   assert modules.count_parameters(template) == sum(p.numel() for p in theirs.parameters())
   old = {f'{side}_model.embeddings.position_ids': torch.empty(9) for side in ('text', 'vision')}
   source = header(theirs.state_dict() | old, released.to_dict())
   assert convert.config_of(source) == c
   if c.image_size % c.patch == 0:  # else no file tells without its config.json
     assert convert.config_of(dataclasses.replace(source, config={})) == c
-  source = convert.fused(convert.stacked(source, 'layers'))
-  targets = [conversion._match(key, convert.RULES)[0] for key in source.names()]
-  assert '' not in targets and {t for t in targets if t} == set(weight_files.flatten(template))
+  source = convert.fuse_projections(convert.stack_layers(source, 'layers'))
+  targets = [_match_rule(key, convert.RULES)[0] for key in source.tensor_names()]
+  assert '' not in targets and {t for t in targets if t} == set(flatten_tree(template))

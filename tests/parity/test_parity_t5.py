@@ -37,7 +37,7 @@ def test_buckets(width, count, farthest):
   attention = transformers.models.t5.modeling_t5.T5Attention
   offset = torch.arange(width)[None] - torch.arange(width)[:, None]
   want = attention._relative_position_bucket(offset, True, count, farthest)
-  np.testing.assert_array_equal(modeling.buckets(width, count, farthest), want.numpy())
+  np.testing.assert_array_equal(modeling.relative_buckets(width, count, farthest), want.numpy())
 
 
 def test_norm(pair):
@@ -52,11 +52,11 @@ def test_attention(pair):
   x = data(R, W, D)
   layer = theirs.encoder.block[0].layer[0].SelfAttention
   bias = layer.compute_bias(W, W)
-  np.testing.assert_allclose(ours.bias(W), bias.detach().numpy(), **CLOSE)
+  np.testing.assert_allclose(ours.position_bias(W), bias.detach().numpy(), **CLOSE)
   for i in (0, 2):
     layer = theirs.encoder.block[i].layer[0].SelfAttention
     want = reference.run(layer, x, position_bias=bias)
-    np.testing.assert_allclose(ours.blocks[i].attention(x, ours.bias(W)), want, **CLOSE)
+    np.testing.assert_allclose(ours.blocks[i].attention(x, ours.position_bias(W)), want, **CLOSE)
 
 
 def test_feed_forward(pair):
@@ -71,7 +71,7 @@ def test_block(pair):
   x = data(R, W, D)
   bias = theirs.encoder.block[0].layer[0].SelfAttention.compute_bias(W, W)
   want = reference.run(theirs.encoder.block[1], x, position_bias=bias)
-  np.testing.assert_allclose(ours.blocks[1](x, ours.bias(W)), want, **CLOSE)
+  np.testing.assert_allclose(ours.blocks[1](x, ours.position_bias(W)), want, **CLOSE)
 
 
 @pytest.mark.parametrize('lengths', [None, (11, 4, 1)])
@@ -83,7 +83,7 @@ def test_encoder(pair, lengths):
   with torch.no_grad():
     want = theirs(torch.from_numpy(ids), **options).last_hidden_state.numpy()
   graphdef, params = modules.split_module(ours)
-  have = jax.jit(lambda p, i, m: modules.bind(graphdef, p)(i, m))(params, ids, mask)
+  have = jax.jit(lambda p, i, m: modules.bind_graph(graphdef, p)(i, m))(params, ids, mask)
   np.testing.assert_allclose(have, want, **CLOSE)
 
 
@@ -93,7 +93,7 @@ def test_whole_model_files_load(pair):
   whole.encoder.load_state_dict(theirs.encoder.state_dict())
   whole.shared.load_state_dict(theirs.shared.state_dict())
   source = reference.source(whole)
-  params = convert.load(source, convert.config_of(source))
+  params = convert.load_weights(source, convert.config_of(source))
   jax.tree.map(np.testing.assert_array_equal, params, modules.split_module(ours)[1])
 
 
@@ -104,5 +104,5 @@ def test_released_configs():
     with torch.device('meta'):
       theirs = transformers.T5EncoderModel(transformers.T5Config(**sizes))
     count = sum(p.numel() for p in theirs.parameters())
-    _, params = modules.abstract_module(lambda c=config: modeling.build(c))
+    _, params = modules.abstract_module(lambda c=config: modeling.build_model(c))
     assert modules.count_parameters(params) == count

@@ -9,7 +9,7 @@ import reference
 from full_size import check_table, header
 from reference import torch, transformers
 
-from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints.convert import convert_weights
 from vtts_jax.models import modules
 from vtts_jax.models.t5 import convert, decoder, modeling
 
@@ -28,9 +28,10 @@ def untied(config):
 def load(theirs, encoder):
   source = reference.source(theirs, theirs.config.to_dict())
   config = decoder.config_of(source, encoder)
-  graphdef, template = modules.abstract_module(lambda: decoder.build(config))
+  graphdef, template = modules.abstract_module(lambda: decoder.build_model(config))
   table = [*decoder.RULES, (r'(encoder|shared|decoder\.embed_tokens)\..*', None, '')]
-  return modules.bind(graphdef, conversion.convert(decoder.layered(source), table, template))
+  params = convert_weights(decoder.arrange_layers(source), table, template)
+  return modules.bind_graph(graphdef, params)
 
 
 @pytest.fixture(scope='module', params=['gated-gelu', 'relu'])
@@ -78,7 +79,7 @@ def test_bias(width, count, farthest):
   attention = transformers.models.t5.modeling_t5.T5Attention
   offset = torch.arange(width)[None] - torch.arange(width)[:, None]
   want = attention._relative_position_bucket(offset, False, count, farthest)
-  have = np.tril(modeling.buckets(width, 2 * count, farthest))
+  have = np.tril(modeling.relative_buckets(width, 2 * count, farthest))
   np.testing.assert_array_equal(have, want.numpy())
 
 
@@ -90,11 +91,11 @@ def test_every_part(pair, lengths):
   seen, last, logits = run(theirs, x, states, mask)
   graphdef, params = modules.split_module(ours.blocks)
   bias = theirs.decoder.block[0].layer[0].SelfAttention.compute_bias(A, A).detach().numpy()
-  have, lower = np.asarray(ours.bias(A)), np.tri(A, dtype=bool)
+  have, lower = np.asarray(ours.position_bias(A)), np.tri(A, dtype=bool)
   np.testing.assert_allclose(have[:, :, lower], bias[:, :, lower], **CLOSE)
   assert (have[:, :, ~lower] < -1e38).all()
   for i in range(3):
-    block = modules.bind(graphdef, jax.tree.map(lambda a, i=i: a[i], params))
+    block = modules.bind_graph(graphdef, jax.tree.map(lambda a, i=i: a[i], params))
     for name, part in {
       'layer.0.layer_norm': block.attention_norm,
       'layer.0.SelfAttention': lambda y, b=block: b.attention(y, have),
@@ -105,7 +106,7 @@ def test_every_part(pair, lengths):
     }.items():
       given, want = seen[f'block.{i}.{name}']
       np.testing.assert_allclose(part(given), want, err_msg=f'{i} {name}', **CLOSE)
-  for i, state in enumerate(ours.states(x, states, mask)):
+  for i, state in enumerate(ours.layer_states(x, states, mask)):
     np.testing.assert_allclose(state, seen[f'block.{i}'][1], err_msg=f'block {i}', **CLOSE)
   np.testing.assert_allclose(ours.norm(state), last, **CLOSE)
   np.testing.assert_allclose(ours(x, states, mask), logits, **CLOSE)
@@ -123,7 +124,7 @@ def test_whole_model(pair):
     want = theirs(**dict(zip(('input_ids', 'attention_mask', 'labels'), args))).logits.numpy()
   source = reference.source(theirs, theirs.config.to_dict())
   encoder = reference.bind_port(convert, modeling, source)
-  embedded = encoder.embed(decoder.shifted(answer))
+  embedded = encoder.embed(decoder.shift_right(answer))
   np.testing.assert_allclose(ours(embedded, encoder(ids, mask), mask), want, **CLOSE)
 
 
@@ -137,9 +138,10 @@ def test_released_sizes(name, count):
     theirs = untied(transformers.T5Config(**dataclasses.asdict(config), tie_word_embeddings=False))
   source = header(theirs)
   assert decoder.config_of(source, config) == config
-  _, template = modules.abstract_module(lambda: decoder.build(config))
-  own = [n for n in source.names() if n.startswith(('decoder.block', 'decoder.final', 'lm_head'))]
-  theirs = sum(int(np.prod(source.shape(n))) for n in own)
+  _, template = modules.abstract_module(lambda: decoder.build_model(config))
+  leads = ('decoder.block', 'decoder.final', 'lm_head')
+  own = [n for n in source.tensor_names() if n.startswith(leads)]
+  theirs = sum(int(np.prod(source.shape_of(n))) for n in own)
   assert modules.count_parameters(template) == count == theirs
   table = [*decoder.RULES, (r'(encoder|shared|decoder\.embed_tokens)\..*', None, '')]
-  check_table(decoder.layered(source), table, template)
+  check_table(decoder.arrange_layers(source), table, template)

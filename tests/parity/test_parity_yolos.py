@@ -9,7 +9,7 @@ from PIL import Image
 from reference import torch, transformers
 
 from vtts_jax.models import modules, vit
-from vtts_jax.models.stacked import fused, stacked
+from vtts_jax.models.stacked import fuse_projections, stack_layers
 from vtts_jax.models.yolos import convert, modeling
 
 CLOSE = {'atol': 1e-5, 'rtol': 1e-5}
@@ -44,14 +44,14 @@ def test_every_stage(pair, size):
     want = theirs(pixels)
   for hook in hooks:
     hook.remove()
-  np.testing.assert_allclose(ours.start(images), start, **CLOSE)
-  last, blocks = ours.states(images, every=True)
+  np.testing.assert_allclose(ours.embed_patches(images), start, **CLOSE)
+  last, blocks = ours.hidden_states(images, every=True)
   assert len(seen) == len(blocks) == 3
   for have, block in zip(blocks, seen):
     np.testing.assert_allclose(have, block, atol=5e-5, rtol=1e-5)
   np.testing.assert_allclose(ours.norm(last), want.last_hidden_state.numpy(), atol=5e-5, rtol=1e-5)
   graphdef, params = modules.split_module(ours)
-  logits, boxes = jax.jit(lambda p, x: modules.bind(graphdef, p)(x))(params, images)
+  logits, boxes = jax.jit(lambda p, x: modules.bind_graph(graphdef, p)(x))(params, images)
   np.testing.assert_allclose(logits, want.logits.numpy(), atol=1e-4, rtol=1e-5)
   np.testing.assert_allclose(boxes, want.pred_boxes.numpy(), atol=1e-4)
 
@@ -62,7 +62,7 @@ def test_positions_are_resized_as_torch_does(new):
   want = torch.nn.functional.interpolate(
     torch.from_numpy(x), size=(new, 12), mode='bicubic', align_corners=False
   )
-  have = np.einsum('bcij,ix->bcxj', x, modeling.bicubic(12, new))
+  have = np.einsum('bcij,ix->bcxj', x, modeling.bicubic_matrix(12, new))
   np.testing.assert_allclose(have, want.numpy(), **CLOSE)
 
 
@@ -93,7 +93,7 @@ def test_side_is_the_processors_for_every_size():
     for height in (64, 333, 512, 768, 800, 1024, 1333):
       for width in (64, 256, 511, 512, 800, 1000, 1344):
         want = get_size_with_aspect_ratio_yolos((height, width), shortest, 1333)
-        assert modeling.side(config, height, width) == want, (name, height, width)
+        assert modeling.resized_sides(config, height, width) == want, (name, height, width)
 
 
 @pytest.mark.parametrize('name', [n for n in modeling.SIZES if n != 'tiny'])
@@ -108,8 +108,8 @@ def test_released_sizes_and_keys(name):
     theirs = transformers.YolosForObjectDetection(transformers.YolosConfig(**sizes, num_labels=91))
   source = full_size.header(theirs, sizes)
   assert convert.config_of(source) == c
-  _, template = modules.abstract_module(lambda: modeling.build(c))
-  whole = fused(stacked(source, 'layer'), ('query', 'key', 'value'))
+  _, template = modules.abstract_module(lambda: modeling.build_model(c))
+  whole = fuse_projections(stack_layers(source, 'layer'), ('query', 'key', 'value'))
   full_size.check_table(whole, convert.RULES, template)
   assert modules.count_parameters(template) == sum(p.numel() for p in theirs.parameters())
   print(name, modules.count_parameters(template))
@@ -124,4 +124,4 @@ def test_flops_are_what_torch_counts():
   config = convert.config_of(reference.source(theirs, sizes), shortest=40)
   with torch.no_grad(), FlopCounterMode(display=False) as counter:
     theirs.eval()(torch.zeros((1, 3, 40, 80)))
-  assert modeling.flops(config, 20, 40) == counter.get_total_flops()
+  assert modeling.count_flops(config, 20, 40) == counter.get_total_flops()

@@ -1,6 +1,6 @@
 """Our own safetensors files: nested dictionaries of arrays under flat dotted keys.
 
-Files never hold pickles; a key that is missing, unused, or of the wrong shape or kind is an error
+Files never hold pickles. A key that is missing, unused, or of the wrong shape or kind is an error
 that names both sides.
 """
 
@@ -11,51 +11,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax.checkpoints import source
+from vtts_jax.checkpoints.source import open_file
 from vtts_jax.media.files import atomic_path
 
 
-def flatten(params):
-  """Nested dict -> {'blocks.0.up.kernel': leaf}."""
+def flatten_tree(params):
+  """Flattens a nested dict to {'blocks.0.up.kernel': leaf}."""
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   return {'.'.join(str(k.key) for k in path): leaf for path, leaf in leaves}
 
 
-def save(path, params, metadata=None, dtype=None):
-  """Writes `params` (nested dict) to a safetensors file, whole or not at all.
+def write_weights(path, params, metadata=None, dtype=None):
+  """Writes a nested dict of arrays to a safetensors file, whole or not at all.
 
-  `metadata` maps names to strings (anything else becomes JSON); `dtype` rounds floating leaves, for
-  example `jnp.float16`.
+  Args:
+    path: of the file.
+    params: nested dict of arrays.
+    metadata: {name: value}; a value that is no string is written as JSON.
+    dtype: floating leaves are rounded to it, for example `jnp.float16`; None keeps them.
   """
   from safetensors.numpy import save_file
 
   plain = {}
-  for key, leaf in flatten(params).items():
+  for key, leaf in flatten_tree(params).items():
     array = np.asarray(leaf)
     if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
       array = array.astype(dtype)
-    plain[key] = np.asarray(array, order='C')  # keeps 0-d
+    # safetensors writes the buffer as it lies; `ascontiguousarray` would make 0-d arrays 1-d
+    plain[key] = np.asarray(array, order='C')
   text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
   with atomic_path(path) as temporary:
     save_file(plain, os.fspath(temporary), metadata=text)
 
 
-def metadata(path):
-  """The metadata of a safetensors file, {str: str}; errors as in `load`."""
-  with source.open_file(path) as file:
+def read_metadata(path):
+  """Returns the metadata of a safetensors file, {str: str}; errors as in `read_weights`."""
+  with open_file(path) as file:
     return dict(file.metadata() or {})
 
 
-def load(path, template):
+def read_weights(path, template):
   """Reads a file into the structure, shapes and dtypes of `template` (arrays or ShapeDtypeStructs).
 
   Raises:
-    FileNotFoundError: no such file.
-    ValueError: truncated or foreign file; keys missing from the file or unused by the template; a
-      wrong shape; floats where integers belong or the other way round. Every offender is listed.
+    FileNotFoundError: there is no such file.
+    ValueError: the file is truncated or no safetensors; keys are missing from the file or unused by
+      the template; a shape is wrong; there are floats where integers belong or the other way round.
+      Every offender is listed.
   """
-  want = flatten(template)
-  with source.open_file(path) as file:
+  want = flatten_tree(template)
+  with open_file(path) as file:
     have = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
   problems = [f'missing from the file: {k}' for k in sorted(want.keys() - have.keys())]
   problems += [f'in the file but unused: {k}' for k in sorted(have.keys() - want.keys())]
@@ -68,6 +73,7 @@ def load(path, template):
       problems.append(f'{key}: file has dtype {have[key].dtype}, model wants {want[key].dtype}')
   if problems:
     raise ValueError('\n  '.join([f'weights at path={str(path)!r} do not fit:', *problems]))
+  # files are shipped in float16; the template says the dtype to compute in
   leaves, structure = jax.tree_util.tree_flatten(template)
   new = [jnp.asarray(have[k], leaf.dtype) for k, leaf in zip(want, leaves)]
   return jax.tree_util.tree_unflatten(structure, new)

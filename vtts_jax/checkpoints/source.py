@@ -1,9 +1,9 @@
-"""Checkpoints of other people: safetensors from a folder or the hub, one tensor at a time.
+"""Checkpoints of other projects: safetensors from a folder or the hub, one tensor at a time.
 
-A `Source` knows the names, shapes and dtypes of its tensors from the headers alone, reads one
-tensor when asked, and carries the config that was found beside or inside the files. Nothing here
-ever opens a pickle. Checked against the safetensors format description and the index layout
-(`weight_map`) that transformers and diffusers write.
+A `Source` knows the names, shapes and dtypes of its tensors from the headers alone. It reads a
+tensor when it is asked to, and it carries the config that was found beside or inside the files.
+Nothing here ever opens a pickle. Checked against the safetensors format description and the index
+layout (`weight_map`) that transformers and diffusers write.
 """
 
 import ast
@@ -34,11 +34,12 @@ class Source:
   """Named tensors that are read on demand.
 
   Attributes:
-    where: what error messages call it; with `identity` the fingerprint of cached copies.
+    where: what error messages call the checkpoint.
     header: {name: (shape, dtype name)}.
-    read: name -> array.
-    config: options found in the checkpoint, `{}` if there are none.
-    identity: changes whenever the content may have changed (sizes and times, or the hub's commit).
+    read: function of a name that returns the array.
+    config: options found in the checkpoint; `{}` if there are none.
+    identity: a string that changes whenever the content may have changed (sizes and times of the
+      files, or the hub's commit); converted copies are kept under it. '' for arrays in memory.
   """
 
   where: str
@@ -47,29 +48,33 @@ class Source:
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   identity: str = ''
 
-  def names(self) -> list[str]:
-    """Every tensor's name, in the order of the files."""
+  def tensor_names(self) -> list[str]:
+    """Returns every tensor's name, in the order of the files."""
     return list(self.header)
 
   def __contains__(self, name):
     return name in self.header
 
-  def shape(self, name) -> tuple[int, ...]:
+  def shape_of(self, name) -> tuple[int, ...]:
+    """Returns a tensor's shape from the header; `KeyError` if there is no such name."""
     return self.header[name][0]
 
-  def get(self, name) -> np.ndarray:
+  def read_tensor(self, name) -> np.ndarray:
     """Reads one tensor.
 
     Raises:
-      KeyError: no such name; the message says where it was looked for.
+      KeyError: there is no such name; the message says where it was looked for.
     """
     if name not in self.header:
       raise KeyError(f'{self.where} has no tensor {name!r}')
     return self.read(name)
 
-  def part(self, prefix: str, config: Mapping | None = None) -> 'Source':
-    """The tensors under `prefix`, without it: `source.part('vae.')`. The options of the whole are
-    not those of a part, so they are `config` or none."""
+  def select_prefix(self, prefix: str, config: Mapping | None = None) -> 'Source':
+    """Returns the tensors under `prefix` without it: `source.select_prefix('vae.')`.
+
+    The options of the whole checkpoint are not those of a part, so the new source has `config` or
+    none.
+    """
     header = {n[len(prefix) :]: v for n, v in self.header.items() if n.startswith(prefix)}
     return dataclasses.replace(
       self,
@@ -80,8 +85,9 @@ class Source:
       identity=f'{self.identity}/{prefix}',
     )
 
-  def option(self, *names: str, default=None):
-    """The first of `names` found in the config, at any depth, shallow before deep."""
+  def find_option(self, *names: str, default=None):
+    """Returns the first of `names` that the config holds at any depth, shallow levels first."""
+    # breadth first: 'num_heads' of the model counts before that of a nested text encoder
     level = [self.config]
     while level:
       for name in names:
@@ -97,8 +103,8 @@ class Source:
     return default
 
 
-def arrays(values: Mapping[str, np.ndarray], config=None, where='arrays') -> Source:
-  """A `Source` over a dict of arrays (golden files, tests)."""
+def source_of_arrays(values: Mapping[str, np.ndarray], config=None, where='arrays') -> Source:
+  """Returns a `Source` over a dict of arrays (golden files, tests)."""
   header = {k: (tuple(np.shape(v)), str(np.asarray(v).dtype)) for k, v in values.items()}
   return Source(where, header, lambda name: np.asarray(values[name]), config or {})
 
@@ -113,32 +119,34 @@ def open_source(
 
   Args:
     place: `x.safetensors`, a folder (one file, or shards with an index), `owner/name`,
-      `owner/name@revision`, or a file there: `owner/name/x.safetensors@revision`. A repository is
-      looked for in the local cache first, so that a pinned one works without a network.
+      `owner/name@revision`, or a file there: `owner/name/x.safetensors@revision`. The local cache
+      is searched first, so a pinned repository works without a network.
     revision: commit, tag or branch; an unpinned repository logs the commit to pin.
     subfolder: folder inside `place`, for example `vae`.
-    file: the one to take where a folder has several, for example `ae.safetensors`.
+    file: the file to take where a folder has several, for example `ae.safetensors`.
 
   Raises:
-    FileNotFoundError: no such file, folder or repository; a shard that the index names is missing;
-      only pickles there.
-    ValueError: truncated or foreign file, ambiguous folder, an index that its shards do not keep.
+    FileNotFoundError: there is no such file, folder or repository; a shard that the index names is
+      missing; the folder holds only pickles.
+    ValueError: the file is truncated or no safetensors; a folder has several weights; the shards
+      lack tensors that the index promises.
   """
   place, identity = os.fspath(place), ''
   repository = re.fullmatch(
     r'([\w.-]+/[\w.-]+)(?:/([\w./-]+\.safetensors))?(?:@([\w./-]+))?', place
   )
+  # a local folder 'a/b' wins over the repository of that name
   if repository and not os.path.exists(place):
     name, inside, pinned = repository.groups()
     file = inside or file
-    place, identity = _hub(name, revision or pinned, subfolder or '', file)
+    place, identity = _fetch_snapshot(name, revision or pinned, subfolder or '', file)
   for part in (subfolder, file):
     place = os.path.join(place, part) if part else place
   if os.path.isdir(place):
-    files, index = _files(place)
+    files, index = _find_files(place)
   elif os.path.isfile(place):
     if place.endswith(PICKLES):
-      raise ValueError(_pickled(place))
+      raise ValueError(_pickle_message(place))
     files, index = [place], None
   else:
     raise FileNotFoundError(f'no weights at path={place!r}: no such file or folder')
@@ -148,8 +156,8 @@ def open_source(
 # ----------------------------------------------------------------------------------------- the hub
 
 
-def _hub(name, revision, subfolder, file):
-  """(local folder, identity) of a snapshot; the cache first, then the network."""
+def _fetch_snapshot(name, revision, subfolder, file):
+  """Returns (local folder, identity) of a snapshot, from the cache or else from the network."""
   import huggingface_hub
 
   wanted = PATTERNS if file is None else (file, *CONFIGS)
@@ -157,9 +165,10 @@ def _hub(name, revision, subfolder, file):
   options = {'revision': revision, 'allow_patterns': allow}
   try:
     folder = huggingface_hub.snapshot_download(name, local_files_only=True, **options)
-  except Exception:  # not cached; the hub's errors have many classes
+  # nothing is cached yet: the hub raises errors of many classes for that
+  except Exception:
     folder = None
-  if folder is None or not _whole(os.path.join(folder, subfolder), file):
+  if folder is None or not _is_complete(os.path.join(folder, subfolder), file):
     try:
       folder = huggingface_hub.snapshot_download(name, **options)
     except Exception as error:
@@ -168,18 +177,19 @@ def _hub(name, revision, subfolder, file):
         f'no weights at path={name + at!r}: no such folder, not in the local hub cache, and the '
         f'hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]})'
       ) from error
+  # the cache names a snapshot's folder by its commit
   commit = os.path.basename(os.path.normpath(folder))
   if revision is None:
     logging.warning('%s is not pinned: write %s@%s', name, name, commit)
   return folder, f'{name}@{commit}'
 
 
-def _whole(folder, file):
-  """Whether a cached snapshot has the weights: the hub also keeps ones with a config alone."""
+def _is_complete(folder, file):
+  """Returns whether a cached snapshot has all weights; the hub also caches a config alone."""
   if file is not None:
     return os.path.isfile(os.path.join(folder, file))
   try:
-    return all(os.path.isfile(path) for path in _files(folder)[0])
+    return all(os.path.isfile(path) for path in _find_files(folder)[0])
   except FileNotFoundError:
     return False
 
@@ -187,18 +197,19 @@ def _whole(folder, file):
 # -------------------------------------------------------------------------------- files and headers
 
 
-def _pickled(place):
+def _pickle_message(place):
   return (
     f'path={place!r} is a pickle, and pickles are never loaded: save its state dict with '
     'safetensors.torch.save_file first'
   )
 
 
-def _files(folder):
-  """(files, weight map or None) of a folder."""
+def _find_files(folder):
+  """Returns (files, weight map or None) of a folder."""
   names = sorted(os.listdir(folder))
   indices = [n for n in names if n.endswith('.safetensors.index.json')]
   singles = [n for n in names if n.endswith('.safetensors') and not re.search(r'-of-\d+\.', n)]
+  # an index comes before single files: its shards are single files as well
   for kind, stems, end in (
     ('index', indices, '.safetensors.index.json'),
     ('file', singles, '.safetensors'),
@@ -225,12 +236,17 @@ def _files(folder):
     )
   pickles = [n for n in names if n.endswith(PICKLES)]
   if pickles:
-    raise FileNotFoundError(_pickled(os.path.join(folder, pickles[0])))
+    raise FileNotFoundError(_pickle_message(os.path.join(folder, pickles[0])))
   raise FileNotFoundError(f'path={folder!r} has no *.safetensors; it has: {", ".join(names)}')
 
 
 def open_file(path):
-  """A safetensors file, its tensors unread; `FileNotFoundError` or `ValueError` if it is none."""
+  """Opens a safetensors file without reading its tensors.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is truncated or no safetensors.
+  """
   from safetensors import SafetensorError, safe_open
 
   if not os.path.isfile(path):
@@ -254,25 +270,27 @@ def _open_files(place, files, index, identity):
           )
         header[name] = (tuple(view.get_shape()), kind)
         owner[name] = path
-      found.update(from_metadata(file.metadata() or {}))
+      found.update(parse_metadata(file.metadata() or {}))
     stat = os.stat(path)
     stamp.append(f'{os.path.abspath(path)}:{stat.st_size}:{stat.st_mtime_ns}')
   lost = [n for n, shard in (index or {}).items() if os.path.basename(owner.get(n, '')) != shard]
   if lost:
     raise ValueError(
-      f'path={place!r}: the index promises tensors that its shards do not hold: {_some(lost)}'
+      f'path={place!r}: the index promises tensors that its shards do not hold: {_list_some(lost)}'
     )
 
-  def read(name):
+  def read_tensor(name):
+    # opened anew for each tensor, so that no handle of a shard outlives the read
     with open_file(owner[name]) as file:
       return file.get_tensor(name)
 
   folder = place if os.path.isdir(place) else os.path.dirname(os.path.abspath(place))
+  # what a file says of itself wins over a config beside it
   config = {**read_config(folder), **found}
-  return Source(place, header, read, config, identity or ';'.join(stamp))
+  return Source(place, header, read_tensor, config, identity or ';'.join(stamp))
 
 
-def _some(names: Iterable[str], limit=40) -> str:
+def _list_some(names: Iterable[str], limit=40) -> str:
   names = list(names)
   more = f' and {len(names) - limit} more' if len(names) > limit else ''
   return ', '.join(names[:limit]) + more
@@ -281,18 +299,22 @@ def _some(names: Iterable[str], limit=40) -> str:
 # ------------------------------------------------------------------------------------------ config
 
 
-def from_metadata(metadata: Mapping[str, str]) -> dict:
-  """Options in safetensors metadata: values that are JSON, Python literals or YAML mappings become
-  what they say; the `format` tag of torch is no option."""
-  return {k: _literal(v) for k, v in metadata.items() if k != 'format'}
+def parse_metadata(metadata: Mapping[str, str]) -> dict:
+  """Returns the options in safetensors metadata.
+
+  A value that reads as JSON, a Python literal or a YAML mapping becomes what it says. Torch's tag
+  `format` is left out.
+  """
+  return {k: _parse_literal(v) for k, v in metadata.items() if k != 'format'}
 
 
-def _literal(text):
+def _parse_literal(text):
   for parse in (json.loads, ast.literal_eval):
     try:
       return parse(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
       continue
+  # nearly every text is valid YAML, so only what looks like a mapping is tried
   if '\n' in text and ':' in text:
     import yaml
 
@@ -304,10 +326,10 @@ def _literal(text):
 
 
 def read_config(folder) -> dict:
-  """The first of `CONFIGS` in a folder, else `{}`.
+  """Reads the first of `CONFIGS` that a folder has; `{}` if it has none.
 
   Raises:
-    ValueError: a file that does not parse to a mapping.
+    ValueError: the file does not parse to a mapping.
   """
   for name in CONFIGS:
     path = os.path.join(folder, name)

@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, numbers within bounds, `--verifier.KEY=VALUE`."""
+"""Arguments that several commands share, read so that every mistake is one line on stderr."""
 
 import argparse
 import ast
@@ -11,33 +11,42 @@ class OneLineParser(argparse.ArgumentParser):
   """A parser whose errors are `ConfigError`s."""
 
   def error(self, message: str):
+    """Raises `ConfigError`."""
+    # argparse would print the usage of the command and end the process
     raise ConfigError(message)
 
 
 def refuse_unknown(rest: Sequence[str], command: str, allowed: Sequence[str]) -> None:
-  """Raises `ConfigError` where there is an argument that a command does not have."""
+  """Raises `ConfigError` for arguments that the command does not have.
+
+  Args:
+    rest: arguments that argparse has left.
+    command: name of the command.
+    allowed: what the message says is allowed.
+  """
   if rest:
     flag = rest[0].partition('=')[0]
     kind = 'flag' if flag.startswith('-') else 'argument'
     raise ConfigError(f'unknown {kind} {flag}; allowed for vtts {command}: {", ".join(allowed)}')
 
 
-def integer_from(low: int):
-  """A type of argument: integers of at least `low`."""
+def integer_at_least(low: int):
+  """A `type` for argparse: integers >= `low`."""
 
-  def read(text: str) -> int:
+  def parse_integer(text: str) -> int:
+    # no `int(text)` first: it takes ' 3' and '1_000', which are slips on a command line
     if not text.lstrip('-').isdigit() or int(text) < low:
       raise argparse.ArgumentTypeError(f'must be an integer >= {low}, got {text!r}')
     return int(text)
 
-  return read
+  return parse_integer
 
 
 # ------------------------------------------------------------------------------------- verifiers
 
 
-def add_verifier(parser: argparse.ArgumentParser) -> None:
-  """Adds `--verifier=NAME`; its settings stay in the rest, see `build_verifier`."""
+def add_verifier_flag(parser: argparse.ArgumentParser) -> None:
+  """Adds `--verifier=NAME`; the settings of the verifier stay in the rest for `build_verifier`."""
   parser.add_argument(
     '--verifier',
     metavar='NAME',
@@ -48,23 +57,25 @@ def add_verifier(parser: argparse.ArgumentParser) -> None:
 
 
 def build_verifier(name: str, rest: Sequence[str], command: str, flags: Sequence[str]):
-  """The verifier that the arguments ask for, which must score pictures alone.
+  """Builds the verifier that the arguments ask for; it must score pictures alone.
 
   Args:
-    name: of `--verifier`.
-    rest: arguments that argparse left.
+    name: value of `--verifier`.
+    rest: arguments that argparse has left, the settings of the verifier among them.
     command, flags: the command and its own flags, for messages.
 
   Raises:
-    ConfigError: an unknown argument, no verifier, a setting that the verifier refuses.
+    ConfigError: an unknown argument, no verifier, a setting that the verifier refuses, or a
+      verifier that needs more than a picture.
   """
   from vtts_jax import components, core
 
+  # which settings there are is known only once the verifier is, so argparse cannot have read them
   settings, unknown = {}, []
   for argument in rest:
     flag, given, value = argument.partition('=')
     if flag.startswith('--verifier.') and given:
-      settings[flag.removeprefix('--verifier.')] = _python_value(value)
+      settings[flag.removeprefix('--verifier.')] = _parse_value(value)
     else:
       unknown.append(argument)
   refuse_unknown(unknown, command, ('--verifier=NAME', '--verifier.KEY=VALUE', *flags))
@@ -73,6 +84,7 @@ def build_verifier(name: str, rest: Sequence[str], command: str, flags: Sequence
     allowed = ', '.join(known)
     raise ConfigError(f'--verifier=NAME is missing; allowed: {allowed}, or a module of yours')
   verifier = components.load(name, **settings)
+  # files have pictures only: no log-probability, no tokens, and nothing of a generator
   if not isinstance(verifier, core.Verifier):
     raise ConfigError(f'--verifier={name}: must be a verifier')
   if verifier.needs != frozenset({'image'}):
@@ -83,7 +95,7 @@ def build_verifier(name: str, rest: Sequence[str], command: str, flags: Sequence
 
 
 def build_scorer(verifier):
-  """A scorer on all devices of this process."""
+  """A scorer of the verifier on all devices of this process."""
   import jax
 
   from vtts_jax.engine import sharding
@@ -92,8 +104,9 @@ def build_scorer(verifier):
   return Scorer(verifier, sharding.make_mesh() if len(jax.local_devices()) > 1 else None)
 
 
-def _python_value(text: str):
-  """A number, a tuple ... where the text is one in Python, else the text itself."""
+def _parse_value(text: str):
+  """The number, tuple ... that the text is in Python; if it is none, the text itself."""
+  # a path or a name need not stand in quotes
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):

@@ -6,6 +6,7 @@ from vtts_jax.cli.arguments import refuse_unknown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the run directories and `--out`."""
   parser.add_argument('runs', nargs='*', metavar='RUN', help='run directories')
   parser.add_argument(
     '--out',
@@ -17,12 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace, rest: list[str]) -> int:
+  """Writes the report; returns the exit code."""
   from vtts_jax.errors import ConfigError
   from vtts_jax.report import console, page
 
   refuse_unknown(rest, 'report', ('--out=DIR',))
   if not args.runs:
     raise ConfigError('give run directories: vtts report runs/NAME [runs/OTHER ...] [--out=DIR]')
+  # one run prints the table that `vtts run` ends with; of several the page alone is right
   written = page.write_report(*args.runs, out=args.out)
   if len(args.runs) == 1 and args.out is None:
     console.print_summary(args.runs[0])

@@ -1,7 +1,7 @@
 """Run a study; the same command resumes it.
 
 Settings are those of the config file: --config=FILE[:ARGS] --config.KEY=VALUE ...
-With --help as well as --config, all settings of that config are printed.
+With both --config and --help, all settings of that config are printed.
 """
 
 import argparse
@@ -18,6 +18,7 @@ ALLOWED = '--config=FILE[:ARGS], --config.KEY=VALUE, --distributed'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds `--config`, `--distributed` and a help of its own."""
   parser.add_argument('-h', '--help', action='store_true', help='print this help, or the settings')
   parser.add_argument(
     '--config', metavar='FILE[:ARGS]', help='a config file, e.g. configs/scenes.py:demo'
@@ -29,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace, rest: list[str]) -> int:
+  """Runs the study that the arguments ask for, or prints its settings; returns the exit code."""
   if args.help and args.config is None:
     args.print_help()
     return 0
+  # argparse has taken --config, which ml_collections must see together with its settings
   config = read_config(([] if args.config is None else [f'--config={args.config}']) + rest)
   help_text = config.pop('help', '')
   if args.help:
@@ -41,7 +44,15 @@ def run_command(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def run_study(config: dict, distributed: bool = False) -> int:
-  """Runs a study, writes its report and prints the final table; returns the exit code."""
+  """Runs a study, writes its report and prints the final table; returns the exit code.
+
+  Args:
+    config: the settings, a plain nested dictionary.
+    distributed: whether this is one process of many.
+
+  Raises:
+    ConfigError: a study that cannot run; nothing has been written then.
+  """
   import jax
 
   from vtts_jax.report import console, page
@@ -50,13 +61,15 @@ def run_study(config: dict, distributed: bool = False) -> int:
   from vtts_jax.study.progress import StudyProgress
   from vtts_jax.study.store import Store
 
-  if distributed:  # before any device is used
+  # the processes must find each other before any of them asks JAX for a device
+  if distributed:
     join_processes()
   study = build_study(config)
   process, processes = jax.process_index(), jax.process_count()
   store = Store(config['workdir'], config, read_environment(), process, processes)
   with StudyProgress(study, store, quiet=process != 0) as progress:
     execute_study(study, store, progress.show_batch)
+  # the report reads the lines of all processes, so the first one waits for the others
   if distributed:
     from jax.experimental import multihost_utils
 
@@ -68,21 +81,28 @@ def run_study(config: dict, distributed: bool = False) -> int:
 
 
 def join_processes() -> None:
-  """Makes this process one of many; on a TPU pod none of the three variables need be set."""
+  """Makes this process one of many.
+
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say which; on a TPU pod JAX finds
+  out by itself.
+  """
   import jax
 
-  def number(name):
+  def read_integer(name):
     return int(os.environ[name]) if name in os.environ else None
 
   jax.distributed.initialize(
-    os.environ.get('JAX_COORDINATOR_ADDRESS'), number('JAX_NUM_PROCESSES'), number('JAX_PROCESS_ID')
+    os.environ.get('JAX_COORDINATOR_ADDRESS'),
+    read_integer('JAX_NUM_PROCESSES'),
+    read_integer('JAX_PROCESS_ID'),
   )
 
 
 def read_environment() -> dict[str, str]:
-  """What ran: git revision, versions, device kind."""
+  """What runs the study: git revision, versions, devices and host."""
   import jax
 
+  # an installed copy stands in no repository; then the version must say what ran
   root = Path(__file__).parents[2]
   revision = subprocess.run(
     ['git', 'rev-parse', 'HEAD'], cwd=root, capture_output=True, text=True, check=False
@@ -102,33 +122,46 @@ def read_environment() -> dict[str, str]:
 
 
 def read_config(argv: list[str]) -> dict:
-  """The config that the flags ask for, as a plain dictionary.
+  """The config that the flags ask for, as a plain nested dictionary.
+
+  Args:
+    argv: `--config=FILE[:ARGS]` and `--config.KEY=VALUE` flags.
 
   Raises:
-    ConfigError: no or an unreadable config file, an unknown key, a value of the wrong type.
+    ConfigError: no config file or one that cannot be read, an unknown key, or a value of the wrong
+      type.
   """
   named = [a for a in argv if a.startswith('--config=')]
   if not named:
     raise ConfigError('--config=FILE[:ARGS] is missing, e.g. --config=configs/scenes.py:demo')
+  # the file is read twice: its own message for an unknown key would not say what is allowed
   config = _parse_flags(named)
   for argument in argv:
     _check_key(argument.split('=')[0], config)
+  # through JSON, so that a config is hashed and compared as it will stand in config.json
   return json.loads(json.dumps(_parse_flags(argv).to_dict()))
 
 
 def _parse_flags(argv: list[str]):
-  """The `ConfigDict` of a file with the values that flags change."""
+  """The `ConfigDict` of a config file, with the values that flags change.
+
+  Raises:
+    ConfigError: whatever the file or the flags raise.
+  """
   from absl import flags
   from ml_collections import config_flags
 
+  # flags of its own: absl's global ones would remember the config of an earlier call
   full = ['vtts run', *argv]
   values = flags.FlagValues()
   try:
     holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=full)
     rest = values(full)
     config = holder.value
-    config.keys()  # a file that failed to load fails here, not at its first use
-  except Exception as err:  # a config file is the user's code, so it may raise anything
+    # a file that failed to load fails here, not at its first use
+    config.keys()
+  # a config file is the user's code, so it may raise anything
+  except Exception as err:
     said = ' '.join(str(err).split()) or repr(err)
     raise ConfigError(f'{" ".join(argv)}: {said}') from None
   if len(rest) > 1:
@@ -137,7 +170,7 @@ def _parse_flags(argv: list[str]):
 
 
 def _check_key(flag: str, config) -> None:
-  """Raises `ConfigError` where a flag names no setting, with the settings that stand beside it."""
+  """Raises `ConfigError` for a flag that names no setting; the message has those that there are."""
   if not flag.startswith('-') or flag == '--config':
     return
   first, *keys = flag.lstrip('-').split('.')

@@ -1,7 +1,7 @@
 """Score pictures that exist already.
 
-A picture that cannot be read costs itself only: the others are scored, its row says what was wrong,
-and the exit code is 1.
+A picture that cannot be read does not stop the others: its row says what is wrong with it, and the
+exit code is 1.
 """
 
 import argparse
@@ -20,14 +20,15 @@ FLAGS = ('--prompts', '--out', '--batch')
 
 
 class ScoreRow(NamedTuple):
-  """A picture file to be scored, and its prompt row; {} for none."""
+  """The path of a picture to be scored, and its prompt row, which is `{}` for none."""
 
   image: str
   prompt: Mapping
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  arguments.add_verifier(parser)
+  """Adds the verifier, the pictures, their prompts and where the scores go."""
+  arguments.add_verifier_flag(parser)
   parser.add_argument(
     'images',
     nargs='*',
@@ -44,19 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument('--out', default='', metavar='FILE', help='.jsonl of one row a picture')
   parser.add_argument(
-    '--batch', type=arguments.integer_from(1), default=32, help='pictures at a time'
+    '--batch', type=arguments.integer_at_least(1), default=32, help='pictures at a time'
   )
 
 
 def run_command(args: argparse.Namespace, rest: list[str]) -> int:
-  """The exit code is 1 if a picture could not be read."""
+  """Scores the pictures and prints a table; the exit code is 1 if one could not be read."""
   from vtts_jax.media import files
 
+  # settings and prompts are checked before any weights are read, which may take minutes
   verifier = arguments.build_verifier(args.verifier, rest, 'score', FLAGS)
   if len(args.images) != 1:
     raise ConfigError(f'give one folder or .jsonl of pictures, got {args.images}')
   rows = find_rows(args.images[0], args.prompts, needs_prompt=reads_prompts(verifier))
   scored = score_rows(verifier, rows, args.batch)
+  # one row for each picture, scored or not, so that rows can be counted against the folder
   if args.out:
     lines = ''.join(json.dumps(row) + '\n' for row in scored)
     files.write_atomic(args.out, lines.encode())
@@ -70,28 +73,31 @@ def run_command(args: argparse.Namespace, rest: list[str]) -> int:
 # ----------------------------------------------------------------------------- pictures and prompts
 
 
-def find_rows(place: str, prompts: str, needs_prompt: bool = True) -> list[ScoreRow]:
-  """What to score; `place`, `prompts` as on the command line.
+def find_rows(source: str, prompts: str, needs_prompt: bool = True) -> list[ScoreRow]:
+  """The pictures to score, each with its prompt row.
 
   Args:
-    needs_prompt: whether a picture must have one.
+    source: a folder of pictures, or a .jsonl file that names them.
+    prompts: a file of prompts or one text, as on the command line; '' for those of the .jsonl.
+    needs_prompt: whether every picture must have a prompt.
 
   Raises:
-    ConfigError: no picture, no prompt, or not as many prompts as pictures.
+    ConfigError: no picture, a picture without a prompt that needs one, or more or fewer prompts
+      than pictures.
   """
   from vtts_jax.media.files import IMAGE_ENDINGS
 
-  path = pathlib.Path(place)
+  path = pathlib.Path(source)
   if path.is_dir():
     found = [(str(p), {}) for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_ENDINGS]
   elif path.suffix == '.jsonl' and path.is_file():
     found = list(_listed_pictures(path))
   else:
     raise ConfigError(
-      f'{place}: must be a folder of pictures, or a .jsonl file that names them'
+      f'{source}: must be a folder of pictures, or a .jsonl file that names them'
     )
   if not found:
-    raise ConfigError(f'{place}: holds no picture; endings read are {", ".join(IMAGE_ENDINGS)}')
+    raise ConfigError(f'{source}: holds no picture; endings read are {", ".join(IMAGE_ENDINGS)}')
   images, rows = zip(*found)
   if prompts:
     rows = _given_prompts(prompts, len(images))
@@ -102,9 +108,14 @@ def find_rows(place: str, prompts: str, needs_prompt: bool = True) -> list[Score
 
 
 def _given_prompts(prompts: str, pictures: int) -> list[Mapping]:
-  """A prompt row for each picture, from a file or from the one text."""
+  """A prompt row for each of so many pictures, from a file of prompts or from one text.
+
+  Raises:
+    ConfigError: a file that cannot be read, or more or fewer prompts than pictures.
+  """
   from vtts_jax.data import prompts as prompt_files
 
+  # what is no file is the prompt itself, so that one prompt needs no file
   rows: list[Mapping] = [{'text': prompts}]
   if pathlib.Path(prompts).is_file():
     try:
@@ -120,7 +131,11 @@ def _given_prompts(prompts: str, pictures: int) -> list[Mapping]:
 
 
 def _listed_pictures(path) -> Iterator[tuple[str, Mapping]]:
-  """Pictures and prompt rows of a .jsonl file; whatever else a line says belongs to its prompt."""
+  """Pictures and prompt rows of a .jsonl file; all of a line but 'image' belongs to its prompt.
+
+  Raises:
+    ConfigError: a line that is no object with an 'image'; the message has its number.
+  """
   for line, text in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
     if not text.strip():
       continue
@@ -131,18 +146,21 @@ def _listed_pictures(path) -> Iterator[tuple[str, Mapping]]:
       raise ConfigError(
         f"{path}, line {line}: an object with an 'image' is wanted ({error!r})"
       ) from None
+    # GenEval's files and ours say 'prompt' for what a prompt row calls 'text'
     if 'prompt' in entry:
       entry['text'] = entry.pop('prompt')
     yield image, entry
 
 
 def reads_prompts(verifier) -> bool:
-  """Whether a score depends on the prompt."""
+  """Whether the scores of a verifier depend on the prompt."""
   import jax
 
+  # a verifier that makes no arrays of a prompt cannot depend on it
   try:
     return bool(jax.tree.leaves(verifier.tokenize([{'text': 'a'}])))
-  except ValueError:  # it reads them, and this is none of them
+  # it does read prompts, of which this is none
+  except ValueError:
     return True
 
 
@@ -150,20 +168,22 @@ def reads_prompts(verifier) -> bool:
 
 
 def score_rows(verifier, rows: Sequence[ScoreRow], batch: int = 32) -> list[dict]:
-  """Scores pictures, those of one size together.
+  """Scores pictures; at most `batch` pictures of one size are scored at a time.
 
   Returns:
-    `{'image', 'prompt', 'scores': {name: number or None}}` for each picture, or with 'error' in
-    place of scores for one that cannot be read; None is a score that was not finite.
+    `{'image', 'prompt', 'scores': {name: number}}` for each picture. A score that is not finite is
+    None. A picture that cannot be read has 'error' in place of 'scores'.
   """
   from vtts_jax.media import files
 
   scorer = arguments.build_scorer(verifier)
   scorer.tokenize_prompts([row.prompt for row in rows])
   found: list[dict] = [{'image': r.image, 'prompt': r.prompt.get('text', '')} for r in rows]
+  # one program is compiled for each size, so pictures wait until a batch of their size is full
   waiting: dict[tuple, list] = {}  # size -> [(place, picture)]
 
   def score_waiting(size):
+    """Scores the pictures that wait, and fills in their rows."""
     places, pictures = zip(*waiting.pop(size))
     scores = scorer({'image': np.stack(pictures)}, [rows[i].prompt for i in places])
     for at, place in enumerate(places):
@@ -179,18 +199,21 @@ def score_rows(verifier, rows: Sequence[ScoreRow], batch: int = 32) -> list[dict
     waiting.setdefault(picture.shape, []).append((place, picture))
     if len(waiting[picture.shape]) == batch:
       score_waiting(picture.shape)
+  # the last batch of each size is not full
   for size in list(waiting):
     score_waiting(size)
   return found
 
 
 def _print_table(verifier, scored) -> None:
+  """Prints how each score is distributed, and which picture has the highest."""
   from rich.console import Console
   from rich.table import Table
 
   table = Table('score', 'pictures', 'mean', 'std', 'min', 'median', 'max', 'best', box=None)
   for name in verifier.names:
     values = [(r['scores'][name], r['image']) for r in scored if 'scores' in r]
+    # scores that are not finite are missing from the count, and would make a mean of nothing
     values = [(v, image) for v, image in values if v is not None]
     if values:
       x = np.array([v for v, _ in values])

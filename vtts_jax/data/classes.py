@@ -9,20 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from vtts_jax.data import prompts as prompt_files
+from vtts_jax.data.prompts import read_lines
 from vtts_jax.errors import ConfigError
 
 
 def read_class_names(path, setting: str = 'class_names') -> tuple[str, ...]:
-  """The names of the classes 0, 1, 2 ... from the lines of a text file.
+  """Reads the names of the classes 0, 1, 2 ... from the lines of a text file.
 
   Raises:
-    ConfigError: no such file, an empty line between names, fewer than two; it names `setting`.
+    ConfigError: there is no such file, a line between names is empty, or there are fewer than two
+      names; the message names `setting`.
   """
   try:
-    names = [line.strip() for line in prompt_files.read_lines(path)]
+    names = [line.strip() for line in read_lines(path)]
   except ConfigError as error:
     raise ConfigError(f'{setting}: {error}') from None
+  # empty lines at the end name no class; one in between would shift all classes after it
   while names and not names[-1]:
     names.pop()
   if '' in names:
@@ -36,23 +38,25 @@ def read_class_names(path, setting: str = 'class_names') -> tuple[str, ...]:
 def class_labels(
   prompts: Sequence[Mapping[str, Any]], count: int, setting: str, names: Sequence[str] = ()
 ) -> np.ndarray:
-  """Labels `[B]` int32 in 0 .. count - 1 of prompt rows.
+  """Returns the labels `[B]` int32 in 0 .. count - 1 of prompt rows.
 
-  A row's 'label' decides; without one its text is the name of a class, or else a number.
+  A row's 'label' decides. A row without one has a text that is the name of a class or a number.
 
   Args:
-    setting: what an error names.
-    names: of the classes, in order; a name that two classes have (ImageNet has 'crane' twice)
+    prompts: B rows.
+    count: number of classes.
+    setting: the setting that an error names.
+    names: names of the classes in order. A name that two classes have (ImageNet has 'crane' twice)
       stands for neither.
 
   Raises:
-    ConfigError: a prompt that is no class; it names the prompt and what is allowed.
+    ConfigError: a prompt is no class; the message names the prompt and what is allowed.
   """
-  labels = [_label(row, i, count, setting, names) for i, row in enumerate(prompts)]
+  labels = [_class_label(row, i, count, setting, names) for i, row in enumerate(prompts)]
   return np.array(labels, np.int32)
 
 
-def _label(row, place, count, setting, names):
+def _class_label(row, place, count, setting, names):
   label, text = row.get('label'), row.get('text')
   text = text.strip() if isinstance(text, str) else ''
   if label is None:
@@ -60,6 +64,7 @@ def _label(row, place, count, setting, names):
       label = list(names).index(text)
     elif text not in names and text.isdecimal():
       label = int(text)
+  # True is an int in Python, and would be class 1
   is_number = isinstance(label, int | np.integer) and not isinstance(label, bool)
   if is_number and 0 <= label < count:
     return int(label)
@@ -71,20 +76,21 @@ def _label(row, place, count, setting, names):
 
 
 def inception_outputs(path, setting: str = 'label_map') -> tuple[tuple[str, ...], np.ndarray]:
-  """ImageNet's classes for InceptionV3 of 2015-12-05, whose outputs stand in another order.
+  """Finds ImageNet's classes among the outputs of InceptionV3 of 2015-12-05.
 
   Args:
     path: the file imagenet_2012_challenge_label_map_proto.pbtxt of inception-2015-12-05.tgz.
 
   Returns:
     The WordNet ids of the classes in ImageNet's order, and the network's output `[1000]` int32 of
-    each of them.
+    each class; the network has an order of its own.
 
   Raises:
-    ConfigError: no such file, or not all of ImageNet's classes in it; it names `setting`.
+    ConfigError: there is no such file, or it lacks some of ImageNet's classes; the message names
+      `setting`.
   """
   try:
-    text = '\n'.join(prompt_files.read_lines(path))
+    text = '\n'.join(read_lines(path))
   except ConfigError as error:
     raise ConfigError(f'{setting}: {error}') from None
   entries = re.findall(r'target_class:\s*(\d+)\s*target_class_string:\s*"(n\d+)"', text)

@@ -1,11 +1,11 @@
-"""GenEval's prompts: what they ask for, its classes, colours and relations.
+"""GenEval's prompts: what they ask for, with its classes, colours and relations.
 
-Metadata says what a prompt asks for: `include` lists objects with their class, count and perhaps
-colour and position, `exclude` lists what must not be there, `tag` is the category. A prompt row
-that has them brings its own; else the sentence is read. The benchmark's sentences are a
-closed grammar of six templates (Ghosh et al. 2023, arXiv 2310.11513; github.com/djghosh13/geneval,
-MIT licence), so `parse_prompt` gives what `evaluation_metadata.jsonl` says in each of its 553 rows.
-Classes are COCO's in GenEval's words.
+Metadata says what a prompt asks for. `include` lists objects with their class, count and perhaps
+colour and position, `exclude` lists what must not be there, `tag` is the category. A prompt row may
+bring its metadata along; otherwise `parse_prompt` reads the sentence. The benchmark's sentences
+follow a closed grammar of six templates (Ghosh et al. 2023, arXiv 2310.11513;
+github.com/djghosh13/geneval, MIT licence), so `parse_prompt` gives what `evaluation_metadata.jsonl`
+says in each of its 553 rows. Classes are COCO's in GenEval's words.
 """
 
 import re
@@ -44,12 +44,12 @@ FORMS = (
 
 
 def with_article(words: str) -> str:
-  """'a dog', 'an orange'."""
+  """Returns the words with their article: 'a dog', 'an orange'."""
   return f'an {words}' if words[0] in 'aeiou' else f'a {words}'
 
 
 def plural_of(name: str) -> str:
-  """As GenEval writes it: 'buses', and also 'benchs'."""
+  """Returns the plural as GenEval writes it: 'buses', and also 'benchs'."""
   return f'{name}es' if name.endswith('s') else f'{name}s'
 
 
@@ -62,21 +62,24 @@ _TWO_PHRASES = re.compile(f'(.+?) (and|{"|".join(RELATIONS)}) (.+)')
 
 
 def metadata_of(prompts: Sequence[Mapping[str, Any]]) -> list[dict]:
-  """The metadata of each prompt row: its own where it has 'include' or 'exclude', else read off
-  its text.
+  """Returns the metadata of each prompt row.
+
+  A row with 'include' or 'exclude' is its own metadata; of any other the text is parsed.
 
   Raises:
-    ConfigError: a prompt without either.
+    ConfigError: a prompt has neither metadata nor a text of GenEval's grammar.
   """
-  brings_own = lambda row: row.get('include') or row.get('exclude')
-  return [dict(row) if brings_own(row) else parse_prompt(row.get('text', '')) for row in prompts]
+  return [
+    dict(row) if row.get('include') or row.get('exclude') else parse_prompt(row.get('text', ''))
+    for row in prompts
+  ]
 
 
 def parse_prompt(text: str) -> dict:
-  """A prompt's row of metadata: {'tag', 'include', 'exclude' where counted, 'text'}.
+  """Parses a prompt into metadata {'tag', 'include', 'exclude' where counted, 'text'}.
 
   Raises:
-    ConfigError: a prompt of another form.
+    ConfigError: the prompt is not of GenEval's grammar.
   """
   found = re.fullmatch('a photo of (.+)', text)
   parsed = _parse_phrase(found[1]) if found else None
@@ -90,28 +93,30 @@ def parse_prompt(text: str) -> dict:
 
 
 def _parse_phrase(words):
-  """(tag, include, what is excluded ...) of what is photographed; None if it is no such phrase."""
+  """Returns (tag, include, excluded entries ...) of a phrase; None if the grammar has no such."""
   number, _, many = words.partition(' ')
   if number in NUMBERS and many in _PLURALS:
     # 'three dogs' asks for three and forbids four
     name, count = _PLURALS[many], NUMBERS.index(number) + 2
-    return 'counting', [_entry(name, None, count)], _entry(name, None, count + 1)
+    return 'counting', [_metadata_entry(name, None, count)], _metadata_entry(name, None, count + 1)
   if words in _PHRASES:
     name, colour = _PHRASES[words]
-    return 'colors' if colour else 'single_object', [_entry(name, colour)]
+    return 'colors' if colour else 'single_object', [_metadata_entry(name, colour)]
   found = _TWO_PHRASES.fullmatch(words)
   if not found or found[1] not in _PHRASES or found[3] not in _PHRASES:
     return None
   (a, colour_a), (b, colour_b) = _PHRASES[found[1]], _PHRASES[found[3]]
   if found[2] != 'and':
+    # the benchmark has no sentence with both a relation and a colour
     if colour_a or colour_b:
       return None
     # 'a cup left of a cow': the cow is entry 0, to which the cup's position refers
-    return 'position', [_entry(b), {**_entry(a), 'position': [found[2], 0]}]
+    return 'position', [_metadata_entry(b), {**_metadata_entry(a), 'position': [found[2], 0]}]
   if bool(colour_a) != bool(colour_b):
     return None
-  return 'color_attr' if colour_a else 'two_object', [_entry(a, colour_a), _entry(b, colour_b)]
+  entries = [_metadata_entry(a, colour_a), _metadata_entry(b, colour_b)]
+  return 'color_attr' if colour_a else 'two_object', entries
 
 
-def _entry(name, colour=None, count=1):
+def _metadata_entry(name, colour=None, count=1):
   return {'class': name, 'count': count, **({'color': colour} if colour else {})}

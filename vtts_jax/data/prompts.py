@@ -1,11 +1,11 @@
 """Prompt rows from a file, or given in the config.
 
-A row is a mapping with a `text`. A `.jsonl` file has one in each line and keeps whatever else it
-says: `label` (a class), `reference` and `image` (files, relative to the prompts file), `include`,
-`exclude` and `tag` (GenEval's metadata; github.com/djghosh13/geneval), ...; GenEval's own key
-`prompt` is read as `text`. A row's own `id` is kept as `file_id`: keys are made from the run's. Any
-other file has a text in each line; either may be gzipped. GenEval's 553 prompts are here:
-`path='geneval'`.
+A row is a mapping with a `text`. A `.jsonl` file has one row per line and may say more: `label` (a
+class), `reference` and `image` (files, relative to the prompts file), `include`, `exclude` and
+`tag` (GenEval's metadata; github.com/djghosh13/geneval), or anything else. GenEval's own key
+`prompt` is read as `text`. A row's own `id` is kept as `file_id`, because random keys are made from
+the run's ids. Any other file has one text per line. Both may be gzipped. GenEval's 553 prompts are
+shipped as `path='geneval'`.
 """
 
 import gzip
@@ -24,10 +24,16 @@ FILES = ('reference', 'image')  # keys whose values are paths
 
 
 def prompts(path='', texts=(), count=0) -> list[dict]:
-  """The first `count` (0: all) rows of the file `path` (or 'geneval'), or of `texts` without it.
+  """Returns prompt rows from a file, or from texts.
+
+  Args:
+    path: a file, or 'geneval'.
+    texts: prompts given in the config, where there is no `path`.
+    count: how many of the first rows are returned; 0 for all.
 
   Raises:
-    ConfigError: both or none of the two, no such file, a line that is no prompt, too few of them.
+    ConfigError: both or neither of `path` and `texts` are given, there is no such file, a line is
+      no prompt, or there are fewer than `count`.
   """
   if bool(path) == bool(texts):
     raise ConfigError(f'path={path!r}, texts={list(texts)}: give one of the two')
@@ -38,11 +44,10 @@ def prompts(path='', texts=(), count=0) -> list[dict]:
 
 
 def read_lines(path) -> list[str]:
-  """The lines of a UTF-8 text file, which end at \\n or \\r\\n only; a byte order mark is skipped,
-  and `.gz` unpacked.
+  """Reads the lines of a UTF-8 text file; a byte order mark is skipped, `.gz` is unpacked.
 
   Raises:
-    ConfigError: no such file, or another encoding.
+    ConfigError: there is no such file, or it has another encoding.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -55,6 +60,7 @@ def read_lines(path) -> list[str]:
     wide = data[:2] in (b'\xff\xfe', b'\xfe\xff')
     found = 'is UTF-16' if wide else f'is not UTF-8 (byte {error.start})'
     raise ConfigError(f'path={str(path)!r}: {found}; save it as UTF-8') from None
+  # `splitlines` would also split a prompt at U+2028 and other separators inside it
   lines = text.replace('\r\n', '\n').split('\n')
   return lines if lines[-1] else lines[:-1]
 
@@ -94,6 +100,6 @@ def _as_row(row, folder):
 
 
 def grade(images, prompts):
-  """As a metric this grades nothing, for prompts without a detector: no picture is right."""
+  """Grades no picture as right: the metric of prompts for which there is no detector."""
   del prompts
   return np.zeros(len(images), bool)

@@ -1,9 +1,9 @@
 """Reference pictures of prompts, for the verifiers that compare pictures: read on the host.
 
-A prompt row names its own under 'reference': a picture, a folder of pictures, or a list of these
-(`data/prompts` resolves them relative to its file). A verifier's setting `references`, a picture or
-a folder, serves the prompts that name none. Pictures are made as the verifier's pipeline makes
-them, by PIL itself.
+A prompt row names its own pictures under 'reference': a picture, a folder of pictures, or a list of
+these (`data/prompts` resolves them relative to its file). A verifier's setting `references`, a
+picture or a folder, serves the prompts that name none. PIL resizes and crops the pictures as the
+verifier's published pipeline does.
 
 Letters: B prompts · K pictures of a prompt · S side of a picture · D width of an embedding.
 """
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.media import files as media_files
+from vtts_jax.media.files import IMAGE_ENDINGS, read_image
 
 
 def find_pictures(place, setting: str) -> tuple[str, ...]:
-  """The file `place`, or the pictures in the folder, in natural order (1, 2, 10).
+  """Returns the picture `place`, or the pictures in that folder in natural order (1, 2, 10).
 
   Raises:
-    ConfigError: neither is there; it names `setting`.
+    ConfigError: there is neither; the message names `setting`.
   """
   place = os.fspath(place)
   if os.path.isfile(place):
@@ -31,17 +31,18 @@ def find_pictures(place, setting: str) -> tuple[str, ...]:
   inside = os.listdir(place) if place and os.path.isdir(place) else []
   names = [
     name for name in inside
-    if name.lower().endswith(media_files.IMAGE_ENDINGS) and not name.startswith('.')
+    if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith('.')
   ]  # fmt: skip
   if not names:
     raise ConfigError(
       f'{setting}: {place!r} is no picture and no folder of pictures '
-      f'({", ".join(media_files.IMAGE_ENDINGS)})'
+      f'({", ".join(IMAGE_ENDINGS)})'
     )
-  return tuple(os.path.join(place, name) for name in sorted(names, key=_natural))
+  return tuple(os.path.join(place, name) for name in sorted(names, key=_natural_order))
 
 
-def _natural(name):
+def _natural_order(name):
+  # numbers compare as numbers; the pairs keep numbers and words from being compared at all
   parts = re.split(r'(\d+)', name)
   return [(int(part), '') if part.isdecimal() else (-1, part) for part in parts]
 
@@ -49,16 +50,21 @@ def _natural(name):
 def read_references(
   prompts: Sequence[Mapping[str, Any]], common: str, most: int, side: int, shorter: int = 0
 ) -> dict[str, np.ndarray]:
-  """`pictures [B, K, S, S, 3]` uint8 and `mask [B, K]`, true where there is one.
+  """Reads the reference pictures of prompt rows.
 
   Args:
+    prompts: B rows.
     common: the picture or folder for prompts that name no reference; '' for none.
     most: K.
-    side: S. The shorter side of a picture is resized to `shorter` and the middle S x S cut out;
-      with `shorter=0` it is resized to S x S.
+    side: S.
+    shorter: a picture's shorter side is resized to this and the middle S x S is cut out; with 0 the
+      picture is resized to S x S, whatever its proportions.
+
+  Returns:
+    {'pictures': uint8 `[B, K, S, S, 3]`, 'mask': bool `[B, K]`, true where there is a picture}.
 
   Raises:
-    ConfigError: a prompt without a reference or with more than K, a picture that cannot be read.
+    ConfigError: a prompt has no reference or more than K, or a picture cannot be read.
   """
   shared = find_pictures(common, 'verifier.references') if common else ()
   pictures = np.zeros((len(prompts), most, side, side, 3), np.uint8)
@@ -66,7 +72,8 @@ def read_references(
   for row, prompt in enumerate(prompts):
     files = _files_of(prompt, row, shared, most)
     for i, name in enumerate(files):
-      if name not in made:  # a picture that many prompts share is read once
+      # a picture that many prompts share is read once
+      if name not in made:
         made[name] = _read_picture(name, side, shorter)
       pictures[row, i], mask[row, i] = made[name], True
   return {'pictures': pictures, 'mask': mask}
@@ -90,13 +97,18 @@ def _files_of(prompt, row, shared, most):
 
 
 def count_references(common: str, most: int) -> int:
-  """K: the pictures of the setting `references`, and at least `most` where prompts bring theirs."""
+  """Returns K: room for the pictures of the setting `references`, and for at least `most`.
+
+  Prompts that bring their own pictures may have up to K of them.
+  """
   return max(most, len(find_pictures(common, 'verifier.references')) if common else 0)
 
 
 def mean_embedding(embeddings, mask):
-  """Unit embeddings `[B, K, D]` of `mask [B, K]` -> their mean `[B, D]`; its product with a unit
-  embedding is the mean of the cosines."""
+  """Returns the mean `[B, D]` of the unit embeddings `[B, K, D]` that `mask [B, K]` selects.
+
+  The mean is not normalised: its product with a unit embedding is the mean of the cosines.
+  """
   weight = mask.astype(embeddings.dtype)
   return (embeddings * weight[..., None]).sum(1) / weight.sum(1, keepdims=True)
 
@@ -104,9 +116,10 @@ def mean_embedding(embeddings, mask):
 def _read_picture(name, side, shorter):
   from PIL import Image
 
-  picture = Image.fromarray(media_files.read_image(name))
+  picture = Image.fromarray(read_image(name))
   if not shorter:
     return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+  # torchvision's rounding, as in media/preprocess: down for the longer side, to even for the crop
   width, height = picture.size
   short = min(width, height)
   size = (shorter * width // short, shorter * height // short)

@@ -1,4 +1,4 @@
-"""Texts as networks read them: token ids and masks, padded, and cut or refused where too long.
+"""Texts as networks read them: padded token ids and masks; too long a text is cut or refused.
 
 Letters: B texts · W tokens of a text.
 """
@@ -25,29 +25,33 @@ def tokenize_texts(
   allow_empty: bool = False,
   setting: str = 'verifier.length',
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Ids and mask `[B, W]` int32 of texts, padded to `width` as the tokenizer pads.
+  """Returns ids and mask `[B, W]` int32 of texts, padded to `width` as the tokenizer pads.
 
   Args:
+    texts: B texts.
     tokenizer: folder or repository (`owner/name@revision`) with a tokenizer of transformers, or ''
       for random weights, which know no words (`hash_words`).
     width: W.
-    vocab: of the network; only the hashed ids depend on it.
-    template: what a text is put into, at its '{}'. It is never cut itself: of a long text the end
-      is left out.
-    longer: what becomes of a text of more than W tokens: 'cut', with one warning that names the
-      first, or 'error'.
+    vocab: the network's vocabulary; only the hashed ids depend on it.
+    template: each text is put into its '{}'. The template itself is never cut: a long text loses
+      its end.
+    longer: what happens to a text of more than W tokens: 'cut', with one warning that names the
+      first such text, or 'error'.
     allow_empty: whether a text may have no words (the null prompt of guidance has none).
-    setting: what says W, for errors.
+    setting: the setting that says W, for errors.
 
   Raises:
-    ConfigError: an empty text, a template without room for any, a text that is too long.
+    ConfigError: a text is empty or too long, or the template leaves no room for any text.
   """
   empty = [i for i, text in enumerate(texts) if not text.strip()]
   if empty and not allow_empty:
     raise ConfigError(f'prompts: prompt {empty[0]} is empty; a text verifier must have words')
-  split = _pretrained(tokenizer) if tokenizer else functools.partial(hash_words, vocab=vocab)
-  read = lambda text: split(template.replace('{}', text), width)
-  rows = [read(text) for text in texts]
+  split = _open_tokenizer(tokenizer) if tokenizer else functools.partial(hash_words, vocab=vocab)
+
+  def read_text(text):
+    return split(template.replace('{}', text), width)
+
+  rows = [read_text(text) for text in texts]
   long = [(text, length) for text, (_, _, length) in zip(texts, rows) if length > width]
   if long and longer == 'error':
     raise ConfigError(f'{setting}={width}: {long[0][0]!r} has {long[0][1]} tokens')
@@ -56,16 +60,18 @@ def tokenize_texts(
       'prompts: %d of %d are longer than the %d tokens that are read and are cut; the first has '
       '%d: %r', len(long), len(texts), width, long[0][1], long[0][0],
     )  # fmt: skip
+  # the tokenizer would cut the end of the template; instead the text inside it is shortened
   if long and template != '{}':
     rows = [
-      row if row[2] <= width else read(_longest_head(text, read, width, setting))
+      row if row[2] <= width else read_text(_longest_head(text, read_text, width, setting))
       for text, row in zip(texts, rows)
     ]
   return tuple(np.array([row[i] for row in rows], np.int32).reshape(-1, width) for i in range(2))
 
 
 def _longest_head(text, read, width, setting):
-  """As much of the text's beginning as fits."""
+  """Returns as much of the text's beginning as fits."""
+  # more characters never give fewer tokens, near enough for a bisection
   end = bisect.bisect_right(range(len(text)), width, key=lambda n: read(text[:n])[2]) - 1
   if end < 1:
     raise ConfigError(f'{setting}={width}: too few tokens for any of {text!r}')
@@ -73,8 +79,11 @@ def _longest_head(text, read, width, setting):
 
 
 def hash_words(text: str, width: int, vocab: int) -> tuple[list[int], list[int], int]:
-  """(ids, mask, tokens before the cut) by a hash of each word: 1 .. vocab - 3 between a start
-  (vocab - 2) and an end (vocab - 1); 0 pads."""
+  """Returns (ids, mask, tokens before the cut) of a text by a hash of each word.
+
+  Words have ids 1 .. vocab - 3, between a start (vocab - 2) and an end (vocab - 1); 0 pads.
+  """
+  # crc32 and not `hash`, which differs from process to process
   words = [1 + zlib.crc32(word.encode()) % (vocab - 3) for word in text.split()]
   kept = words[: width - 2]
   ids, padding = [vocab - 2, *kept, vocab - 1], [0] * (width - 2 - len(kept))
@@ -82,16 +91,17 @@ def hash_words(text: str, width: int, vocab: int) -> tuple[list[int], list[int],
 
 
 @functools.cache
-def _pretrained(place):
+def _open_tokenizer(place):
   from transformers import AutoTokenizer
 
   name, _, revision = place.partition('@')
   tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
 
-  def split(text, width):
+  def split_text(text, width):
+    # the length before the cut, for the warning and for templates
     length = len(tokenizer(text, verbose=False).input_ids)
     row = tokenizer(text, truncation=True, max_length=width, padding='max_length')
     mask = row.get('attention_mask', [int(i != tokenizer.pad_token_id) for i in row.input_ids])
     return row.input_ids, mask, length
 
-  return split
+  return split_text

@@ -40,6 +40,7 @@ class SearchCheckpoint:
     leaves = jax.tree.leaves(jax.tree.map(_plain_numbers, (state, best, traces)))
     # Orbax takes no array without an element; the shapes say where they were
     named = {f'{i:05d}': leaf for i, leaf in enumerate(leaves) if leaf.size}
+    # the new save is whole before the old ones go
     before = self._steps()
     with ocp.StandardCheckpointer() as keeper:
       keeper.save(self.folder / f'step_{done:05d}', named)

@@ -144,7 +144,7 @@ class Scorer:
     """
     for name, array in observed.items():
       if name == 'image' and array.dtype != np.uint8:
-        preprocess.check(array)
+        preprocess.check_images(array)
     rows = self._rows(len(prompts))
     with self._turn:
       vctx = self._contexts_of([prompts[i] for i in rows])

@@ -87,13 +87,14 @@ class PreparedSearch:
   def run(self, rows: Sequence[int] | None = None, seed: int | jax.Array = 0) -> SearchResult:
     """Searches the prompts at `rows` (all by default) in batches."""
     rows = np.arange(len(self.prompts)) if rows is None else np.asarray(rows)
-    root = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
+    root = _root_key(seed)
     log = compile_log()
     compiled = log.seconds
 
     def one_batch(low):
       """One batch, and its seconds without compiling."""
       mine = rows[low : low + self.batch]
+      # compilation is measured by JAX itself and taken off the clock
       start, before = time.perf_counter(), log.seconds
       out = jax.tree.map(np.asarray, self._run_batch(mine, root))
       ran = time.perf_counter() - start - (log.seconds - before)
@@ -113,6 +114,7 @@ class PreparedSearch:
 
   def _run_batch(self, rows, root):
     """(best, outputs, traces) of the prompts at `rows`, padded with the last of them."""
+    # one shape for all batches: the last one is filled up with its last prompt
     padded = rows[np.minimum(np.arange(self.batch), len(rows) - 1)]
     local = (self.arrays, self.ids.astype(np.uint32), self.initial)
     arrays, ids, initial = jax.tree.map(lambda x: np.asarray(x)[padded], local)
@@ -183,8 +185,13 @@ def prepare_search(
   for name, given in (('on_step', on_step), ('checkpoint', checkpoint)):
     if mode == 'fused' and given is not None:
       raise ConfigError(f"{name}: needs mode='stepped'")
-  if not isinstance(every, int) or every < 1:
-    raise ConfigError(f'every={every!r}: must be an integer >= 1')
+  for name, value, least in (
+    ('every', every, 1), ('batch', batch, 0), ('render_chunk', render_chunk, 0),
+  ):  # fmt: skip
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+      raise ConfigError(f'{name}={value!r}: must be an integer >= {least}')
+  if not isinstance(stop, int | float) or not stop > -INFINITY:
+    raise ConfigError(f'stop={stop!r}: must be a number above -inf')
   unknown = [name for name in collect if name not in COLLECT]
   if unknown:
     raise ConfigError(f'collect={list(collect)}: {unknown[0]!r} is none of {", ".join(COLLECT)}')
@@ -200,6 +207,7 @@ def prepare_search(
   if measure is not None:
     parts['measure'] = measure
   arrays = tokenize_prompts(parts, prompts)
+  # every device along 'data' must have as many prompts as the others
   devices = mesh.shape['data'] if mesh is not None else 1
   size = -(-(batch or len(prompts)) // devices) * devices
   program = SearchProgram(
@@ -218,6 +226,17 @@ def prepare_search(
 
 
 # ------------------------------------------------------------------------------ prompts and weights
+
+
+def _root_key(seed: int | jax.Array) -> jax.Array:
+  """The key that all others come from."""
+  if isinstance(seed, jax.Array) and jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key):
+    return seed
+  # a larger number would wrap around, and two seeds would give the same candidates
+  whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+  if not whole or not 0 <= seed < 2**32:
+    raise ConfigError(f'seed={seed!r}: must be an integer in 0 .. 2**32 - 1, or a key')
+  return jax.random.key(seed)
 
 
 def _check_ids(prompts, ids) -> np.ndarray:
@@ -273,7 +292,7 @@ def overlapped(function: Callable, items: Sequence, ver: Verifier):
     return
   with ThreadPoolExecutor(2) as pool:
     running = []
-    try:
+    try:  # two in flight are enough: one is generated while the other is scored
       for item in items:
         running.append(pool.submit(function, item))
         if len(running) == 2:
@@ -303,6 +322,8 @@ def check_budget(cost: Cost, budget: Mapping[str, float] | None) -> None:
   for name, limit in (budget or {}).items():
     if name not in allowed:
       raise ConfigError(f'budget.{name}={limit}: no such limit; allowed: {", ".join(allowed)}')
+    if not isinstance(limit, int | float) or not 0 <= limit < INFINITY:
+      raise ConfigError(f'budget.{name}={limit!r}: must be a number >= 0 (0: no limit)')
     if limit and allowed[name] > limit:
       lines = ', '.join(f'{k} {v:,.0f}' for k, v in allowed.items())
       raise ConfigError(

@@ -104,6 +104,7 @@ def observe_and_score(
   ver, measure = program.ver, program.measure
   observer = program.algo.observer(program.gen, shape)
   sampler = bind_sampler(program, params, contexts, meter)._replace(gen=observer)
+  # a host verifier scores later, so what it reads must outlive the chunk too
   keeps = program.kept_outputs | (frozenset() if ver.jittable else ver.needs)
 
   def observe_chunk(states, stages):

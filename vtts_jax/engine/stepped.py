@@ -114,6 +114,7 @@ def run_stepped(
     on_step: called with (number of the step, `StepTrace`) after each.
     saved: an `engine.checkpoint.SearchCheckpoint` to go on from and to save to, or None.
   """
+  # `contexts` shrinks with the batch, `whole` is for the final observation
   contexts = whole = _call(encode_batch, program, mesh, params, prompts)
   state = _call(begin_batch, program, mesh, params, contexts, ids, root, initial)
   state = _distinct_buffers(state._replace(rows=np.arange(len(ids), dtype=np.int32)))
@@ -130,7 +131,7 @@ def run_stepped(
   for number, (shape, fixed, row) in enumerate(_numbered_steps(program)):
     if number < len(traces):  # done before the search was cut off
       continue
-    need = None
+    need = None  # which rows need this step; None where all do
     if may_stop:
       state, contexts, best, need = _drop_resting(program, mesh, state, contexts, best)
     args = (program, mesh, shape, fixed, params, contexts)
@@ -146,7 +147,7 @@ def run_stepped(
     # copied before the state that it may share memory with is donated to the next step
     trace = jax.tree.map(np.array, trace)
     rows = np.asarray(state.rows)
-    if len(rows) < len(ids):
+    if len(rows) < len(ids):  # a trace always has all prompts of the batch
       trace = _spread_trace(trace, rows, best)
     traces.append(trace)
     if saved is not None:

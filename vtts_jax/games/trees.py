@@ -1,6 +1,6 @@
 """Problems with known answers for tree search: random trees, and small trees to enumerate.
 
-Each gives a `start` and a `recurrent` function of mctx's kind, so mctx runs on them too.
+Each has a root and a `recurrent` function with mctx's signature, so mctx can run on it too.
 
 Letters: B rows, R rows of a call (B times leaves), K slots.
 """
@@ -25,9 +25,10 @@ class RandomTree(NamedTuple):
 
 
 def random_tree(key, rows: int, slots: int, width: int = 8) -> tuple[RandomTree, RootOutput]:
-  """An endless tree whose states `[B, D]` are a random recurrent network's: no two slots tie."""
+  """An endless tree; its states `[B, D]` come from a random recurrent network, so nothing ties."""
   keys = jax.random.split(key, 5)
   normal = lambda k, *shape: jax.random.normal(keys[k], shape)
+  # scaled so that states neither die out nor saturate the tanh
   params = RandomTree(
     1.5 * normal(0, slots, width, width) / width**0.5,
     normal(1, width, slots),
@@ -50,8 +51,7 @@ def random_step(params: RandomTree, key, action, state, discount: float = 0.97):
 
 
 class Place(NamedTuple):
-  """A node of an enumerable tree: row of the batch, depth, and index among the nodes of its
-  depth."""
+  """A node of an enumerable tree: row of the batch, depth, index among the nodes of that depth."""
 
   row: jax.Array
   depth: jax.Array
@@ -59,10 +59,10 @@ class Place(NamedTuple):
 
 
 def leaf_tree(leaves) -> RootOutput:
-  """The start of a complete tree with `leaves [B, K, .., K]`, one axis a level.
+  """The root of a complete tree with `leaves [B, K, .., K]`, one axis per level.
 
-  Values of unfinished nodes are 0, the prior is even, an edge to a leaf has the leaf's value as its
-  reward and a discount of 0.
+  Inner nodes have value 0 and a uniform prior. An edge to a leaf has the leaf's value as its reward
+  and discount 0.
   """
   rows, slots = leaves.shape[0], leaves.shape[-1]
   zero = jnp.zeros(rows, jnp.int32)
@@ -76,6 +76,7 @@ def leaf_step(leaves, key, action, place: Place):
   place = Place(place.row, place.depth + 1, index)
   done = place.depth == levels
   flat = leaves.reshape(leaves.shape[0], -1)
+  # tree search also steps past the leaves, where the index is out of range
   reward = jnp.where(done, flat[place.row, jnp.minimum(index, flat.shape[1] - 1)], 0.0)
   zero = jnp.zeros(action.shape)
   discount, prior = jnp.where(done, 0.0, 1.0), zero[:, None].repeat(slots, 1)

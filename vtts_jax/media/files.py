@@ -1,7 +1,8 @@
-"""Files of what a candidate shows: pictures in and out, every kind of output, whole or not at all.
+"""Files of what a candidate shows: reads pictures, writes every kind of output.
 
-This is the one place that knows endings and encodings. Images are read as 8 bit RGB, transparency
-laid on white. What a search returns is saved by its kind (`core.Output`):
+This is the one place that knows endings and encodings. Images are read as 8 bit RGB, with
+transparency laid on white. Files are written whole or not at all. An output is saved by its kind
+(`core.Output`):
 
   kind     array                                        file
   image    `[H, W, 3]` in [0, 1], or uint8              .webp, lossless (or .png)
@@ -49,8 +50,11 @@ FRAME_RATE = 8  # of video, a second
 
 @contextlib.contextmanager
 def atomic_path(path) -> Iterator[epath.Path]:
-  """A temporary path beside `path`, which is renamed to it at the end and removed after an error:
-  no reader ever sees half a file. Missing folders are made."""
+  """Yields a temporary path beside `path`, so that no reader ever sees half a file.
+
+  The temporary file is renamed to `path` at the end and removed after an error. Missing folders are
+  made.
+  """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # the ending stays, because some writers append one that they miss
@@ -73,14 +77,15 @@ def write_atomic(path, data: bytes) -> None:
 
 
 def read_image(source) -> np.ndarray:
-  """A picture (path or open file) as uint8 `[H, W, 3]`; transparency is laid on white.
+  """Reads a picture (path or open file) as uint8 `[H, W, 3]`; transparency is laid on white.
 
   Raises:
-    ConfigError: it cannot be read; the message names a path.
+    ConfigError: the picture cannot be read; the message names a path.
   """
   try:
     with _open_binary(source) as file, Image.open(file) as picture:
       picture.load()
+      # converting to RGB drops the alpha channel and shows colours that were meant to be hidden
       if picture.mode in ('RGBA', 'LA', 'P', 'PA'):
         over = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', over.size, 'white'), over)
@@ -97,7 +102,7 @@ def _open_binary(source):
 
 
 def image_bytes(image) -> np.ndarray:
-  """Pictures `[..., H, W, 3]` in [0, 1] as uint8, NaN as black; uint8 stays as it is."""
+  """Returns pictures `[..., H, W, 3]` in [0, 1] as uint8, NaN as black; uint8 stays as it is."""
   image = np.asarray(image)
   if image.dtype == np.uint8:
     return image
@@ -105,22 +110,23 @@ def image_bytes(image) -> np.ndarray:
 
 
 def image_floats(image) -> np.ndarray:
-  """Pictures `[..., H, W, 3]` as float32 in [0, 1]; floats stay as they are."""
+  """Returns pictures `[..., H, W, 3]` as float32 in [0, 1]; floats stay as they are."""
   image = np.asarray(image)
   return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
 
 
 def encode_png(image) -> bytes:
-  """A PNG of a picture `[H, W, 3]`, uint8 or in [0, 1]."""
-  return _encode(image, 'png')
+  """Encodes a picture `[H, W, 3]`, uint8 or in [0, 1], as PNG."""
+  return _encode_picture(image, 'png')
 
 
 def encode_webp(image) -> bytes:
-  """A lossless WebP of a picture `[H, W, 3]`, uint8 or in [0, 1]."""
-  return _encode(image, 'webp', lossless=True, method=0)
+  """Encodes a picture `[H, W, 3]`, uint8 or in [0, 1], as lossless WebP."""
+  # method 0 is the fastest; the files are a little larger
+  return _encode_picture(image, 'webp', lossless=True, method=0)
 
 
-def _encode(image, kind, **options):
+def _encode_picture(image, kind, **options):
   buffer = io.BytesIO()
   Image.fromarray(image_bytes(image)).save(buffer, kind, **options)
   return buffer.getvalue()
@@ -130,17 +136,17 @@ def _encode(image, kind, **options):
 
 
 def save_output(path, kind: str, array, rate: int = 0) -> epath.Path:
-  """Saves what a candidate shows; returns the path written.
+  """Saves what a candidate shows and returns the path written.
 
   Args:
-    path: where to. The kind's own ending is added where the path has none of its endings; an image
-      may be a '.png' as well.
-    kind: of `core.Output`.
-    array: without candidate axes, see above.
-    rate: samples of audio or frames of video in a second; 0 for `SAMPLE_RATE` or `FRAME_RATE`.
+    path: where to save. A path without one of the kind's endings gets the kind's own ending; an
+      image may be a '.png' as well.
+    kind: kind of `core.Output`.
+    array: the output without candidate axes; shapes are in the table above.
+    rate: samples of audio or frames of video per second; 0 for `SAMPLE_RATE` or `FRAME_RATE`.
 
   Raises:
-    ConfigError: an unknown kind, or an array that is none of that kind.
+    ConfigError: an unknown kind, or an array whose shape is not of that kind.
   """
   if kind not in OUTPUT_ENDINGS:
     raise ConfigError(f'output kind {kind!r}: must be one of {", ".join(OUTPUT_ENDINGS)}')
@@ -153,16 +159,16 @@ def save_output(path, kind: str, array, rate: int = 0) -> epath.Path:
 
 
 def encode_output(kind: str, array, ending: str = '', rate: int = 0) -> bytes:
-  """The bytes of the file that `save_output` writes."""
+  """Returns the bytes of the file that `save_output` writes; arguments and errors as there."""
   array = np.asarray(array)
   if kind == 'image':
-    _expect(kind, array, array.ndim == 3 and array.shape[-1] == 3, '[H, W, 3]')
+    _check_shape(kind, array, array.ndim == 3 and array.shape[-1] == 3, '[H, W, 3]')
     return encode_png(array) if ending == '.png' else encode_webp(array)
   if kind == 'video':
-    _expect(kind, array, array.ndim == 4 and array.shape[-1] == 3, '[T, H, W, 3]')
+    _check_shape(kind, array, array.ndim == 4 and array.shape[-1] == 3, '[T, H, W, 3]')
     return _encode_video(array, rate or FRAME_RATE)
   if kind == 'audio':
-    _expect(kind, array, array.ndim in (1, 2), '[S] or [S, channels]')
+    _check_shape(kind, array, array.ndim in (1, 2), '[S] or [S, channels]')
     return _encode_wav(array, rate or SAMPLE_RATE)
   if kind == 'text':
     return text_of(array).encode('utf-8')
@@ -175,7 +181,7 @@ def encode_output(kind: str, array, ending: str = '', rate: int = 0) -> bytes:
   return (json.dumps(values.tolist()) + '\n').encode()
 
 
-def _expect(kind, array, fits, shape):
+def _check_shape(kind, array, fits, shape):
   if not fits:
     raise ConfigError(f'output kind {kind!r}: shape {array.shape}; must be {shape}')
 
@@ -191,6 +197,7 @@ def _encode_video(frames, rate):
 
 
 def _encode_wav(samples, rate):
+  # 32767 and not 32768, so that -1 and 1 read back as they were
   whole = np.rint(np.clip(np.nan_to_num(samples), -1, 1) * 32767).astype('<i2')
   buffer = io.BytesIO()
   with wave.open(buffer, 'wb') as file:
@@ -202,18 +209,21 @@ def _encode_wav(samples, rate):
 
 
 def text_of(array) -> str:
-  """The text of bytes `[L]` of UTF-8, which ends at the first 0."""
+  """Returns the text of UTF-8 bytes `[L]`; it ends at the first 0."""
   data = np.asarray(array).astype(np.uint8).tobytes()
   return data.partition(b'\0')[0].decode('utf-8', 'replace')
 
 
 def data_uri(data: bytes, media_type: str) -> str:
-  """A `data:` address of some bytes, such as those of an 'image/png'."""
+  """Returns a `data:` address of bytes, such as those of an 'image/png'."""
   return f'data:{media_type};base64,{base64.b64encode(data).decode()}'
 
 
 def describe_output(kind: str, array, width: int = 40) -> str:
-  """What is not a picture, in a few words: the text itself, or the first numbers."""
+  """Describes an output that is no picture in at most `width` characters.
+
+  This is the text itself, up to 8 numbers, or the kind and its shape.
+  """
   array = np.asarray(array)
   if kind == 'text':
     words = text_of(array)
@@ -225,7 +235,9 @@ def describe_output(kind: str, array, width: int = 40) -> str:
 
 
 def read_output(path, kind: str):
-  """What `save_output` wrote: uint8 pictures and frames, float32 samples, a text, or the numbers.
+  """Reads what `save_output` wrote.
+
+  Pictures and frames come back as uint8, audio as float32, a text as str, other kinds as numbers.
 
   Raises:
     ConfigError: an unknown kind, or a picture that cannot be read.
@@ -240,6 +252,7 @@ def read_output(path, kind: str):
   with path.open('rb') as file:
     if kind == 'video':
       with Image.open(file) as clip:
+        # a picture of one frame may have no `n_frames`
         frames = []
         for i in range(getattr(clip, 'n_frames', 1)):
           clip.seek(i)

@@ -1,16 +1,16 @@
 """FID, Inception Score, precision and recall: `python -m vtts_jax.metrics.fid PICTURES REFERENCE`
 
-PICTURES is a folder, an .npz of pictures (`arr_0`) or a file of statistics; REFERENCE the same (a
-reference batch of ADM, the statistics of pytorch-fid, `--save` of an earlier call). It prints a
-table, and as the last line all of it as JSON. Heusel et al. (2017, arXiv 1706.08500); Salimans et
-al. (2016, 1606.03498); Kynkaanniemi et al. (2019, 1904.06991), on Inception's features as in ADM's
-evaluator.
+PICTURES is a folder, an .npz of pictures (`arr_0`) or a file of statistics. REFERENCE is the same:
+a reference batch of ADM, the statistics of pytorch-fid, or what `--save` of an earlier call wrote.
+The command prints a table, and as its last line everything as JSON. FID is of Heusel et al. (2017,
+arXiv 1706.08500), the Inception Score of Salimans et al. (2016, 1606.03498), precision and recall
+of Kynkaanniemi et al. (2019, 1904.06991), computed on Inception's features as in ADM's evaluator.
 
-A FID depends on the number of pictures (few give more), on how the network sees them
-(`--preprocessing`) and on the weights; numbers that differ in any of these do not compare. All sums
-are float64 on the host.
+A FID depends on the number of pictures (fewer pictures give a higher FID), on how the network sees
+them (`--preprocessing`) and on the weights. Numbers that differ in any of these do not compare. All
+sums are float64 on the host.
 
-Letters: N pictures · D features · K classes.
+Letters: N, M pictures · D features · K classes.
 """
 
 import argparse
@@ -29,25 +29,30 @@ from vtts_jax.models.inception import modeling
 
 
 def frechet_distance(a, b) -> float:
-  """Frechet distance of two Gaussians `(mu [D], sigma [D, D])`; of the features of InceptionV3 this
-  is the FID.
+  """Returns the Frechet distance of two Gaussians `(mu [D], sigma [D, D])`.
+
+  On the features of InceptionV3 this is the FID.
 
   Raises:
-    ValueError: not as many features in one as in the other.
+    ValueError: the two have different numbers of features.
   """
   (mean, sigma), (other, tau) = ([np.asarray(x, np.float64) for x in pair] for pair in (a, b))
   if mean.shape != other.shape:
     raise ValueError(f'{mean.shape} features against {other.shape}')
+  # rounding leaves tiny negative eigenvalues where there are fewer pictures than features
   values = np.linalg.eigvalsh(stats.mixed_covariance(sigma, tau)[0])
   mixed = np.sqrt(np.maximum(values, 0)).sum()
   return float(np.sum((mean - other) ** 2) + np.trace(sigma) + np.trace(tau) - 2 * mixed)
 
 
 def inception_score(logits, splits: int = 10) -> tuple[float, float]:
-  """Mean and standard deviation over splits of logits `[N, K]`, in the order given.
+  """Returns the Inception Score's mean and standard deviation over splits of logits `[N, K]`.
 
-  exp(mean KL(p(y|x) || p(y))) with p(y) of the split; N // splits pictures each, as torch-fidelity
-  cuts them. 10 splits of 50,000 is the published protocol.
+  The score of a split is exp(mean KL(p(y|x) || p(y))), with p(y) over the split. Splits are
+  consecutive, as torch-fidelity cuts them. The published protocol is 10 splits of 50,000 pictures.
+
+  Raises:
+    ConfigError: `splits` is not in 1 .. N.
   """
   n = len(logits)
   if not 1 <= splits <= n:
@@ -56,40 +61,49 @@ def inception_score(logits, splits: int = 10) -> tuple[float, float]:
   scores = []
   for i in range(splits):
     part = slice(i * n // splits, (i + 1) * n // splits)
+    # the floor guards the logarithm; a class of no probability adds 0 times a number
     marginal = np.log(np.maximum(p[part].mean(0), 1e-300))
     scores.append(np.exp((p[part] * (logs[part] - marginal)).sum(1).mean()))
   return float(np.mean(scores)), float(np.std(scores))
 
 
 def precision_recall(real, made, k: int = 3, chunk: int = 1024) -> tuple[float, float]:
-  """Precision and recall of `made [N, D]` against `real [M, D]`.
+  """Returns precision and recall of features `made [N, D]` against `real [M, D]`.
 
-  A set's manifold is the union of balls around its members that reach to their k-th nearest
-  neighbour. Precision: share of what was made inside the manifold of the real; recall: the other
-  way round.
+  A set's manifold is the union of balls around its members; each ball reaches to the member's k-th
+  nearest neighbour. Precision is the share of `made` inside the manifold of `real`, and recall is
+  the share of `real` inside the manifold of `made`.
+
+  Args:
+    chunk: rows whose distances are computed at a time.
+
+  Raises:
+    ConfigError: a set has no more than k members.
   """
   if min(len(real), len(made)) <= k:
     raise ConfigError(f'k={k}: must be below {min(len(real), len(made))}, the smaller set')
-  centre = np.mean(real, 0)  # distances lose fewer digits
+  # distances near the origin lose fewer digits of float32
+  centre = np.mean(real, 0)
   real, made = (np.asarray(x - centre, np.float32) for x in (real, made))
-  precision = _share_inside(made, real, _reach(real, k, chunk), chunk)
-  return precision, _share_inside(real, made, _reach(made, k, chunk), chunk)
+  precision = _share_inside(made, real, _neighbour_reach(real, k, chunk), chunk)
+  return precision, _share_inside(real, made, _neighbour_reach(made, k, chunk), chunk)
 
 
 def _squared_distances(a, b):
-  """`[N, M]` between the rows of both."""
+  """Returns the squared distances `[N, M]` between the rows of both."""
   lengths = (a * a).sum(1)[:, None] + (b * b).sum(1)
   return np.maximum(lengths - 2 * a @ b.T, 0)
 
 
-def _reach(x, k, chunk):
-  """Squared distance of every row to its k-th neighbour; rank 0 is the row itself."""
+def _neighbour_reach(x, k, chunk):
+  """Returns the squared distance of every row to its k-th neighbour."""
+  # rank 0 is the row itself, so rank k is the k-th neighbour
   rows = (x[i : i + chunk] for i in range(0, len(x), chunk))
   return np.concatenate([np.partition(_squared_distances(r, x), k, axis=1)[:, k] for r in rows])
 
 
 def _share_inside(x, centres, reach, chunk):
-  """Share of the rows that lie in any ball around the centres."""
+  """Returns the share of rows that lie in any ball around the centres."""
   rows = (x[i : i + chunk] for i in range(0, len(x), chunk))
   inside = [(_squared_distances(r, centres) <= reach).any(1) for r in rows]
   return float(np.concatenate(inside).mean())
@@ -99,12 +113,18 @@ def _share_inside(x, centres, reach, chunk):
 
 
 def measure_set(place, network: Callable, preprocessing: str, batch: int = 32) -> dict:
-  """What is known of a set: mu, sigma, count (None if a file does not say) and, where there are
-  pictures, features, logits and their `statistics.Statistics`.
+  """Measures a set of pictures, or reads its statistics.
 
   Args:
-    network: called without arguments, and only where pictures must be read, it gives what
-      `inception.compiled_network` returns.
+    place: folder, .npz of pictures, or file of statistics.
+    network: function without arguments that returns what `inception.compiled_network` does; it is
+      called only where pictures must be read.
+    preprocessing: how the network sees pictures.
+    batch: pictures at a time.
+
+  Returns:
+    {'mu', 'sigma', 'count' (None if a file does not say)}. Where there are pictures it also has
+    'features', 'logits' and their `Statistics` as 'sums'.
 
   Raises:
     FileNotFoundError, ConfigError: as `inception.read_pictures` and `statistics.gaussian_of`.
@@ -118,12 +138,12 @@ def measure_set(place, network: Callable, preprocessing: str, batch: int = 32) -
       count = int(found['count']) if 'count' in found else None
       known = {'mu': mu, 'sigma': sigma, 'count': count}
       if 'probs' in found:
-        known['log_is'] = stats.Statistics.load(place).log_is
+        known['log_is'] = stats.Statistics.read_npz(place).log_is
       if not _holds_pictures(place):
         return known
   features, logits = inception.extract_features(inception.read_pictures(place), network(), batch)
-  sums = stats.Statistics.of(features, logits)
-  # statistics that the file brings stand: they may be of more pictures than are in it
+  sums = stats.Statistics.of_batch(features, logits)
+  # statistics in the file win: they may be of more pictures than the file holds
   if not known:
     if sums.count < 2:
       raise ConfigError(f'{str(place)!r} has 1 picture; at least 2 are needed')
@@ -137,8 +157,12 @@ def _holds_pictures(path):
 
 
 def compare_sets(made: dict, real: dict, splits: int = 10, k: int = 3) -> dict:
-  """{'fid', 'inception_score', 'inception_score_std', 'precision', 'recall', 'count', ...}; None
-  where a set has no pictures to measure it on."""
+  """Compares two results of `measure_set`.
+
+  Returns:
+    {'fid', 'inception_score', 'inception_score_std', 'splits', 'precision', 'recall', 'k', 'count',
+    'reference_count'}; a number is None if a set has no pictures to measure it on.
+  """
   out = {'fid': frechet_distance((made['mu'], made['sigma']), (real['mu'], real['sigma']))}
   score, spread = None, None
   if 'logits' in made:
@@ -159,21 +183,24 @@ def print_comparison(found: dict) -> None:
   from rich.console import Console
   from rich.table import Table
 
+  def format_number(name):
+    return '-' if found[name] is None else f'{found[name]:.4f}'
+
   table = Table('metric', 'value', 'of')
-  number = lambda name: '-' if found[name] is None else f'{found[name]:.4f}'
   spread = found['inception_score_std']
   counts = f'{found["count"] or "?"} against {found["reference_count"] or "?"} pictures'
-  table.add_row('FID', number('fid'), counts)
+  table.add_row('FID', format_number('fid'), counts)
   more = '' if spread is None else f' +- {spread:.4f}'
-  table.add_row('Inception Score', number('inception_score') + more, f'{found["splits"]} splits')
+  score = format_number('inception_score') + more
+  table.add_row('Inception Score', score, f'{found["splits"]} splits')
   for name in ('precision', 'recall'):
-    table.add_row(name, number(name), f'k = {found["k"]}')
+    table.add_row(name, format_number(name), f'k = {found["k"]}')
   Console().print(table)
   print(json.dumps(found))
 
 
 def main(argv: Sequence[str]) -> int:
-  """Prints the table and the JSON line; 1 with the message if the input is at fault."""
+  """Runs the command; returns 1 and prints the message if the input is at fault."""
   parse = argparse.ArgumentParser('python -m vtts_jax.metrics.fid', description=__doc__)
   parse.add_argument('pictures', help='folder, .npz of pictures, or .npz of statistics')
   parse.add_argument('reference', help='the same')
@@ -190,21 +217,22 @@ def main(argv: Sequence[str]) -> int:
   parse.add_argument('--save', default='', help='where to write the statistics of PICTURES')
   flags = parse.parse_args(argv)
 
+  # loaded once, and not at all if both sides are statistics
   @functools.cache
-  def network():  # loaded once, and not at all if both sides are statistics
+  def load_network():
     return inception.compiled_network(flags.weights, flags.preprocessing)
 
   try:
     inception.check_preprocessing(flags.preprocessing, '--preprocessing')
     made, real = (
-      measure_set(place, network, flags.preprocessing, flags.batch)
+      measure_set(place, load_network, flags.preprocessing, flags.batch)
       for place in (flags.pictures, flags.reference)
     )
     if flags.save and 'sums' not in made:
       raise ConfigError(f'save={flags.save!r}: {flags.pictures!r} holds no pictures')
     found = compare_sets(made, real, flags.splits, flags.k)
     if flags.save:
-      made['sums'].save(flags.save, flags.preprocessing)
+      made['sums'].write_npz(flags.save, flags.preprocessing)
   except (ConfigError, FileNotFoundError) as error:
     print(error, file=sys.stderr)
     return 1

@@ -1,14 +1,14 @@
-"""GenEval on lists of detections: is each picture right, why not, and the benchmark's numbers.
+"""GenEval on lists of detections: whether each picture is right, why not, the benchmark's numbers.
 
 Ghosh et al., GenEval (2023, arXiv 2310.11513), and github.com/djghosh13/geneval (MIT). A detector
-and a colour classifier come before: here a detection is {'class': str, 'box': [x0, y0, x1, y1] in
-pixels, y downwards}, with a 'score' as the detector gives it (`select_detections`), and a 'color'
-unless a callable tells colours. The rules themselves are in metrics/geneval_arrays.py; this file
-packs lists into arrays for them and puts what they find into words.
+and a colour classifier run before. Here a detection is {'class': str, 'box': [x0, y0, x1, y1] in
+pixels, y downwards}, with the detector's 'score' (`select_detections`), and with a 'color' unless a
+callable tells colours. The rules themselves are in metrics/geneval_arrays.py; this file packs lists
+into arrays for them and puts their findings into words.
 
-The published detector is Mask2Former with a Swin-S; colours are told by CLIP ViT-L/14 on the box,
-its surroundings painted #999 by the detector's mask (verifiers/parts/colours.py). A score by any
-other is no GenEval score, and `benchmark_label` says so.
+The published detector is Mask2Former with a Swin-S. CLIP ViT-L/14 tells the colours; it sees the
+box, with everything outside the detector's mask painted #999 (verifiers/parts/colours.py). Numbers
+of other models are no GenEval scores, and `benchmark_label` says so.
 
 Letters: R pictures.
 """
@@ -19,27 +19,38 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from vtts_jax.data.geneval import RELATIONS
-from vtts_jax.metrics import geneval_arrays as rules
-from vtts_jax.metrics.geneval_arrays import OFFICIAL_LIMITS, Limits
+from vtts_jax.metrics.geneval_arrays import (
+  OFFICIAL_LIMITS,
+  Clauses,
+  Limits,
+  check_clauses,
+  confidence_threshold,
+  read_targets,
+  relations_hold,
+  select_best,
+)
 
 OFFICIAL = ('mask2former_swin_s', 'clip_l14')
 
 
 def relations_between(a, b) -> set[str]:
-  """The relations in which box `a` stands to box `b`."""
-  holds = rules.relations_hold(np.array(a, float), np.array(b, float))
+  """Returns the relations in which box `a` stands to box `b`."""
+  holds = relations_hold(np.array(a, float), np.array(b, float))
   return {name for name, true in zip(RELATIONS, holds) if true}
 
 
 def select_detections(detections, tag: str, limits: Limits = OFFICIAL_LIMITS) -> list[dict]:
-  """The detections that count as objects, best first: of each class those above the confidence
-  (another one for the tag 'counting'), at most 16, none on top of a better one."""
-  threshold = rules.confidence_threshold(np.array(tag == 'counting'), limits)
+  """Returns the detections that count as objects, best first.
+
+  A detection counts if it is above the confidence (which is another one for the tag 'counting'), is
+  among the best 16 of its class and does not lie on top of a better one.
+  """
+  threshold = confidence_threshold(np.array(tag == 'counting'), limits)
   kept = []
   for group in _by_class(d for d in detections if d['score'] > threshold).values():
     boxes = np.array([d['box'] for d in group], float)
     scores = np.array([d['score'] for d in group], float)
-    index, score = rules.select_best(boxes[None], scores[None], limits.overlap)
+    index, score = select_best(boxes[None], scores[None], limits.overlap)
     # a score of 0 marks what was left out
     kept += [group[i] for i, s in zip(index[0], score[0]) if s > 0]
   return sorted(kept, key=lambda d: -d['score'])
@@ -53,22 +64,27 @@ def _by_class(detections):
 
 
 def evaluate_detections(metadata, detections, tell_colours: Callable | None = None):
-  """Judges one picture by its detections, best first: (correct: bool, reason: str, empty when
-  correct).
+  """Judges one picture by its detections.
 
-  `include` asks for at least `count` objects of a class (the best `count` are looked at), all of
-  the asked colour, and all in the asked relation to all objects of an earlier entry; `exclude`
-  forbids `count` or more of a class. `tell_colours(class, detections) -> names` tells the colours
-  of the detections looked at, where a colour is asked for and there are enough of them; without it
-  each says its own 'color'.
+  `include` asks for at least `count` objects of a class; the best `count` of them must all have the
+  colour that is asked for, and all stand in the relation that is asked for to all objects of an
+  earlier entry. `exclude` forbids `count` or more of a class.
+
+  Args:
+    metadata: one row of GenEval's metadata.
+    detections: of one picture, best first.
+    tell_colours: `tell_colours(class, detections) -> names`. It is called only where a colour is
+      asked for and there are enough objects; None reads each detection's own 'color'.
+
+  Returns:
+    (correct: bool, reason: str, empty if correct).
 
   Raises:
-    ConfigError: metadata that there is no rule for.
+    ConfigError: there is no rule for the metadata.
   """
-  tell_colours = tell_colours or (lambda name, group: [d['color'] for d in group])
-  # The rules know colours by their index, so those that are asked for are the vocabulary here.
+  # the rules know colours by their index, so those that are asked for are the vocabulary here
   asked = sorted({want['color'] for want in metadata.get('include', ()) if 'color' in want})
-  targets, (names,) = rules.read_targets([metadata], colours=asked)
+  targets, (names,) = read_targets([metadata], colours=asked)
   (least,), (colour,) = targets['least'].tolist(), targets['colour'].tolist()
   by_class = _by_class(detections)
   groups = [by_class.get(name, []) for name in names]
@@ -79,23 +95,26 @@ def evaluate_detections(metadata, detections, tell_colours: Callable | None = No
     best = group[: least[e]]
     if best:
       boxes[e, : len(best)] = [d['box'] for d in best]
-    # it may take a model to tell colours: ask only where they decide
+    # telling colours may run a model, so it is asked only where the colours decide
     if colour[e] >= 0 and len(best) == least[e]:
-      told[e] = list(tell_colours(name, best))
+      told[e] = list(tell_colours(name, best)) if tell_colours else [d['color'] for d in best]
       coloured[e, : least[e]] = [hue == asked[colour[e]] for hue in told[e]]
 
   counts = np.array([len(group) for group in groups])
-  # a batch of one prompt and one picture
+  # the rules work on batches: this is one of one prompt and one picture
   found = (array[None, None] for array in (boxes, counts, coloured))
-  clauses = rules.Clauses(*(clause[0, 0] for clause in rules.check_clauses(targets, *found)))
-  reasons = _reasons(metadata, names, targets['most'][0], counts, clauses, told)
-  return bool(clauses.all().all()), '; '.join(reasons)
+  clauses = Clauses(*(clause[0, 0] for clause in check_clauses(targets, *found)))
+  reasons = _name_failures(metadata, names, targets['most'][0], counts, clauses, told)
+  return bool(clauses.all_hold().all()), '; '.join(reasons)
 
 
-def _reasons(metadata, names, most, counts, clauses, told):
-  """What is wrong, in words: of each entry that is asked for the first thing, then what there is
-  too much of."""
-  right = clauses.all()
+def _name_failures(metadata, names, most, counts, clauses, told):
+  """Yields what is wrong, in words.
+
+  Each entry in 'include' has only its first fault named; classes with too many objects follow.
+  """
+  # a relation to objects that are wrong themselves is reported as such
+  right = clauses.all_hold()
   for e, want in enumerate(metadata.get('include', ())):
     name, count = want['class'], want['count']
     if not clauses.enough[e]:
@@ -116,8 +135,12 @@ def _reasons(metadata, names, most, counts, clauses, told):
 
 
 def summarize_by_tag(tags: Sequence[str], correct: Sequence[bool]) -> dict:
-  """{'overall': GenEval's headline number, the unweighted mean of the categories, 'images': mean
-  over pictures, 'by_tag': {tag: mean}}."""
+  """Averages graded pictures.
+
+  Returns:
+    {'overall': the unweighted mean of the categories, which is GenEval's headline number, 'images':
+    the mean over pictures, 'by_tag': {tag: mean}}.
+  """
   by_tag = {}
   for tag, ok in zip(tags, correct):
     by_tag.setdefault(tag, []).append(float(ok))
@@ -127,12 +150,12 @@ def summarize_by_tag(tags: Sequence[str], correct: Sequence[bool]) -> dict:
 
 
 def benchmark_label(scoring_models: Sequence[str], searched: Sequence[str] = ()) -> str:
-  """What an accuracy by GenEval's rules is called: 'geneval' for the published models alone.
+  """Names an accuracy by GenEval's rules: it is 'geneval' for the published models alone.
 
   Args:
-    scoring_models: names of the detector and of what tells colours, ('owlvit_b32', 'clip_l14').
-    searched: names of those that the pictures were chosen by (`scoring_models_of` a verifier). If
-      one of them is among `scoring_models`, the accuracy is an oracle's.
+    scoring_models: names of the detector and the colour classifier, ('owlvit_b32', 'clip_l14').
+    searched: names of the models that chose the pictures (`scoring_models_of` a verifier). If one
+      of them is among `scoring_models`, the accuracy is an oracle's.
   """
   if tuple(scoring_models) == OFFICIAL:
     name, notes = 'geneval', []
@@ -143,8 +166,11 @@ def benchmark_label(scoring_models: Sequence[str], searched: Sequence[str] = ())
 
 
 def scoring_models_of(verifier) -> set[str]:
-  """Names of the models that decide a verifier's GenEval-like scores; of an ensemble, those of the
-  members that it searches on."""
+  """Returns the names of the models that decide a verifier's GenEval-like scores.
+
+  An ensemble has those of the members that it searches on.
+  """
+  # a member of weight 0 is measured only, so it does not choose pictures
   found = set(getattr(verifier, 'scoring_models', ()))
   members = dict(getattr(verifier, 'members', ()))
   weights = dict(verifier.weights) if members else {}
@@ -160,11 +186,11 @@ def report_benchmark(
   searched: Sequence[str] = (),
   limits: Limits = OFFICIAL_LIMITS,
 ) -> dict:
-  """The benchmark's numbers for R pictures.
+  """Computes the benchmark's numbers for R pictures.
 
   Args:
-    metadata: R rows of `evaluation_metadata.jsonl`, of pictures of one prompt the same.
-    detections: R lists of whatever the detector found, in pixels and with scores.
+    metadata: R rows of `evaluation_metadata.jsonl`; pictures of one prompt have the same row.
+    detections: R lists of everything the detector found, in pixels and with scores.
     scoring_models, searched: as in `benchmark_label`.
     tell_colours: `tell_colours(picture, class, detections) -> names`, or None as in
       `evaluate_detections`.
@@ -174,7 +200,7 @@ def report_benchmark(
     `summarize_by_tag`, 'prompts': share of the prompts with a correct picture}.
 
   Raises:
-    ValueError: not as many rows of metadata as pictures.
+    ValueError: there are more or fewer rows of metadata than pictures.
   """
   if len(metadata) != len(detections):
     raise ValueError(f'{len(metadata)} metadata entries but {len(detections)} images')

@@ -1,9 +1,9 @@
-"""Pictures through InceptionV3: features and logits, of files for `metrics.fid` and inside jit for
-the verifiers that score with them.
+"""Pictures through InceptionV3: features and logits, inside jit for verifiers and of files for FID.
 
 Letters: N pictures · R rows · H W sides · D features · K classes.
 """
 
+import functools
 import itertools
 import os
 import zipfile
@@ -22,7 +22,7 @@ from vtts_jax.models.pretrained import Pretrained
 def open_inception(
   weights: str, dtype: str = 'float32', setting: str = 'verifier.weights'
 ) -> Pretrained:
-  """The InceptionV3 of 2015-12-05; weights as in `models.pretrained`.
+  """Returns the InceptionV3 of 2015-12-05; weights as in `models.pretrained`.
 
   Raises:
     ConfigError: no weights are named, and as `Pretrained`.
@@ -36,7 +36,7 @@ def open_inception(
 
 
 def check_preprocessing(preprocessing: str, setting: str = 'verifier.preprocessing') -> None:
-  """Raises `ConfigError` unless the network can see pictures in this way."""
+  """Raises `ConfigError` unless this is a preprocessing of the network."""
   if preprocessing not in modeling.PREPROCESSINGS:
     raise ConfigError(
       f'{setting}={preprocessing!r}: must be one of {", ".join(modeling.PREPROCESSINGS)}'
@@ -44,35 +44,40 @@ def check_preprocessing(preprocessing: str, setting: str = 'verifier.preprocessi
 
 
 def features_and_logits(inception: Pretrained, params, images, preprocessing: str):
-  """Images `[R, H, W, 3]` in [0, 1] -> (features `[R, D]`, logits `[R, K]`), float32; in jit."""
+  """Images `[R, H, W, 3]` in [0, 1] -> (features `[R, D]`, logits `[R, K]`) float32, inside jit."""
   model = inception.bind(params)
   features = model(modeling.preprocess(inception.config, images, preprocessing))
-  return features, model.logits(features)
+  return features, model.class_logits(features)
 
 
 # ------------------------------------------------------------------------------------------- files
 
 
 def compiled_network(weights: str, preprocessing: str = 'pytorch_fid') -> Callable:
-  """A function of 8 bit pictures `[R, H, W, 3]` that gives (features `[R, D]`, logits `[R, K]`);
-  errors as in `open_inception`."""
+  """Returns a function of 8 bit pictures `[R, H, W, 3]` -> (features `[R, D]`, logits `[R, K]`).
+
+  Errors are those of `open_inception`.
+  """
   inception = open_inception(weights, setting='--weights')
   params = inception.load()
 
   @jax.jit
-  def run(params, batch):
+  def run_network(params, batch):
     images = batch.astype(jnp.float32) / 255
     return features_and_logits(inception, params, images, preprocessing)
 
-  return lambda batch: run(params, batch)
+  return functools.partial(run_network, params)
 
 
 def read_pictures(place) -> Iterator[np.ndarray]:
-  """8 bit pictures `[H, W, 3]` of a folder (with the folders in it, by name) or of an .npz of
-  `arr_0 [N, H, W, 3]`, the layout of ADM's sample and reference batches.
+  """Yields the 8 bit pictures `[H, W, 3]` of a folder or of an .npz.
+
+  A folder is read with its subfolders, in the order of names. An .npz has `arr_0 [N, H, W, 3]`, the
+  layout of ADM's sample and reference batches.
 
   Raises:
-    FileNotFoundError, ConfigError: no such place, no pictures in it, one that cannot be read.
+    FileNotFoundError: there is no such place.
+    ConfigError: there are no pictures in it, or one cannot be read.
   """
   if os.path.isdir(place):
     paths = sorted(
@@ -102,11 +107,12 @@ def read_pictures(place) -> Iterator[np.ndarray]:
 def extract_features(
   pictures: Iterable[np.ndarray], network: Callable, batch: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Features `[N, D]` and logits `[N, K]` of pictures of any sizes, `batch` of a size at a time."""
+  """Returns features `[N, D]` and logits `[N, K]` of pictures of any sizes, `batch` at a time."""
   found = []
+  # neighbours of one size go together: a batch has one shape
   for _, group in itertools.groupby(pictures, key=np.shape):
     while chunk := list(itertools.islice(group, batch)):
-      # filled up with the last picture, so that a size is compiled once
+      # the last picture fills the batch up, so that each size compiles once
       rows = np.stack(chunk + [chunk[-1]] * (batch - len(chunk)))
       found.append([np.asarray(x)[: len(chunk)] for x in network(rows)])
   if not found:

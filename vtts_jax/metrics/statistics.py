@@ -1,10 +1,9 @@
-"""What FID and the Inception Score need of a set of pictures, as sums: those of shards add up, in
-any order.
+"""Sums over a set of pictures, of which FID and the Inception Score are made; shards add up.
 
-All sums are float64 on the host. A file is an .npz with `mu` and `sigma` as pytorch-fid writes and
-ADM's reference batches hold (sigma divides by n - 1, as numpy.cov). Ours also hold `count`, `probs`
-(mean class probabilities), `plogp` (mean of sum p log p) and `preprocessing` (how the network saw
-the pictures).
+All sums are float64 on the host. A file is an .npz with `mu` and `sigma`, as pytorch-fid writes
+them and ADM's reference batches hold them (sigma divides by n - 1, as numpy.cov). Our files also
+hold `count`, `probs` (mean class probabilities), `plogp` (mean of sum p log p) and `preprocessing`
+(how the network saw the pictures).
 
 Letters: R rows · D features · K classes.
 """
@@ -21,12 +20,14 @@ from vtts_jax.media import files
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-  """Sums over pictures; `a + b` is of both sets.
+  """Sums over pictures; `a + b` holds those of both sets.
 
   Attributes:
-    count: pictures.
-    total: of features `[D]`; outer: of their outer products `[D, D]`.
-    probs: of class probabilities `[K]`; plogp: of sum p log p, which is minus the entropy.
+    count: number of pictures.
+    total: sum of features `[D]`.
+    outer: sum of the features' outer products `[D, D]`.
+    probs: sum of class probabilities `[K]`.
+    plogp: sum of p log p over classes and pictures, which is minus the summed entropy.
   """
 
   count: int
@@ -36,11 +37,11 @@ class Statistics:
   plogp: float
 
   @classmethod
-  def of(cls, features, logits) -> 'Statistics':
-    """Of features `[R, D]` and logits `[R, K]`; none (R = 0) is the neutral element.
+  def of_batch(cls, features, logits) -> 'Statistics':
+    """Sums features `[R, D]` and logits `[R, K]`; R = 0 gives the neutral element.
 
     Raises:
-      ValueError: a feature or logit that is not finite.
+      ValueError: a feature or logit is not finite.
     """
     x, z = (np.asarray(a, np.float64) for a in (features, logits))
     if not (np.isfinite(x).all() and np.isfinite(z).all()):
@@ -65,19 +66,20 @@ class Statistics:
 
   @property
   def sigma(self) -> np.ndarray:
-    """Covariance `[D, D]`, of at least 2 pictures."""
+    """Covariance `[D, D]`; `ValueError` with fewer than 2 pictures."""
     if self.count < 2:
       raise ValueError(f'a covariance needs 2 pictures, there are {self.count}')
     return (self.outer - np.outer(self.total, self.mu)) / (self.count - 1)
 
   @property
   def log_is(self) -> float:
-    """Logarithm of the Inception Score of all pictures as one split."""
+    """Logarithm of the Inception Score, with all pictures as one split."""
     p = self.probs / self.count
     return self.plogp / self.count - float(np.sum(p * np.log(np.maximum(p, 1e-300))))
 
-  def save(self, path, preprocessing: str = '') -> None:
-    """Writes the .npz, whole or not at all; `preprocessing` is for `check_preprocessing`."""
+  def write_npz(self, path, preprocessing: str = '') -> None:
+    """Writes the .npz, whole or not at all; `check_preprocessing` reads `preprocessing` back."""
+    # means and not sums: other programs read `mu` and `sigma` of this file
     arrays = {'preprocessing': np.array(preprocessing)} if preprocessing else {}
     arrays |= {'mu': self.mu, 'sigma': self.sigma, 'count': np.int64(self.count)}
     arrays |= {'probs': self.probs / self.count, 'plogp': np.float64(self.plogp / self.count)}
@@ -85,11 +87,12 @@ class Statistics:
       np.savez(handle, **arrays)
 
   @classmethod
-  def load(cls, path) -> 'Statistics':
-    """Reads what `save` wrote.
+  def read_npz(cls, path) -> 'Statistics':
+    """Reads what `write_npz` wrote.
 
     Raises:
-      FileNotFoundError, ConfigError: no such file; one of another program, which does not count.
+      FileNotFoundError: there is no such file.
+      ConfigError: the file is of another program, which keeps no count to add to.
     """
     found = read_arrays(path)
     missing = [k for k in ('count', 'probs', 'plogp') if k not in found]
@@ -104,7 +107,8 @@ class Statistics:
 
 
 def class_probabilities(logits) -> tuple[np.ndarray, np.ndarray]:
-  """Probabilities and their logarithms of logits `[R, K]`."""
+  """Returns the probabilities and their logarithms of logits `[R, K]`."""
+  # a softmax in float64 that gives both; `initial` lets R = 0 pass
   z = np.asarray(logits, np.float64)
   z = z - z.max(-1, keepdims=True, initial=-np.inf)
   logs = z - np.log(np.exp(z).sum(-1, keepdims=True))
@@ -115,10 +119,11 @@ def class_probabilities(logits) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_arrays(path) -> dict[str, np.ndarray]:
-  """The arrays of an .npz, never a pickle; those of pictures (`arr_0`) are left in the file.
+  """Reads the arrays of an .npz, never a pickle; pictures (`arr_0`) are left in the file.
 
   Raises:
-    FileNotFoundError, ConfigError: no such file, no .npz.
+    FileNotFoundError: there is no such file.
+    ConfigError: it is no .npz.
   """
   if not epath.Path(path).is_file():
     raise FileNotFoundError(f'no statistics at {str(path)!r}')
@@ -130,11 +135,12 @@ def read_arrays(path) -> dict[str, np.ndarray]:
 
 
 def gaussian_of(path, arrays) -> tuple[np.ndarray, np.ndarray]:
-  """Mean `[D]` and covariance `[D, D]` in float64 of the arrays of a statistics file, whichever
-  program wrote it.
+  """Returns the mean `[D]` and covariance `[D, D]`, float64, of a statistics file's arrays.
+
+  Any program may have written the file.
 
   Raises:
-    ConfigError: there are none in it, or of shapes that do not fit.
+    ConfigError: `arrays` has no mean and covariance, or their shapes do not fit.
   """
   if 'mu' not in arrays or 'sigma' not in arrays:
     raise ConfigError(
@@ -147,7 +153,7 @@ def gaussian_of(path, arrays) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_preprocessing(path, arrays, preprocessing: str) -> None:
-  """Raises `ConfigError` where a file says that the network saw its pictures in another way."""
+  """Raises `ConfigError` if a file says that the network saw its pictures in another way."""
   said = str(arrays.get('preprocessing', preprocessing))
   if said != preprocessing:
     raise ConfigError(
@@ -160,17 +166,19 @@ def check_preprocessing(path, arrays, preprocessing: str) -> None:
 
 
 def covariance_root(sigma) -> np.ndarray:
-  """The symmetric square root of a covariance; eigenvalues that rounding made negative count as
-  0."""
+  """Returns the symmetric square root of a covariance.
+
+  Eigenvalues that rounding made negative count as 0.
+  """
   values, vectors = np.linalg.eigh(np.asarray(sigma, np.float64))
   return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
 def mixed_covariance(sigma, other) -> tuple[np.ndarray, np.ndarray]:
-  """A other A `[D, D]`, and A, the symmetric root of `sigma`.
+  """Returns (A other A `[D, D]`, A), where A is the symmetric root of `sigma`.
 
-  The trace of (sigma other)^(1/2), of which FID is made, is that of the root of this matrix: two
-  symmetric eigenproblems, real and stable also for sets with fewer pictures than features.
+  FID needs the trace of (sigma other)^(1/2), which is that of the root of A other A. Both
+  eigenproblems are symmetric, so they stay real and stable for fewer pictures than features.
   """
   half = covariance_root(sigma)
   return half @ other @ half, half

@@ -1,25 +1,26 @@
-"""A model of `models/` and its weights: one holder for every checkpoint and for random weights.
+"""A model of `models/` with its weights: one holder for every checkpoint and for random weights.
 
-`Pretrained('clip', 'openai/clip-vit-base-patch16')`; `weights` says where they come from:
+`Pretrained('clip', 'openai/clip-vit-base-patch16')` holds a CLIP. `weights` says where its numbers
+come from:
 
   'owner/name@revision'   a repository of the hub; 'owner/name/x.safetensors@revision': a file there
   'path/to/folder'        a folder of safetensors
   'path/to/x.safetensors' one file
   'random:SIZE'           random weights of a size that the family knows, such as 'random:tiny';
-                          no file is read, and they are the same at every call
+                          no file is read, and the weights are the same at every call
 
 A family is a folder of `models/`, or a package of yours under its dotted name, with two modules:
 
-  modeling  SIZES {name: Config} · build(config) -> module
-            where parts load alone: PARTS, part_of(config, part) -> Config
-            where the initialisers compile too long: random_parameters(config, dtype) -> params
+  modeling  SIZES {name: Config} · build_model(config) -> module · count_flops(config, ...)
+            if parts load alone: PARTS, part_of(config, part) -> Config
+            if the initialisers compile too long: random_parameters(config, dtype) -> params
   convert   config_of(source, part='') -> Config
-            load(source, config, *, dtype=None, sharding=None) -> params
+            load_weights(source, config, *, dtype=None, sharding=None) -> params
             SHARDING [(regex on 'a/b/c', PartitionSpec)], the weights' places on a mesh
-            where a checkpoint is more than one file: open_weights(weights, part) -> source
+            if a checkpoint is more than one file: open_weights(weights, part) -> source
 
-Parts: clip 'image', 'text'; dino 'encoder' (no linear head); flextok 'encoder', 'decoder';
-autoencoder_kl 'decoder'; dreamsim the name of a released model.
+Parts: 'image' and 'text' of clip; 'encoder' of dino (no linear head); 'encoder' and 'decoder' of
+flextok; 'decoder' of autoencoder_kl; the name of a released model of dreamsim.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ import re
 
 import jax
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import Source, open_source
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 
@@ -39,14 +40,14 @@ DTYPES = ('float32', 'bfloat16')
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A model and where its weights come from; nothing is read before it is asked for.
+  """A model and where its weights come from; only `config` and `load` read files.
 
   Attributes:
-    family: folder of `models/`.
-    weights: see above.
-    dtype: of the parameters, 'float32' or 'bfloat16'.
-    part: what is loaded of the model, '' for all.
-    setting: the setting that an error names.
+    family: a folder of `models/`, or a dotted package name.
+    weights: where the weights come from, see the docstring of this file.
+    dtype: dtype of the parameters, 'float32' or 'bfloat16'.
+    part: which part of the model is loaded; '' for all of it.
+    setting: the user's setting that an error names.
 
   Raises:
     ConfigError: no weights, an unknown random size, dtype or part.
@@ -60,6 +61,7 @@ class Pretrained:
 
   def __post_init__(self):
     if self.dtype not in DTYPES:
+      # 'verifier.weights' has its dtype in 'verifier.dtype'
       setting = f'{self.setting.rpartition(".")[0]}.dtype'.removeprefix('.')
       raise ConfigError(f'{setting}={self.dtype!r}: must be one of {", ".join(DTYPES)}')
     if not self.weights:
@@ -78,13 +80,13 @@ class Pretrained:
 
   @property
   def modeling(self):
-    """The family's module with the model."""
-    return _module(self.family, 'modeling')
+    """The family's module that defines the model."""
+    return _family_module(self.family, 'modeling')
 
   @property
   def convert(self):
     """The family's module that reads checkpoints."""
-    return _module(self.family, 'convert')
+    return _family_module(self.family, 'convert')
 
   @property
   def is_random(self) -> bool:
@@ -92,31 +94,31 @@ class Pretrained:
 
   @property
   def size(self) -> str:
-    """The name of a random size, '' for a checkpoint."""
+    """The name of a random size; '' for a checkpoint."""
     return self.weights.removeprefix(RANDOM) if self.is_random else ''
 
   @property
   def name(self) -> str:
-    """For the name of a score: the checkpoint's own name, or 'tiny_random'."""
+    """The model's part of a score's name: the checkpoint's own name, or 'tiny_random'."""
     return f'{self.size}_random' if self.is_random else short_name(self.weights)
 
   @property
   def config(self):
-    """Sizes and options of the model; of a checkpoint the headers are read, once.
+    """The model's sizes and options; a checkpoint's headers are read once to find them.
 
     Raises:
       ConfigError: there is no such checkpoint, or it holds another model.
     """
     try:
-      return _config(self.family, self.weights, self.part)
+      return _read_config(self.family, self.weights, self.part)
     except (FileNotFoundError, ValueError) as error:
-      raise self._error(error) from error
+      raise self._naming_setting(error) from error
 
   def load(self, mesh: jax.sharding.Mesh | None = None):
-    """Parameters, a nested dict of arrays; on a mesh they are placed as `shardings` says.
+    """Returns the parameters, a nested dict of arrays; on a mesh, `shardings` places them.
 
     Raises:
-      ConfigError: as `config`, and names or shapes that do not fit the model; it lists them all.
+      ConfigError: as `config`; names or shapes that do not fit the model, all of them listed.
     """
     config, places = self.config, None if mesh is None else self.shardings(mesh)
     if self.is_random:
@@ -124,51 +126,54 @@ class Pretrained:
       return params if places is None else jax.device_put(params, places)
     try:
       source = open_weights(self.family, self.weights, self.part)
-      return self.convert.load(source, config, dtype=self.dtype, sharding=places)
+      return self.convert.load_weights(source, config, dtype=self.dtype, sharding=places)
     except (FileNotFoundError, ValueError) as error:
-      raise self._error(error) from error
+      raise self._naming_setting(error) from error
 
   def bind(self, params):
-    """The module with these parameters; free inside `jax.jit`."""
-    return modules.bind_module(self.modeling.build, self.config, params)
+    """Returns the module with these parameters; it costs nothing inside `jax.jit`."""
+    return modules.bind_module(self.modeling.build_model, self.config, params)
 
   def shardings(self, mesh: jax.sharding.Mesh):
-    """A tree of `NamedSharding` like the parameters, by the family's table."""
-    _, template = modules.structure_of(self.modeling.build, self.config)
+    """Returns a tree of `NamedSharding` like the parameters, by the family's table."""
+    _, template = modules.structure_of(self.modeling.build_model, self.config)
     return modules.shardings_by_rule(template, mesh, self.convert.SHARDING)
 
   def _random_parameters(self, config):
+    # Inception has its own: its 94 initialisers take half a minute to compile
     own = getattr(self.modeling, 'random_parameters', None)
     if own is not None:
       return own(config, self.dtype)
-    return modules.random_parameters(self.modeling.build, config, self.dtype)
+    return modules.random_parameters(self.modeling.build_model, config, self.dtype)
 
-  def _error(self, error):
+  def _naming_setting(self, error):
     return ConfigError(f'{self.setting}={self.weights!r}: {error}')
 
 
 def short_name(weights: str) -> str:
-  """What a checkpoint is called in a score's name: its own name, without owner and revision."""
-  place = re.split(r'@|\+(?=\w)', weights)[0]  # of 'a+b' the first is the model's own
+  """Returns a checkpoint's own name, without owner and revision, for the name of a score."""
+  # 'language+vision' names two checkpoints, of which the first gives the model its name
+  place = re.split(r'@|\+(?=\w)', weights)[0]
   name = place.rstrip('/').rpartition('/')[2].removesuffix('.safetensors')
   return re.sub(r'\W', '_', name)
 
 
-def open_weights(family: str, weights: str, part: str = '') -> source_files.Source:
-  """The tensors of a checkpoint as the family's `convert` reads them; errors as `open_source`."""
-  own = getattr(_module(family, 'convert'), 'open_weights', None)
-  return own(weights, part) if own is not None else source_files.open_source(weights)
+def open_weights(family: str, weights: str, part: str = '') -> Source:
+  """Opens a checkpoint as the family's `convert` reads it; errors as in `open_source`."""
+  own = getattr(_family_module(family, 'convert'), 'open_weights', None)
+  return own(weights, part) if own is not None else open_source(weights)
 
 
-def _module(family, name):
+def _family_module(family, name):
+  # a dotted name is a package outside ours, imported as it is
   package = family if '.' in family else f'vtts_jax.models.{family}'
   return importlib.import_module(f'{package}.{name}')
 
 
 @functools.cache
-def _config(family, weights, part):
+def _read_config(family, weights, part):
   if not weights.startswith(RANDOM):
-    return _module(family, 'convert').config_of(open_weights(family, weights, part), part)
-  modeling = _module(family, 'modeling')
+    return _family_module(family, 'convert').config_of(open_weights(family, weights, part), part)
+  modeling = _family_module(family, 'modeling')
   config = modeling.SIZES[weights.removeprefix(RANDOM)]
   return modeling.part_of(config, part) if part else config

@@ -1,9 +1,10 @@
 """Transformer blocks whose parameters are stacked over layers, so that `lax.scan` runs them.
 
-One compiled block instead of 28 or 36: compile time and program size do not grow with depth. The
-block is written for one layer; `stack` gives every parameter a leading layer axis, `scan` takes it
-off again, and `stacked` presents `blocks.0.x ... blocks.27.x` of a checkpoint as one `blocks.*.x`.
-`fused` joins the projections that a checkpoint keeps apart.
+XLA compiles one block instead of 28 or 36: compile time and program size do not grow with depth. A
+block is written for one layer. `stack_blocks` gives every parameter a leading layer axis, and
+`scan_blocks` takes it off again. On the side of the checkpoint, `stack_layers` shows
+`blocks.0.x ... blocks.27.x` as one tensor `blocks.*.x`, and `fuse_projections` joins projections
+that the checkpoint keeps apart.
 
 Letters: L layers.
 """
@@ -16,38 +17,43 @@ import numpy as np
 from flax import nnx
 
 
-def stack(build, layers: int, rngs: nnx.Rngs) -> nnx.Module:
-  """`layers` modules made by `build(rngs)` as one whose parameters are `[L, ...]`."""
+def stack_blocks(build, layers: int, rngs: nnx.Rngs) -> nnx.Module:
+  """Makes `layers` modules by `build(rngs)` and returns them as one with parameters `[L, ...]`."""
+  # every layer has the same structure, so that of one abstract layer serves all
   graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-  one = lambda key: nnx.split(build(nnx.Rngs(params=key)))[1]
-  return nnx.merge(graphdef, jax.vmap(one)(jax.random.split(rngs.params(), layers)))
+
+  def init_layer(key):
+    return nnx.split(build(nnx.Rngs(params=key)))[1]
+
+  return nnx.merge(graphdef, jax.vmap(init_layer)(jax.random.split(rngs.params(), layers)))
 
 
-def scan(blocks: nnx.Module, body, carry, xs=None):
-  """`carry, y = body(block, carry, x)` for each layer in turn; returns carry, ys `[L, ...]`."""
+def scan_blocks(blocks: nnx.Module, body, carry, xs=None):
+  """Runs `carry, y = body(block, carry, x)` layer by layer; returns carry and ys `[L, ...]`."""
   graphdef, state = nnx.split(blocks)
 
-  def layer(carry, inputs):
+  def run_layer(carry, inputs):
     state, x = inputs
     return body(nnx.merge(graphdef, state), carry, x)
 
-  return jax.lax.scan(layer, carry, (state, xs))
+  return jax.lax.scan(run_layer, carry, (state, xs))
 
 
-def stacked(source, word='blocks'):
-  """The source in which the layers of each `...blocks.<i>.<name>` are one tensor `[L, ...]`.
+def stack_layers(source, word='blocks'):
+  """Returns a source in which the layers of each `...blocks.<i>.<name>` are one tensor `[L, ...]`.
 
-  Its name has `*` for the number. One such tensor at a time is held twice, never the model.
+  The new name has `*` for the number. Stacking happens when a tensor is read, so the host holds one
+  such tensor twice, never the whole model.
 
   Args:
     source: `checkpoints.Source`.
-    word: what stands before the number, a regular expression ('layers?', 'resblocks').
+    word: a regular expression for what stands before the number ('layers?', 'resblocks').
 
   Raises:
-    ValueError: layer numbers with a gap, or layers that differ in shape or dtype.
+    ValueError: the layer numbers have a gap, or layers differ in shape or dtype.
   """
   layer, header, layers = re.compile(rf'\b({word})\.(\d+)\.'), {}, {}
-  for name in source.names():
+  for name in source.tensor_names():
     match = layer.search(name)
     if match:
       whole = f'{name[: match.end(1)]}.*.{name[match.end() :]}'
@@ -55,6 +61,7 @@ def stacked(source, word='blocks'):
     else:
       header[name] = source.header[name]
   for name, numbers in layers.items():
+    # depth is that of the whole trunk: a tensor missing from its last layer is a gap as well
     trunk = [max(n) + 1 for other, n in layers.items() if other.startswith(name.split('*')[0])]
     gap = sorted(set(range(max(trunk))) - numbers.keys())
     if gap:
@@ -65,36 +72,41 @@ def stacked(source, word='blocks'):
       raise ValueError(f'{source.where}: {odd[0]} is {source.header[odd[0]]}, layer 0 is {first}')
     header[name] = ((len(numbers), *first[0]), first[1])
 
-  def read(name):
+  def read_stack(name):
     if name not in layers:
-      return source.get(name)
-    return np.stack([source.get(layers[name][i]) for i in range(len(layers[name]))])
+      return source.read_tensor(name)
+    # by number: files list layer 10 before layer 2
+    return np.stack([source.read_tensor(layers[name][i]) for i in range(len(layers[name]))])
 
-  return dataclasses.replace(source, header=header, read=read)
+  return dataclasses.replace(source, header=header, read=read_stack)
 
 
-def fused(source, parts=('q_proj', 'k_proj', 'v_proj'), name='qkv'):
-  """The source in which `X.q_proj.Y`, `X.k_proj.Y`, `X.v_proj.Y` are one `X.qkv.Y`: torch's rows
-  (the second last axis of a matrix, the last of a bias) put one below the other.
+def fuse_projections(source, parts=('q_proj', 'k_proj', 'v_proj'), name='qkv'):
+  """Returns a source in which `X.q_proj.Y`, `X.k_proj.Y`, `X.v_proj.Y` are one `X.qkv.Y`.
+
+  The parts are concatenated along torch's output axis: the second last of a weight, the last of a
+  bias.
 
   Args:
     source: `checkpoints.Source`, stacked or not.
-    parts: names as they stand between two dots, in order; `name`: what they become.
+    parts: the names between two dots, in the order in which they are joined.
+    name: what the joined part is called.
 
   Raises:
-    ValueError: one of the parts is missing, or they do not fit each other.
+    ValueError: one of the parts is missing, or their shapes do not fit each other.
   """
   first, header, whole = re.compile(rf'(^|\.){re.escape(parts[0])}\.'), dict(source.header), {}
-  for found in source.names():
+  for found in source.tensor_names():
     match = first.search(found)
     if not match:
       continue
-    put = lambda part, n=found, m=match: f'{n[: m.start()]}{m[1]}{part}.{n[m.end() :]}'
-    names = [put(part) for part in parts]
+    before, after = f'{found[: match.start()]}{match[1]}', found[match.end() :]
+    joined, names = f'{before}{name}.{after}', [f'{before}{part}.{after}' for part in parts]
     missing = [n for n in names if n not in source]
     if missing:
       raise ValueError(f'{source.where} has {found} and no {", ".join(missing)}')
-    shapes, axis = [source.shape(n) for n in names], -2 if found.endswith('weight') else -1
+    shapes, axis = [source.shape_of(n) for n in names], -2 if found.endswith('weight') else -1
+    # parts may differ in the axis that is joined (grouped queries) and in no other
     kinds = {(s[:axis], s[len(s) + axis + 1 :], source.header[n][1]) for s, n in zip(shapes, names)}
     if len(kinds) > 1:
       raise ValueError(f'{source.where}: {", ".join(names)} have the shapes {shapes}')
@@ -102,18 +114,18 @@ def fused(source, parts=('q_proj', 'k_proj', 'v_proj'), name='qkv'):
     shape[axis] = sum(s[axis] for s in shapes)
     for n in names:
       header.pop(n)
-    whole[put(name)] = names, axis
-    header[put(name)] = tuple(shape), source.header[found][1]
+    whole[joined] = names, axis
+    header[joined] = tuple(shape), source.header[found][1]
 
-  def read(key):
+  def read_joined(key):
     if key not in whole:
-      return source.get(key)
+      return source.read_tensor(key)
     names, axis = whole[key]
-    return np.concatenate([source.get(n) for n in names], axis)
+    return np.concatenate([source.read_tensor(n) for n in names], axis)
 
-  return dataclasses.replace(source, header=header, read=read)
+  return dataclasses.replace(source, header=header, read=read_joined)
 
 
-def transposed(array):
-  """torch Linear weights `[..., out, in]` -> kernels `[..., in, out]`."""
+def transpose_kernel(array):
+  """Turns torch's Linear weights `[..., out, in]` into kernels `[..., in, out]`."""
   return np.swapaxes(array, -1, -2)

@@ -1,11 +1,11 @@
 """The pre-norm transformer that the verifiers' towers share: CLIP, SigLIP, DINO, BLIP, OWL-ViT.
 
-One block, stacked over layers (`stacked`), with the options that tell those models apart; what is
-around it (patches, positions, pooling, heads) is theirs. Attention is `jax.nn`'s, but on a CPU,
-where that takes 1.2 to 2.5 times as long as products of `[R h, T, d]` with heads leading: with
-those a B/16 tower runs at the machine's matmul rate.
+`Trunk` is one block stacked over layers (`models.stacked`), with the options that tell those models
+apart. What surrounds it (patches, positions, pooling, heads) belongs to each model. Attention is
+`jax.nn.dot_product_attention` except on a CPU. There it takes 1.2 to 2.5 times as long as products
+with heads leading, which run a B/16 tower at the machine's matmul rate.
 
-Letters: R rows · T tokens · D width · h heads · d = D / h · L layers · P patch side.
+Letters: R rows · T tokens · S keys · D width · h heads · d = D / h · L layers · P patch side.
 """
 
 import dataclasses
@@ -16,10 +16,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.models.stacked import scan, stack, transposed
+from vtts_jax.models.stacked import scan_blocks, stack_blocks, transpose_kernel
 
-SCORES = 2 << 20  # scores of attention at a time on a CPU
-SHARDING = [  # of a `Trunk`: heads and hidden channels over 'model', as Megatron splits a block
+SCORES = 2 << 20  # attention scores computed at a time on a CPU: 8 MB in float32
+# Megatron's split of a block: columns of the first matrix and rows of the second lie on 'model', so
+# that a branch needs one all-reduce
+SHARDING = [
   (r'blocks/(attn/qkv|ffn/up)/kernel', PartitionSpec(None, None, 'model')),  # [L, D, ...]
   (r'blocks/(attn/qkv|ffn/up)/bias', PartitionSpec(None, 'model')),
   (r'blocks/(attn/out|ffn/down)/kernel', PartitionSpec(None, 'model', None)),  # [L, ..., D]
@@ -37,8 +39,13 @@ class Config:
 
   Attributes:
     hidden: inner width of the feed-forward layer.
-    act: one of `ACTIVATIONS`, or 'swiglu': silu(a) b of a doubled first layer.
-    layer_scale: whether the branches are scaled per channel before they are added (DINOv2).
+    act: one of `ACTIVATIONS`, or 'swiglu', where the first layer is doubled to (a, b) and gives
+      silu(a) b.
+    eps: added to the variance in the norms.
+    layer_scale: whether each branch is scaled per channel before it is added (DINOv2).
+
+  Raises:
+    ConfigError: heads do not divide the width, or an unknown activation.
   """
 
   width: int
@@ -58,57 +65,69 @@ class Config:
 
 
 class LayerNorm(nnx.Module):
-  """Over the last axis, computed in float32."""
+  """Layer norm over the last axis, computed in float32."""
 
   def __init__(self, width, eps):
     self.eps = eps
     self.weight, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
 
   def __call__(self, x):
+    # two passes: E[x^2] - E[x]^2 loses digits where the mean is large
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
     return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
 
 
-def attend(q, k, v, heads, bias=None):
-  """softmax(q k / sqrt d + bias) v of `q [R, T, D]` and `k`, `v [R, S, D]`.
+def multi_head_attention(q, k, v, heads, bias=None):
+  """Attention: softmax(q k / sqrt d + bias) v of `q [R, T, D]` and `k`, `v [R, S, D]`.
 
-  `bias` is added to the scores and broadcasts to `[R, h, T, S]`; -inf hides a key (never all keys
-  of a query). The softmax is in float32.
+  Args:
+    heads: h, into which D is split.
+    bias: added to the scores; it broadcasts to `[R, h, T, S]`. -inf hides a key; every query must
+      see at least one key.
+
+  Returns:
+    `[R, T, D]`. The softmax is in float32.
   """
-  # the words of a bfloat16 BLIP are float32 where its pictures are not
+  # a bfloat16 BLIP has float32 words beside bfloat16 pictures
   k, v = k.astype(q.dtype), v.astype(q.dtype)
 
-  def on_accelerator(q, k, v, bias):
-    split = lambda x: x.reshape(*x.shape[:2], heads, -1)
+  def attend_on_accelerator(q, k, v, bias):
+    q_heads, k_heads, v_heads = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     if bias is not None:
       bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    return jax.nn.dot_product_attention(split(q), split(k), split(v), bias).reshape(q.shape)
+    return jax.nn.dot_product_attention(q_heads, k_heads, v_heads, bias).reshape(q.shape)
 
-  # the branch for another platform is not compiled
-  on_cpu = lambda q, k, v, bias: _attend_in_pieces(q, k, v, heads, bias)
-  return jax.lax.platform_dependent(q, k, v, bias, cpu=on_cpu, default=on_accelerator)
+  def attend_on_cpu(q, k, v, bias):
+    return _attend_in_pieces(q, k, v, heads, bias)
+
+  # the branch of the other platform is not compiled, so a TPU program holds no loop over rows
+  return jax.lax.platform_dependent(q, k, v, bias, cpu=attend_on_cpu, default=attend_on_accelerator)
 
 
 def _attend_in_pieces(q, k, v, heads, bias):
-  """So many rows at a time that their scores stay near the cores: 3 times as fast at 512 tokens."""
+  """Takes as many rows at a time as keep their scores in cache: 3 times as fast at 512 tokens."""
   (R, T, _), S = q.shape, k.shape[1]
   rows = max(n for n in range(1, R + 1) if R % n == 0 and (n == 1 or n * heads * T * S <= SCORES))
   if rows == R:
     return _attend_whole(q, k, v, heads, bias)
-  cut = lambda x: x.reshape(R // rows, rows, *x.shape[1:])
-  each = (cut(q), cut(k), cut(v))
+
+  def cut_rows(x):
+    return x.reshape(R // rows, rows, *x.shape[1:])
+
+  pieces = (cut_rows(q), cut_rows(k), cut_rows(v))
+  # a bias of every row is cut with the rows, one bias for all rows is not
   if bias is not None and bias.ndim == 4 and len(bias) > 1:
-    out = jax.lax.map(lambda x: _attend_whole(*x[:3], heads, x[3]), (*each, cut(bias)))
+    out = jax.lax.map(lambda x: _attend_whole(*x[:3], heads, x[3]), (*pieces, cut_rows(bias)))
   else:
-    out = jax.lax.map(lambda x: _attend_whole(*x, heads, bias), each)
+    out = jax.lax.map(lambda x: _attend_whole(*x, heads, bias), pieces)
   return out.reshape(q.shape)
 
 
 def _attend_whole(q, k, v, heads, bias):
-  split = lambda x: x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
-  q, k, v = split(q), split(k), split(v)
+  # heads lead, so that each product is a batch of plain matrices for the CPU's matmul
+  q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3) for x in (q, k, v))
   scores = jnp.einsum('rhtd,rhsd->rhts', q, k, preferred_element_type=jnp.float32)
   scores = scores * q.shape[-1] ** -0.5
   if bias is not None:
@@ -118,18 +137,20 @@ def _attend_whole(q, k, v, heads, bias):
 
 
 class Attention(nnx.Module):
+  """Self-attention with one fused projection to queries, keys and values."""
+
   def __init__(self, width, heads, *, rngs):
     self.heads = heads
-    self.qkv, self.out = (
-      nnx.Linear(width, 3 * width, rngs=rngs),
-      nnx.Linear(width, width, rngs=rngs),
-    )
+    self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
+    self.out = nnx.Linear(width, width, rngs=rngs)
 
   def __call__(self, x, bias=None):  # [R, T, D]
-    return self.out(attend(*jnp.split(self.qkv(x), 3, -1), self.heads, bias))
+    return self.out(multi_head_attention(*jnp.split(self.qkv(x), 3, -1), self.heads, bias))
 
 
 class FeedForward(nnx.Module):
+  """Two linear layers, with an activation or a SwiGLU gate between them."""
+
   def __init__(self, width, hidden, act, *, rngs):
     self.act = act
     self.up = nnx.Linear(width, hidden * (2 if act == 'swiglu' else 1), rngs=rngs)
@@ -144,6 +165,8 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
+  """One pre-norm layer: self-attention, then feed-forward, both residual."""
+
   def __init__(self, c: Config, *, rngs):
     self.norm_attn, self.norm_ffn = LayerNorm(c.width, c.eps), LayerNorm(c.width, c.eps)
     self.attn = Attention(c.width, c.heads, rngs=rngs)
@@ -152,33 +175,44 @@ class Block(nnx.Module):
     self.scale_ffn = nnx.Param(jnp.ones(c.width)) if c.layer_scale else None
 
   def __call__(self, x, bias=None):  # [R, T, D]
-    scaled = lambda y, scale: y if scale is None else y * scale[...]
-    x = x + scaled(self.attn(self.norm_attn(x), bias), self.scale_attn)
-    return x + scaled(self.ffn(self.norm_ffn(x)), self.scale_ffn)
+    x = x + _scale_branch(self.attn(self.norm_attn(x), bias), self.scale_attn)
+    return x + _scale_branch(self.ffn(self.norm_ffn(x)), self.scale_ffn)
+
+
+def _scale_branch(x, scale):
+  return x if scale is None else x * scale[...]
 
 
 class Trunk(nnx.Module):
-  """`__call__(x [R, T, D], bias)` -> `[R, T, D]`; norms around it are the caller's."""
+  """`__call__(x [R, T, D], bias)` -> `[R, T, D]`; the caller applies the norms around it."""
 
   def __init__(self, config: Config, *, rngs):
     self.config = config
-    self.blocks = stack(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
+    self.blocks = stack_blocks(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
 
   def __call__(self, x, bias=None):
-    return scan(self.blocks, lambda block, x, _: (block(x, bias), None), x)[0]
+    return scan_blocks(self.blocks, lambda block, x, _: (block(x, bias), None), x)[0]
 
-  def states(self, x, bias=None):
-    """What comes out of every block, `[L, R, T, D]`."""
+  def layer_states(self, x, bias=None):
+    """The output of every block, `[L, R, T, D]`."""
 
-    def body(block, x, _):
+    def run_block(block, x, _):
       x = block(x, bias)
       return x, x
 
-    return scan(self.blocks, body, x)[1]
+    return scan_blocks(self.blocks, run_block, x)[1]
 
 
-def patches(images, side):
-  """Images `[R, H, W, 3]` -> `[R, (H / P) (W / P), P P 3]`, row by row; a rest is cut off."""
+def random_table(rngs, *shape):
+  """Returns a parameter of small normal numbers, for class tokens and positions."""
+  return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+
+
+def split_patches(images, side):
+  """Images `[R, H, W, 3]` -> patches `[R, (H / P) (W / P), P P 3]`, row by row.
+
+  Pixels that do not fill a patch at the right or the bottom are cut off.
+  """
   r, h, w, c = images.shape
   rows, columns = h // side, w // side
   x = images[:, : rows * side, : columns * side].reshape(r, rows, side, columns, side, c)
@@ -186,39 +220,42 @@ def patches(images, side):
 
 
 def patch_kernel(array):
-  """torch convolution `[D, 3, P, P]` -> the kernel `[P P 3, D]` of a linear layer on `patches`."""
+  """torch convolution `[D, 3, P, P]` -> kernel `[P P 3, D]` for the rows of `split_patches`."""
   return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
 
 
-def causal(tokens):
-  """Bias `[T, T]` by which a token sees itself and those before it."""
+def causal_bias(tokens):
+  """Bias `[T, T]` that lets a token see itself and the tokens before it."""
   return jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), 0.0, -jnp.inf)
 
 
-def rules(lead: str, target: str, names: dict[str, str]) -> list:
-  """The key table of a trunk, its source `stacked` and, where q, k and v are apart, `fused`.
+def trunk_rules(lead: str, target: str, names: dict[str, str]) -> list:
+  """The key rules of a trunk, for a source that went through `stack_layers`.
+
+  Where the checkpoint keeps q, k and v apart, the source must go through `fuse_projections` too.
 
   Args:
     lead: regular expression before a block's own names, e.g. r'vision\\.encoder\\.layers\\.\\*\\.'.
     target: path of the `Trunk` with its dot, e.g. 'vision.trunk.'.
-    names: this checkpoint's name of each of norm_attn, norm_ffn, qkv, out, up, down and, with layer
-      scale, scale_attn and scale_ffn (the whole name of those).
+    names: this checkpoint's name of norm_attn, norm_ffn, qkv, out, up, down and, with layer scale,
+      the full name of scale_attn and scale_ffn.
   """
   table, found = [], f'{target}blocks.'
   where = {'qkv': 'attn.qkv', 'out': 'attn.out', 'up': 'ffn.up', 'down': 'ffn.down'}
   for ours, theirs in names.items():
+    # a name may be a regular expression with alternatives, but its dots are dots
     theirs = theirs.replace('.', r'\.')
     if ours.startswith('norm'):
       table.append((rf'{lead}{theirs}\.(weight|bias)', rf'{found}{ours}.\1', ''))
     elif ours.startswith('scale'):
       table.append((lead + theirs, found + ours, ''))
     else:
-      table.append((rf'{lead}{theirs}\.weight', f'{found}{where[ours]}.kernel', transposed))
+      table.append((rf'{lead}{theirs}\.weight', f'{found}{where[ours]}.kernel', transpose_kernel))
       table.append((rf'{lead}{theirs}\.bias', f'{found}{where[ours]}.bias', ''))
   return table
 
 
-def flops(c: Config, tokens: int) -> int:
-  """Matmul FLOPs of the trunk for one row of so many tokens."""
+def count_flops(c: Config, tokens: int) -> int:
+  """Matmul FLOPs of the trunk for one row of `tokens` tokens."""
   ffn = 2 * c.width * c.hidden * (3 if c.act == 'swiglu' else 2)
   return c.layers * tokens * (8 * c.width**2 + 4 * tokens * c.width + ffn)

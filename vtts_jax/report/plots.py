@@ -1,8 +1,11 @@
-"""The figures: scaling curves, selection rules, fitted laws, outputs by budget, and the genealogy
-of a winner. Each function returns the bytes of a PNG."""
+"""The figures of a report; each function returns the bytes of a PNG.
+
+They are scaling curves, selection rules, fitted laws, outputs by budget, and genealogies.
+"""
 
 import io
 import math
+import textwrap
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,34 +13,46 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage, TextArea
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from vtts_jax.report.budgets import COST_AXES
+
 COLOURS = ('#1f6fb4', '#d9622b', '#2e9f4e', '#8a55b5', '#b8952a', '#c2407e', '#3aa6a6', '#666666')
-AXES = (('generator', 'network evaluations (NFE)'), ('flops', 'FLOPs'), ('seconds', 'seconds'))
+RIGHT, WRONG, WINNER = '#2e9f4e', '#cc4b3b', '#d9622b'  # frames of outputs
 
 
-def _png(figure: Figure) -> bytes:
+def _encode_figure(figure: Figure) -> bytes:
+  """The PNG of a figure."""
+  # a canvas of its own: pyplot would keep every figure, and ask for a display
   buffer = io.BytesIO()
   FigureCanvasAgg(figure).print_png(buffer)
   return buffer.getvalue()
 
 
-def _style(i: int) -> dict:
+def _line_style(i: int) -> dict:
+  """Colour and dashes of the i-th line; colours repeat after eight, with other dashes."""
   return {'color': COLOURS[i % len(COLOURS)], 'ls': ('-', '--', ':')[i // len(COLOURS) % 3]}
 
 
-def _frame(axis, label: str) -> None:
+def _finish_axis(axis, label: str) -> None:
+  """Labels the abscissa and leaves of the frame what is read."""
   axis.set_xlabel(label)
   axis.grid(alpha=0.25)
   axis.spines[['top', 'right']].set_visible(False)
 
 
-def _doublings(axis) -> None:
-  """A log axis in powers of two, written out."""
+def _scale_by_doublings(axis) -> None:
+  """Makes the abscissa logarithmic, with powers of two written out."""
   axis.set_xscale('log', base=2)
   axis.xaxis.set_major_formatter(lambda x, _: f'{x:g}')
 
 
 def plot_rules(found, names, most: int = 4) -> bytes:
-  """Accuracy by N of each selection rule, one panel an arm of best-of-N (`tables.RuleCurves`)."""
+  """Accuracy by N of each selection rule, one panel for each best-of-N arm.
+
+  Args:
+    found: `tables.RuleCurves`.
+    names: `{rule: label}`.
+    most: panels at most.
+  """
   found = found[:most]
   figure = Figure(figsize=(max(3.6 * len(found), 6.5), 3.9), dpi=110, layout='constrained')
   axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
@@ -45,6 +60,7 @@ def plot_rules(found, names, most: int = 4) -> bytes:
   colours |= dict(zip(('best', 'weighted', 'medoid'), COLOURS))
   for axis, rules in zip(axes, found):
     for rule, points in rules.curves.items():
+      # what frames the rules is no rule itself: it is grey, and has no band to hide theirs
       bound = rule in ('any', 'single')
       mean, low, high = np.array(points).T
       line = (
@@ -53,21 +69,26 @@ def plot_rules(found, names, most: int = 4) -> bytes:
       axis.plot(rules.sizes, mean, color=colours[rule], label=names[rule], **line)
       if not bound:
         axis.fill_between(rules.sizes, low, high, color=colours[rule], alpha=0.1, lw=0)
-    _doublings(axis)
-    _frame(axis, 'samples N')
+    _scale_by_doublings(axis)
+    _finish_axis(axis, 'samples N')
     axis.set_title(rules.arm, size=10)
   axes[0].set_ylabel('accuracy')
   handles = axes[0].get_legend_handles_labels()
   figure.legend(*handles, loc='outside lower center', ncols=3, frameon=False, fontsize=9)
-  return _png(figure)
+  return _encode_figure(figure)
 
 
 def plot_laws(found) -> bytes:
-  """Errors and searched scores by budget with their fitted laws (`tables.FittedLaws`)."""
+  """Errors (left) and searched scores (right) by budget, with the laws fitted to them.
+
+  Args:
+    found: `tables.FittedLaws`.
+  """
   figure = Figure(figsize=(11, 4.2), dpi=110, layout='constrained')
   left, right = figure.subplots(1, 2)
   for i, law in enumerate(found):
-    style, fine = _style(i), np.geomspace(1, law.k.max(), 60)
+    style, fine = _line_style(i), np.geomspace(1, law.k.max(), 60)
+    # no error at all has no place on a log axis, so it is drawn at 0.001
     mean, low, high = np.maximum(np.array(law.errors).T, 1e-3)
     left.errorbar(
       law.k, mean, [mean - low, high - mean], fmt='o', ms=4, capsize=2, color=style['color'], lw=0.8
@@ -75,6 +96,7 @@ def plot_laws(found) -> bytes:
     a, b, c = (e.value for e in law.power[:3])
     left.plot(fine, np.maximum(a * fine**-b + c, 1e-3), lw=1.6, label=law.name, **style)
     if law.log:
+      # families are searched on different verifiers, so scores are drawn as gains in their spread
       start = law.scores[law.k.argmin()]
       right.plot(law.k, (law.scores - start) / law.spread, 'o', ms=4, color=style['color'])
       line = law.log.alpha.value * np.log(fine) + law.log.beta.value
@@ -86,52 +108,61 @@ def plot_laws(found) -> bytes:
   left.set_ylabel('error (1 - accuracy)')
   right.set_ylabel('searched score gained, standard deviations')
   for axis in (left, right):
-    _doublings(axis)
-    _frame(axis, 'compute, in units of the smallest budget')
+    _scale_by_doublings(axis)
+    _finish_axis(axis, 'compute, in units of the smallest budget')
   handles = left.get_legend_handles_labels()
   figure.legend(*handles, loc='outside lower center', ncols=5, frameon=False, fontsize=9)
-  return _png(figure)
+  return _encode_figure(figure)
 
 
 def plot_curves(families, seconds) -> bytes:
-  """Accuracy with its interval against NFE, FLOPs and seconds per prompt, one line a family."""
+  """Accuracy with its interval against NFE, FLOPs and seconds per prompt, a line for each family.
+
+  Args:
+    families: `stats.Family`.
+    seconds: `{family: seconds per prompt of each of its points}`.
+  """
   figure = Figure(figsize=(13, 4.4), dpi=110, layout='constrained')
   axes = figure.subplots(1, 3, sharey=True)
-  for axis, (key, label) in zip(axes, AXES):
+  for axis, (key, label) in zip(axes, COST_AXES.items()):
     for i, family in enumerate(families):
       x = seconds.get(family.name) if key == 'seconds' else [p.cost[key] for p in family.points]
+      # a family some of whose points have no seconds (runs merged without timing) is left out
       if not x or len(x) != len(family.points):
         continue
-      seen = np.asarray(x, float) > 0  # what costs nothing has no place on a log axis
-      x = np.asarray(x, float)[seen]
-      mean, low, high = np.array([p.accuracy for p in family.points])[seen].T
-      style = _style(i)
+      # what costs nothing has no place on a log axis
+      paid = np.asarray(x, float) > 0
+      x = np.asarray(x, float)[paid]
+      mean, low, high = np.array([p.accuracy for p in family.points])[paid].T
+      style = _line_style(i)
       axis.fill_between(x, low, high, color=style['color'], alpha=0.12, lw=0)
       axis.plot(x, mean, marker='o', ms=4, lw=1.8, label=family.name, **style)
-      if len(x) == 1:  # a band of one point is not seen
+      # the band of a single point has no width
+      if len(x) == 1:
         axis.errorbar(x, mean, [mean - low, high - mean], capsize=3, **style)
     axis.set_xscale('log')
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
     axis.xaxis.set_major_formatter(EngFormatter(sep=''))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    _frame(axis, f'{label} per prompt')
+    _finish_axis(axis, f'{label} per prompt')
   axes[0].set_ylabel('accuracy')
   figure.legend(
     *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False
   )
-  return _png(figure)
+  return _encode_figure(figure)
 
 
 def plot_grid(grids, most: int = 6) -> bytes:
-  """Outputs by budget: one block an arm, one row a prompt, framed green (right) or red (wrong).
+  """Outputs by budget: a block for each arm, a row for each prompt; green is right, red is wrong.
 
   Args:
     grids: `[(arm, budgets, [(prompt, [(picture or text, is it right?)])])]`.
-    most: rows of a block.
+    most: rows of a block at most.
   """
   blocks = [(name, columns, entries[:most]) for name, columns, entries in grids]
   rows = sum(len(b[2]) for b in blocks)
   wide = max(len(b[1]) for b in blocks)
+  # laid out by hand in inches, from the top down, so that every output has the same size
   figure = Figure(figsize=(3.4 + 0.85 * wide, 0.95 * rows + 0.55 * len(blocks)), dpi=100)
   height, width = figure.get_figheight(), figure.get_figwidth()
   top = height
@@ -141,38 +172,31 @@ def plot_grid(grids, most: int = 6) -> bytes:
     for j, column in enumerate(columns):
       x = 3.4 + 0.85 * j + 0.4
       figure.text(x / width, (top + 0.12) / height, column, ha='center', size=8, color='#555555')
-    for prompt, images in entries:
+    for prompt, outputs in entries:
       top -= 0.95
-      figure.text(0.1 / width, (top + 0.45) / height, _wrap(prompt), va='center', size=9)
-      for j, (pixels, right) in enumerate(images):
+      text = textwrap.fill(prompt, 38)
+      figure.text(0.1 / width, (top + 0.45) / height, text, va='center', size=9)
+      for j, (output, right) in enumerate(outputs):
         box = ((3.4 + 0.85 * j) / width, (top + 0.08) / height, 0.78 / width, 0.78 / height)
         axis = figure.add_axes(box, xticks=[], yticks=[])
-        if isinstance(pixels, str):
-          axis.text(0.5, 0.5, _wrap(pixels, 14), ha='center', va='center', size=5)
+        if isinstance(output, str):
+          axis.text(0.5, 0.5, textwrap.fill(output, 14), ha='center', va='center', size=5)
         else:
-          axis.imshow(pixels, interpolation='nearest')
+          axis.imshow(output, interpolation='nearest')
         for spine in axis.spines.values():
-          spine.set(color='#2e9f4e' if right else '#cc4b3b', linewidth=2.5)
-  return _png(figure)
-
-
-def _wrap(text: str, width: int = 38) -> str:
-  words, lines = text.split(), ['']
-  for word in words:
-    if len(lines[-1]) + len(word) > width:
-      lines.append('')
-    lines[-1] = f'{lines[-1]} {word}'.strip()
-  return '\n'.join(lines)
+          spine.set(color=RIGHT if right else WRONG, linewidth=2.5)
+  return _encode_figure(figure)
 
 
 def plot_genealogy(trace) -> bytes:
-  """One column a step, the candidates kept first, lines to parents, the winner's ancestors framed.
+  """A column for each step, a line from each candidate to its parent, the winner's line framed.
 
   Args:
-    trace: arrays as `study.genealogy` makes them.
+    trace: arrays of `study.genealogy.trace_ancestry` and `leader_outputs`.
   """
   totals, parent, winner = (trace[k] for k in ('totals', 'parent', 'winner'))
   steps, columns = totals.shape
+  # a figure of one candidate or one step would be cut off at its labels
   tallest = max(max(int(np.isfinite(t).sum()) for t in totals), 2)
   figure = Figure(figsize=(1.25 * max(steps, 3) + 0.6, 0.95 * tallest + 0.6), dpi=100)
   axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
@@ -186,15 +210,17 @@ def plot_genealogy(trace) -> bytes:
       if not math.isfinite(totals[s, j]):
         continue
       up, own = int(parent[s, j]), winner[s] == j
+      # lines end beside the pictures and lie below them
       if s and up >= 0:
-        line = {'color': '#d9622b', 'lw': 2.4} if own else {'color': '#bbbbbb', 'lw': 0.9}
+        line = {'color': WINNER, 'lw': 2.4} if own else {'color': '#bbbbbb', 'lw': 0.9}
         axis.plot((s - 1 + 0.28, s - 0.28), (-up, -j), zorder=1, **line)
       if 'images' in trace:
         pixels = trace['images'][s, j]
-        shown = OffsetImage(pixels, zoom=52 / pixels.shape[0], interpolation='nearest')
+        picture = OffsetImage(pixels, zoom=52 / pixels.shape[0], interpolation='nearest')
       else:
-        shown = TextArea(_wrap(str(trace['texts'][s, j]), 16), textprops={'size': 6})
-      frame = {'edgecolor': '#d9622b' if own else '#999999', 'linewidth': 2.6 if own else 0.6}
-      axis.add_artist(AnnotationBbox(shown, (s, -j), pad=0.1, bboxprops=frame))
+        text = textwrap.fill(str(trace['texts'][s, j]), 16)
+        picture = TextArea(text, textprops={'size': 6})
+      frame = {'edgecolor': WINNER if own else '#999999', 'linewidth': 2.6 if own else 0.6}
+      axis.add_artist(AnnotationBbox(picture, (s, -j), pad=0.1, bboxprops=frame))
       axis.text(s, -j - 0.42, f'{totals[s, j]:.2f}', ha='center', va='center', size=7)
-  return _png(figure)
+  return _encode_figure(figure)

@@ -1,5 +1,7 @@
-"""The page's tables as texts and marks: equal budgets, the choice by difficulty, selection rules,
-fitted laws. What they mean stands in `budgets`, `difficulty`, `study.selection`, `scaling_laws`.
+"""The tables of the page, as texts and CSS classes that the template prints.
+
+They are accuracy at equal budgets, the choice by difficulty, selection rules and fitted laws. What
+the numbers mean is said in `budgets`, `difficulty`, `study.selection` and `scaling_laws`.
 
 Letters: P prompts, S prefix sizes of best-of-N, K points of a family.
 """
@@ -11,7 +13,6 @@ import numpy as np
 from vtts_jax.report import budgets, difficulty, scaling_laws, stats
 from vtts_jax.report.stats import Interval
 
-AXES = {'generator': 'network evaluations (NFE)', 'flops': 'FLOPs', 'seconds': 'seconds'}
 RULE_LABELS = {
   'any': 'any right (upper bound)',
   'weighted': 'weighted best-of-N',
@@ -22,14 +23,14 @@ RULE_LABELS = {
 
 
 class RuleCurves(NamedTuple):
-  """Selection rules of one best-of-N arm.
+  """Accuracy of the selection rules on one best-of-N arm.
 
   Attributes:
-    arm: its name.
+    arm: name of the arm.
     sizes: N of each prefix, S numbers.
-    curves: `{rule: S intervals}` of accuracy.
-    gains: `{rule: interval}`, what it gains over the best score at the largest size.
-    space: the measured verifier whose features say what is alike.
+    curves: `{rule: S intervals}`, accuracy at each size.
+    gains: `{rule: interval}`, gain over the rule 'best' at the largest size, paired.
+    space: the measuring verifier whose features say which samples are alike.
   """
 
   arm: str
@@ -40,15 +41,16 @@ class RuleCurves(NamedTuple):
 
 
 class FittedLaws(NamedTuple):
-  """One family's laws.
+  """The laws of one family.
 
   Attributes:
-    name: the family's.
-    k: budgets over the least one `[K]`.
-    errors: 1 - accuracy at each, K intervals.
-    scores: mean searched scores there `[K]`.
-    spread: standard deviation of the scores at the least budget, over prompts.
-    power, log: the two fits; no `log` where no score is known.
+    name: name of the family.
+    k: `[K]`, budgets in units of the least one.
+    errors: 1 - accuracy at each budget, K intervals.
+    scores: `[K]`, mean searched score at each budget; NaN where none is known.
+    spread: standard deviation over prompts of the scores at the least budget.
+    power: the law of the errors.
+    log: the law of the scores; None where no score is known.
   """
 
   name: str
@@ -61,7 +63,7 @@ class FittedLaws(NamedTuple):
 
 
 def format_amount(value: float, axis: str = '') -> str:
-  """A cost in three digits: 1.55 G, 2,048, 0.031."""
+  """A cost in about three digits: '1.55 G', '2,048', '0.031'."""
   if axis != 'flops':
     return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
   power = max(min(int(np.log10(value) // 3), 6), 0) if value >= 1 else 0
@@ -69,24 +71,30 @@ def format_amount(value: float, axis: str = '') -> str:
 
 
 def _gain_cell(gain: Interval | None) -> dict:
-  """Points of accuracy with their interval, and whether they are beyond chance."""
+  """A gain in points of accuracy with its interval, coloured where the interval excludes 0."""
   if gain is None:
-    return {'gain': '', 'kind': ''}
+    return {'gain': '', 'css': ''}
   mean, low, high = (100 * v for v in gain)
-  kind = 'up' if low > 0 else 'down' if high < 0 else ''
-  return {'gain': f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]', 'kind': kind}
+  css = 'up' if low > 0 else 'down' if high < 0 else ''
+  return {'gain': f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]', 'css': css}
 
 
 def equal_budget_tables(families, tags, base) -> list[dict]:
-  """One table an axis; a cell has accuracy, its interval, the point played, the gain over
-  best-of-N, and whether the accuracy is its column's highest."""
+  """One table for each cost axis on which anything costs anything.
+
+  Args:
+    families, tags: of `budgets.family_series`.
+    base: of `budgets.find_baselines`.
+  """
   out = []
-  for axis, label in AXES.items():
+  for axis, label in budgets.COST_AXES.items():
+    # arms merged from runs without timing have no seconds; the other axes have them still
     measured = [f for f in families if axis in f.costs]
     grid = budgets.budget_grid(measured, axis)
     if not len(grid):
       continue
     rows = budgets.equal_budget_cells(measured, tags, axis, grid, base)
+    # the highest accuracy of each column is underlined, ties and all
     tops = [max(r[i].accuracy.mean for r in rows.values() if r[i]) for i in range(len(grid))]
     out.append(
       {
@@ -102,7 +110,7 @@ def equal_budget_tables(families, tags, base) -> list[dict]:
 
 
 def _budget_cell(cell, top: float) -> dict | None:
-  """One cell of a table at equal budgets; `top` is the highest accuracy of its column."""
+  """A cell of a table at equal budgets; `top` is the highest accuracy of its column."""
   if cell is None:
     return None
   return {
@@ -114,16 +122,26 @@ def _budget_cell(cell, top: float) -> dict | None:
   }
 
 
-def difficulty_tables(rows, families, ids, tags, ladders, settings) -> list[dict]:
-  """One table a generator that has best-of-N with graded samples and another family."""
-  out, done = [], []  # a generator has one table, whatever the number of its best-of-N arms
-  for base in (f for f in families if f.name in ladders):
+def difficulty_tables(rows, families, ids, tags, best_of_n, settings) -> list[dict]:
+  """One table for each generator with a best-of-N whose samples are graded, and another family.
+
+  Args:
+    rows: result lines.
+    families, ids, tags: of `budgets.family_series`.
+    best_of_n: names of the families that are best-of-N.
+    settings: `{arm: its generator, verifier and search}`.
+  """
+  out, done = [], []
+  # difficulty is a fact of prompt and generator, so the first best-of-N of a generator decides it
+  for base in (f for f in families if f.name in best_of_n):
     generator = settings[base.arm]['generator']
     group = [f for f in families if settings[f.arm]['generator'] == generator]
     found = difficulty.measure_difficulty(rows, ids, base.arm)
-    if generator in done or found is None or len(group) < 2 or len(ids) < 2 * difficulty.BINS:
+    # a bin is split in halves, so it needs two prompts
+    if generator in done or found is None or len(group) < 2 or len(ids) < 2 * difficulty.NUM_BINS:
       continue
     done.append(generator)
+    # searches differ in what they decode and score, which evaluations of the network leave out
     axis = 'flops' if all((f.costs['flops'] > 0).all() for f in group) else 'generator'
     grid = budgets.budget_grid(group, axis)
     oracle, predicted = (difficulty.difficulty_bins(d) for d in found)
@@ -132,24 +150,26 @@ def difficulty_tables(rows, families, ids, tags, ladders, settings) -> list[dict
     if not choices:
       continue
     guessed = [difficulty.cross_fit(group, tags, predicted, axis, c.budget) for c in choices]
-    passed = [found[0][oracle == q] for q in range(difficulty.BINS)]
+    passed = [found[0][oracle == q] for q in range(difficulty.NUM_BINS)]
     out.append(
       {
         'title': base.name,
-        'axis': AXES[axis],
+        'axis': budgets.COST_AXES[axis],
         'budgets': [format_amount(c.budget, axis) for c in choices],
         'bins': [
           {
             'name': f'{q + 1}: {own.min():.2f} to {own.max():.2f}',
             'cells': [
-              {'families': _pair(c.chosen[q]), 'accuracy': f'{c.accuracy[q]:.2f}'} for c in choices
+              {'families': _distinct_names(c.chosen[q]), 'accuracy': f'{c.accuracy[q]:.2f}'}
+              for c in choices
             ],
           }
           for q, own in enumerate(passed)
         ],
         'optimal': [f'{c.optimal.mean:.3f}' for c in choices],
         'single': [
-          {'families': _pair(c.best), 'accuracy': f'{c.single.mean:.3f}'} for c in choices
+          {'families': _distinct_names(c.best), 'accuracy': f'{c.single.mean:.3f}'}
+          for c in choices
         ],
         'gain': [_gain_cell(c.gain) for c in choices],
         'predicted': [_gain_cell(c.gain) for c in guessed],
@@ -158,12 +178,13 @@ def difficulty_tables(rows, families, ids, tags, ladders, settings) -> list[dict
   return out
 
 
-def _pair(names: tuple[str, str]) -> list[str]:
+def _distinct_names(names: tuple[str, str]) -> list[str]:
+  """Both names, or one where the halves chose the same."""
   return list(dict.fromkeys(names))
 
 
 def rule_curves(rows) -> list[RuleCurves]:
-  """Every best-of-N arm whose samples were graded."""
+  """Accuracy of the selection rules on every best-of-N arm whose samples were graded."""
   out = []
   for arm in dict.fromkeys(r['arm'] for r in rows if 'samples' in r):
     own = [r for r in rows if r['arm'] == arm and 'samples' in r]
@@ -173,20 +194,22 @@ def rule_curves(rows) -> list[RuleCurves]:
       by_id.setdefault(row['id'], []).append(row)
     tags = np.array([group[0]['tag'] for group in by_id.values()])
 
-    def mean(read, by_id=by_id):
+    def mean_over_seeds(read, by_id=by_id):
       return np.array([np.mean([read(r['samples']) for r in g], 0) for g in by_id.values()])
 
-    def accuracy(rule):
-      return mean(lambda s: [s['correct'][i] if i >= 0 else 0 for i in s['picks'][rule]])
+    def accuracy_of(rule):
+      return mean_over_seeds(lambda s: [s['correct'][i] if i >= 0 else 0 for i in s['picks'][rule]])
 
-    right = {rule: accuracy(rule) for rule in names}  # [P, S]
-    right['any'] = mean(lambda s: [max(s['correct'][:n]) for n in s['sizes']])
-    right['single'] = mean(lambda s: [np.mean(s['correct'])] * len(s['sizes']))
+    right = {rule: accuracy_of(rule) for rule in names}  # [P, S]
+    # what frames the rules: one that knew the answers, and taking a sample unseen
+    right['any'] = mean_over_seeds(lambda s: [max(s['correct'][:n]) for n in s['sizes']])
+    right['single'] = mean_over_seeds(lambda s: [np.mean(s['correct'])] * len(s['sizes']))
     curves = {
       rule: [stats.bootstrap_interval(v, tags) for v in right[rule].T]
       for rule in RULE_LABELS
       if rule in right
     }
+    # rules pick among the same samples of the same prompts, so differences are paired
     last = {rule: (right[rule] - right['best'])[:, -1] for rule in curves}
     gains = {rule: stats.bootstrap_interval(v, tags) for rule, v in last.items()}
     out.append(RuleCurves(arm, sizes, curves, gains, own[0]['samples']['space']))
@@ -194,6 +217,7 @@ def rule_curves(rows) -> list[RuleCurves]:
 
 
 def rule_rows(found: list[RuleCurves]) -> list[dict]:
+  """One table for each arm, with a row for each selection rule."""
   return [
     {
       'arm': rules.arm,
@@ -214,17 +238,22 @@ def rule_rows(found: list[RuleCurves]) -> list[dict]:
 
 
 def fit_laws(families, tags) -> list[FittedLaws]:
-  """Both laws of every family with enough budgets."""
+  """Both laws of every family that has enough budgets.
+
+  Args:
+    families, tags: of `budgets.family_series`.
+  """
   out = []
   for family in families:
     cost = family.costs['flops']
     cost = cost if (cost > 0).all() else family.costs['generator']
-    if (cost <= 0).any() or len(np.unique(cost)) < scaling_laws.LEAST:
+    if (cost <= 0).any() or len(np.unique(cost)) < scaling_laws.FEWEST_BUDGETS:
       continue
-    # both laws are in units of the family's least budget
+    # in units of the least budget, `a + c` and `beta` can be read off as what that budget gives
     k, errors = cost / cost.min(), 1 - family.correct
     means = np.array([stats.bootstrap_interval(e, tags).mean for e in errors])
     power = scaling_laws.fit_power_law(k, means, stats.bootstrap_draws(errors.T, tags))
+    # a prompt without a score at one budget would bend the curve there
     known = np.isfinite(family.total).all(0)
     log, scores, spread = None, np.full(len(k), np.nan), 1.0
     if known.any():
@@ -238,12 +267,20 @@ def fit_laws(families, tags) -> list[FittedLaws]:
 
 
 def law_rows(found: list[FittedLaws]) -> list[dict]:
+  """One row for each family: the estimates of both laws."""
   out = []
   for law in found:
-    text = lambda e: f'{e.value:.3g} ± {e.error:.2g}'
-    cells = [text(law.power.a), text(law.power.b), text(law.power.c), f'{law.power.rmse:.3f}']
+    cells = [*map(_format_estimate, law.power[:3]), f'{law.power.rmse:.3f}']
+    # an exponent that means nothing must not be quoted
     if not law.power.determined:
       cells[1] = 'undetermined'
-    log = [text(law.log.alpha), text(law.log.beta), f'{law.log.r2:.3f}'] if law.log else [''] * 3
+    log = [''] * 3
+    if law.log:
+      log = [*map(_format_estimate, law.log[:2]), f'{law.log.r2:.3f}']
     out.append({'name': law.name, 'points': len(law.k), 'cells': cells + log})
   return out
+
+
+def _format_estimate(estimate: scaling_laws.Estimate) -> str:
+  """An estimate with its error, as in '0.62 ± 0.03'."""
+  return f'{estimate.value:.3g} ± {estimate.error:.2g}'

@@ -1,10 +1,9 @@
-"""Autoregressive scene tokens, 1D ordered or 2D grid, with guidance and a KV cache; or no model at
-all.
+"""Autoregressive scene tokens, 1D ordered or 2D grid, with guidance and a KV cache.
 
-A stage is a token. A prefix of 1D tokens decodes to a whole but blurred picture, good enough to
-score and not to hand out: only finished candidates are returned, of either order. The prompt's keys
-and values are computed once per prompt and shared by its candidates; each candidate keeps its own
-tokens' and, with classifier-free guidance, a second stream's.
+A stage is a token. A prefix of 1D tokens decodes to a complete but blurred picture: good enough to
+score, not to return. So only finished candidates are returned, for both orders. The candidates of a
+prompt share the keys and values of its words; each candidate caches those of its own tokens, once
+per guidance stream.
 Letters: B prompts, N candidates, T tokens, V codes.
 """
 
@@ -25,17 +24,17 @@ VALUES, ROLLOUTS = ('scenes_clip_a',), ('small',)
 
 @dataclasses.dataclass(frozen=True)
 class ScenesAR(TokenGenerator):
-  """The embedded generators.
+  """The autoregressive generators of the scene world.
 
   Attributes:
     order: '1d' (every prefix decodes to a picture) or '2d' (raster grid).
-    prior: 'ar' or 'uniform' (tokens drawn without a model, at no network evaluation).
-    guidance: classifier-free guidance scale >= 0; 1 runs a single stream, 0 ignores the prompt, -1
-      is the scale that the weights were shipped with.
-    temperature, top_k, top_p: see `token_sampling`; top_k 0 is off. They hold for rollouts too.
-    value_of: 'scenes_clip_a' for the value head that predicts this score of the completions that
-      the shipped guidance draws at temperature 1; '' loads and computes nothing.
-    rollout_model: 'small' for the model distilled from the shipped guidance; '' as above.
+    prior: 'ar', or 'uniform' to draw tokens without a network.
+    guidance: classifier-free guidance scale >= 0. 1 runs one stream only, 0 ignores the prompt, -1
+      selects the scale stored with the weights.
+    temperature, top_k, top_p: see `token_sampling`; top_k 0 switches it off. Rollouts use them too.
+    value_of: 'scenes_clip_a' loads the value head that predicts this score of a candidate's
+      completions (drawn with the stored guidance at temperature 1); '' loads none.
+    rollout_model: 'small' loads the model distilled from the guided prior; '' loads none.
   """
 
   order: str = '1d'
@@ -65,18 +64,19 @@ class ScenesAR(TokenGenerator):
       'value': self.value_of,
       'rollout': self.rollout_model,
     }
+    # only the models that the settings name are read from disk
     return {part: SceneModel(f'{part}_{self.order}') for part in wanted if wanted[part]}
 
-  def _config(self, part):
+  def part_config(self, part):
     return self.model_parts()[part].config
 
   @property
   def num_stages(self):
-    return self._config('tokenizer').tokens
+    return self.part_config('tokenizer').tokens
 
   @property
   def vocab(self):
-    return self._config('tokenizer').codes
+    return self.part_config('tokenizer').codes
 
   @property
   def decoded_output(self):
@@ -87,11 +87,12 @@ class ScenesAR(TokenGenerator):
     return read_card(f'prior_{self.order}')['guidance']
 
   @property
-  def streams(self):
-    return () if self.prior == 'uniform' else super().streams
+  def guidance_streams(self):
+    return () if self.prior == 'uniform' else super().guidance_streams
 
   @property
   def offers(self):
+    # a capability is offered only if its model is loaded
     ahead = {'value': self.value_of, 'rollout': self.rollout_model}
     return super().offers | {name for name in ahead if ahead[name]}
 
@@ -101,36 +102,41 @@ class ScenesAR(TokenGenerator):
     return {'text': world.tokenize_texts(core.texts_of(prompts))}
 
   def encode(self, params, prompt):
-    """Keys and values of the prompt's words, for each model that reads them: {stream or model:
+    """Keys and values of the prompt's words for each model that reads them: {stream or model:
     leaves `[B, ...]`}."""
     text = prompt['text']
     inputs = {'prompt': text, 'null': jnp.zeros_like(text)}
-    ctx = {'rows': text[:, 0]}  # without a model the context still says how many prompts there are
-    for stream in self.streams:
-      ctx[stream] = self.bind_part(params, 'prior').text(inputs[stream])
+    # without a model the context still carries the number of prompts
+    ctx = {'rows': text[:, 0]}
+    for stream in self.guidance_streams:
+      ctx[stream] = self.bind_part(params, 'prior').encode_text(inputs[stream])
     if self.value_of:
-      ctx['value'] = self.bind_part(params, 'value').context(text)
+      ctx['value'] = self.bind_part(params, 'value').encode_context(text)
     if self.rollout_model:
-      ctx['rollout'] = self.bind_part(params, 'rollout').text(text)
+      ctx['rollout'] = self.bind_part(params, 'rollout').encode_text(text)
     return ctx
 
   def init_cache(self, params, ctx, lead):
     model = self.bind_part(params, 'prior')
-    return {stream: model.init_cache(*lead) for stream in self.streams}
+    return {stream: model.init_cache(*lead) for stream in self.guidance_streams}
 
   def next_logits(self, params, ctx, state, stage):
     model, fed = self.bind_part(params, 'prior'), self.previous_tokens(state, stage, self.vocab)
-    found = {s: model.step(ctx[s], state.cache[s], fed, stage) for s in self.streams}
-    logits = jnp.stack([found[s][0] for s in self.streams], axis=-2)
-    return self.guide_logits(logits), {s: cache for s, (_, cache) in found.items()}
+    # the begin token has id V, one past the codes; each stream reads it with its own words and
+    # cache
+    logits, caches = [], {}
+    for stream in self.guidance_streams:
+      row, caches[stream] = model.feed_tokens(ctx[stream], state.cache[stream], fed, stage)
+      logits.append(row)
+    return self.guide_logits(jnp.stack(logits, axis=-2)), caches
 
   def prefill(self, params, ctx, state, stage):
     model = self.bind_part(params, 'prior')
-    return {s: model.prefill(ctx[s], state.tokens, stage) for s in self.streams}
+    return {s: model.prefill(ctx[s], state.tokens, stage) for s in self.guidance_streams}
 
   def forced_logits(self, params, ctx, state):
     model = self.bind_part(params, 'prior')
-    logits = [model.forced(ctx[stream], state.tokens) for stream in self.streams]
+    logits = [model.forced_logits(ctx[stream], state.tokens) for stream in self.guidance_streams]
     return self.guide_logits(jnp.stack(logits, axis=-2))
 
   def decode(self, params, ctx, state, stage):
@@ -142,41 +148,46 @@ class ScenesAR(TokenGenerator):
   def value(self, params, ctx, state, stage):
     if not self.value_of:
       return super().value(params, ctx, state, stage)
-    return self.bind_part(params, 'value').value(ctx['value'], state.tokens, stage)
+    return self.bind_part(params, 'value').predict_value(ctx['value'], state.tokens, stage)
 
   def rollout(self, params, ctx, state, keys, stage, count, *, greedy=False):
     if not self.rollout_model:
       return super().rollout(params, ctx, state, keys, stage, count, greedy=greedy)
     if isinstance(stage, int):
-      count = min(count, self.num_stages - stage)  # the loop below must not run past the end
+      # with one stage for all, the loop runs exactly the stages that are left
+      count = min(count, self.num_stages - stage)
     else:
+      # with traced stages it runs `count` and masks the candidates that are complete
       stage = jnp.broadcast_to(stage, keys.shape)
     model = self.bind_part(params, 'rollout')
 
     def next_logits(state, t):
       fed = self.previous_tokens(state, t, self.vocab)
-      return model.step(ctx['rollout'], state.cache, fed, t)
+      return model.feed_tokens(ctx['rollout'], state.cache, fed, t)
 
     start = state._replace(cache=model.prefill(ctx['rollout'], state.tokens, stage))
     choose = self.token_chooser(keys, greedy)
     finished = self.sample_tokens(start, stage, count, next_logits, choose)
-    # the likelihood is the prior's, which has not read what the small model drew
+    # log-probabilities belong to the prior, which has not read what the small model drew
     return finished._replace(log_probs=state.log_probs, cache=())
 
-  def flops(self, op):
-    streams = len(self.streams)
+  def count_flops(self, op):
+    streams = len(self.guidance_streams)
     if op == 'decode':
-      return tokenizer.flops_decode(self._config('tokenizer'))
+      return tokenizer.count_decode_flops(self.part_config('tokenizer'))
     if op == 'encode':
-      flops = streams * prior.flops_text(self._config('prior'))
+      flops = streams * prior.count_text_flops(self.part_config('prior'))
       if self.value_of:
-        flops += value.flops_context(self._config('value'))
-      return flops + (prior.flops_text(self._config('rollout')) if self.rollout_model else 0)
+        flops += value.count_context_flops(self.part_config('value'))
+      if self.rollout_model:
+        flops += prior.count_text_flops(self.part_config('rollout'))
+      return flops
     if op == 'value':
-      return value.flops_value(self._config('value'))
+      return value.count_value_flops(self.part_config('value'))
     if op == 'rollout_prefill':
-      return prior.flops_prefill(self._config('rollout'))
+      return prior.count_prefill_flops(self.part_config('rollout'))
     if op == 'rollout_step':
-      return prior.flops_step(self._config('rollout'))
-    count = {'step': prior.flops_step, 'prefill': prior.flops_prefill}[op]
-    return streams * count(self._config('prior'))
+      return prior.count_step_flops(self.part_config('rollout'))
+    # the prior runs once per stream; value and rollout models read the prompt only
+    count = {'step': prior.count_step_flops, 'prefill': prior.count_prefill_flops}[op]
+    return streams * count(self.part_config('prior'))

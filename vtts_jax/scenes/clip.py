@@ -1,7 +1,7 @@
-"""A CLIP-like score of the scene world: how well a picture fits a caption, by one of two models.
+"""A CLIP-like verifier of the scene world: how well a picture fits a caption.
 
-The score `scenes_clip_a` (or `_b`) is the model's logit: the scaled cosine of the two embeddings
-plus a bias, 0 where the model is undecided. See scenes/models/clip.py; Radford et al. (2021).
+The score `scenes_clip_a` (or `_b`) is the model's logit: the scaled cosine of both embeddings plus
+a bias; 0 means undecided. See scenes/models/clip.py; Radford et al. (2021).
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ WHICH = ('a', 'b')
 
 @dataclasses.dataclass(frozen=True)
 class ScenesClip(core.Verifier):
-  """One dual encoder.
+  """One of two independently trained dual encoders.
 
   Attributes:
-    which: 'a' (trained half on corrupted and unfinished pictures) or 'b' (clean pictures only, and
-      so easier to fool); trained independently of each other.
+    which: 'a' (half of its training pictures are corrupted or unfinished) or 'b' (clean pictures
+      only, which makes it easier to fool).
   """
 
   which: str = 'a'
@@ -36,28 +36,30 @@ class ScenesClip(core.Verifier):
     return (f'scenes_clip_{self.which}',)
 
   @property
-  def encoder(self) -> SceneModel:
+  def model_part(self) -> SceneModel:
+    """The dual encoder."""
     return SceneModel(f'clip_{self.which}')
 
   def load(self):
-    return self.encoder.load()
+    return self.model_part.load()
 
   def tokenize(self, prompts):
     return {'ids': world.tokenize_texts(core.texts_of(prompts))}
 
   def encode(self, params, prompt):
-    """Ids `[B, 12]` -> unit embeddings `[B, D]`."""
-    return self.encoder.bind(params).text(prompt['ids'])
+    """Word ids `[B, 12]` to unit embeddings `[B, D]`."""
+    return self.model_part.bind(params).embed_texts(prompt['ids'])
 
   def embed_images(self, params, images):
-    """Images `[B, M, 32, 32, 3]` -> unit embeddings `[B, M, D]`."""
-    rows = self.encoder.bind(params).image(images.reshape(-1, *images.shape[2:]))
+    """Images `[B, M, 32, 32, 3]` to unit embeddings `[B, M, D]`."""
+    rows = self.model_part.bind(params).embed_images(images.reshape(-1, *images.shape[2:]))
     return rows.reshape(*images.shape[:2], -1)
 
   def score(self, params, vctx, observed):
     embeddings = self.embed_images(params, observed['image'])
-    return {self.names[0]: self.encoder.bind(params).logits(embeddings, vctx[:, None])}
+    return {self.names[0]: self.model_part.bind(params).pair_logits(embeddings, vctx[:, None])}
 
   def cost(self, op):
     tower = 'text' if op == 'encode' else 'image'
-    return core.Cost(verify=float(op == 'score'), flops=clip.flops(self.encoder.config, tower))
+    flops = clip.count_flops(self.model_part.config, tower)
+    return core.Cost(verify=float(op == 'score'), flops=flops)

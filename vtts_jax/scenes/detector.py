@@ -1,8 +1,8 @@
-"""A trained detector of the scene world as verifier: do its soft detections satisfy the caption?
+"""A trained detector as a verifier of the scene world: do its detections satisfy the caption?
 
-The score `scenes_detector` is the log-probability, in [-30, 0], that GenEval's rules hold of what
-the detector sees (`satisfaction` in scenes/models/soft_detector.py). It is neither the detector
-behind the tokenizers' perceptual loss nor the rule-based oracle that measures accuracy.
+The score `scenes_detector` is the log-probability, in [-30, 0], that the detections satisfy
+GenEval's rules (`satisfaction_log_prob` in scenes/models/soft_detector.py). The detector is neither
+the one behind the tokenizers' perceptual loss nor the rule-based oracle that measures accuracy.
 """
 
 import dataclasses
@@ -24,7 +24,11 @@ class ScenesDetector(core.Verifier):
     return MODEL.load()
 
   def tokenize(self, prompts):
-    """Targets `[B, 7]` by the closed grammar; a text outside it is an error that shows the form."""
+    """Targets `[B, 7]` of the captions.
+
+    Raises:
+      ConfigError: a text outside the grammar; the message shows its forms.
+    """
     return {'targets': soft_detector.parse_captions(core.texts_of(prompts))}
 
   def encode(self, params, prompt):
@@ -34,9 +38,9 @@ class ScenesDetector(core.Verifier):
     images = observed['image']  # [B, M, 32, 32, 3]
     rows = MODEL.bind(params)(images.reshape(-1, *images.shape[2:]))
     kind, colour = (x.reshape(*images.shape[:2], *x.shape[1:]) for x in rows)
-    return {'scenes_detector': soft_detector.satisfaction(kind, colour, vctx)}
+    return {'scenes_detector': soft_detector.satisfaction_log_prob(kind, colour, vctx)}
 
   def cost(self, op):
     if op == 'encode':
       return core.Cost()
-    return core.Cost(verify=1, flops=soft_detector.flops(MODEL.config))
+    return core.Cost(verify=1, flops=soft_detector.count_flops(MODEL.config))

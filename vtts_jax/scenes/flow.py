@@ -1,8 +1,8 @@
-"""Flow matching in the scene world's pixels: a stage is one step from noise to picture.
+"""Flow matching in the scene world's pixels: a stage is one or more steps from noise to picture.
 
-The settings, the path (x_t = (1 - t) noise + t data) and the steps are those of
-`generators.diffusion`, the network is scenes/models/flow.py. There is no latent: data are pixels in
--1 .. 1, and what is shown costs no evaluation.
+Settings, path (x_t = (1 - t) noise + t data) and steps come from `generators.diffusion`, the
+network from scenes/models/flow.py. There is no latent: data are pixels in -1 .. 1, so decoding a
+picture runs no network.
 Letters: B prompts, N candidates, C streams, H W image.
 """
 
@@ -21,10 +21,11 @@ MODEL = SceneModel('flow')
 
 @dataclasses.dataclass(frozen=True)
 class ScenesFlow(DiffusionGenerator):
-  """The embedded flow model.
+  """The flow model of the scene world.
 
   Attributes:
-    guidance: classifier-free guidance scale >= 0; 1 runs the prompt alone; -1 is the shipped scale.
+    guidance: classifier-free guidance scale >= 0. 1 runs one stream only, 0 ignores the prompt, -1
+      selects the scale stored with the weights.
     steps, steps_per_stage, eta, early_at: see `generators.diffusion.base`.
   """
 
@@ -47,22 +48,24 @@ class ScenesFlow(DiffusionGenerator):
     return {'text': world.tokenize_texts(core.texts_of(prompts))}
 
   def encode(self, params, prompt):
-    """Embeddings `[B, C, E]`; the null text is all padding."""
+    """Embeddings `[B, C, E]` of the streams; the null text is all padding."""
     text, model = prompt['text'], self.bind_part(params, 'flow')
     inputs = {'prompt': text, 'null': jnp.zeros_like(text)}
-    return jnp.stack([model.text(inputs[stream]) for stream in self.streams], axis=1)
+    embeddings = [model.embed_texts(inputs[stream]) for stream in self.guidance_streams]
+    return jnp.stack(embeddings, axis=1)
 
   def predict(self, params, ctx, x, t):
+    # streams and candidates become rows of one batch
     texts, rows, times = flatten_rows(ctx, x, t)
     return self.bind_part(params, 'flow')(rows, times, texts).reshape(x.shape)
 
   def decode(self, params, x):
     return self.bind_part(params, 'flow').to_images(x)
 
-  def flops(self, op):
-    streams = len(self.streams)
+  def count_flops(self, op):
+    streams = len(self.guidance_streams)
     return {
-      'encode': streams * flow.flops_text(MODEL.config),
-      'predict': streams * flow.flops_velocity(MODEL.config),
+      'encode': streams * flow.count_text_flops(MODEL.config),
+      'predict': streams * flow.count_velocity_flops(MODEL.config),
       'decode': 0,
     }[op]

@@ -1,8 +1,8 @@
-"""A learned score of how clean a scene picture is, whatever the prompt says.
+"""A learned quality verifier of the scene world: how clean a picture is; the prompt is not read.
 
-The score `scenes_quality` lies in [0, 1]: near 1 for a clean rendering, lower the more a picture is
-blurred, unfinished, cut or mixed (scenes/models/quality.py). It reads no prompt, so a search on it
-alone shows what happens when a verifier ignores the request.
+The score `scenes_quality` lies in [0, 1]: near 1 for a clean rendering, lower for a blurred,
+unfinished, cut or mixed picture (scenes/models/quality.py). It ignores the prompt, so a search on
+it alone shows what happens when a verifier ignores the request.
 """
 
 import dataclasses
@@ -33,4 +33,4 @@ class ScenesQuality(core.Verifier):
   def cost(self, op):
     if op == 'encode':
       return core.Cost()
-    return core.Cost(verify=1, flops=quality.flops(MODEL.config))
+    return core.Cost(verify=1, flops=quality.count_flops(MODEL.config))

@@ -1,19 +1,20 @@
 """The scene world: 32x32 pictures of coloured shapes, captions in GenEval's six categories.
 
-A deliberately clean world, so that small models learn it in CPU minutes: five shapes, eight
-colours, two sizes, a flat grey ground, one to four objects with centres on a 6 x 6 lattice of 4
-pixels and gaps of at least 2 pixels. A caption describes the complete scene in GenEval's grammar
-and its metadata is GenEval's (github.com/djghosh13/geneval, `evaluation_metadata.jsonl`). What a
-caption leaves open is drawn at random: position and size always, colour in four of the six
+The world is simple, so that small models learn it in minutes on a CPU: five shapes, eight colours,
+two sizes, a flat grey ground, one to four objects with centres on a 6 x 6 lattice of 4 pixels and
+gaps of at least 2 pixels. A caption describes the complete scene in GenEval's grammar and has
+GenEval's metadata (github.com/djghosh13/geneval, `evaluation_metadata.jsonl`). What a caption
+leaves open is drawn at random: always position and size, and the colour in four of the six
 categories (the objects of a counting scene share both).
 
-Everything is a pure function of (seed, index): `sample_scenes(0, range(10, 20))` is rows
+Everything is a pure function of (seed, index): `sample_scenes(0, range(10, 20))` equals rows
 10..19 of `sample_scenes(0, range(100))`.
 
 Splits hold out *combinations*: prefix-shape pairs (single_object), shape pairs (two_object),
 shape-count pairs (counting), colour-shape pairs (colors), relation triples (position), attribution
-quadruples (color_attr). A training caption holds no held-out combination of any category (a
-prefix-shape pair concerns single_object only); a held-out caption is new in its own category's way.
+quadruples (color_attr). A training caption contains no held-out combination of any category (except
+that prefix-shape pairs concern single_object only). A held-out caption contains a held-out
+combination of its own category and of no other.
 
 Letters: R rows (scenes) · O = 4 object slots · Tt = 12 text tokens.
 """
@@ -45,7 +46,6 @@ NUMBERS = ('one', 'two', 'three', 'four')
 PREFIXES = ('a photo of', 'a picture of', 'an image of', 'a drawing of', 'a painting of',
             'a sketch of', 'a print of', 'an illustration of')
 SPLITS = ('train', 'held')
-ASPECTS = ('shape', 'colour', 'count', 'relation', 'swap')
 SLOTS, TEXT_LENGTH, PAD = 4, 12, 0
 VOCABULARY = ('<pad>', *sorted({
   w for p in (*PREFIXES, *RELATIONS, *SHAPES, *PLURALS, *COLOURS, *NUMBERS[1:], 'and')
@@ -55,9 +55,10 @@ _INK = np.array(list(PALETTE.values()), np.float32)  # [8, 3]
 
 
 class Captions(NamedTuple):
-  """What is said. Integer arrays `[R]`; a field a category does not use is 0 (`count`: 1).
+  """The content of R captions. Integer arrays `[R]` of indices into the tuples above.
 
-  `A relation B`, `colour_a A and colour_b B`, `count A`: indices into the tuples above.
+  A caption reads `A relation B`, `colour_a A and colour_b B` or `count A`. A field that its
+  category does not use is 0 (`count`: 1).
   """
   tag: np.ndarray
   prefix: np.ndarray
@@ -68,14 +69,15 @@ class Captions(NamedTuple):
   count: np.ndarray
   relation: np.ndarray
 
-  def take(self, rows):
+  def take_rows(self, rows):
+    """The captions of some rows (indices, a slice or a mask)."""
     return Captions(*(f[rows] for f in self))
 
 
 class Scenes(NamedTuple):
-  """What is shown. Per object slot `[R, O]`: shape, colour, size, place; `[R]`: count of objects.
+  """The content of R pictures: `shape, colour, size, place [R, O]` of object slots, `count [R]`.
 
-  `place` is row * 6 + column on the lattice; slots past `count` are meaningless.
+  `place` is row * 6 + column on the lattice. Slots from `count` on are undefined.
   """
   captions: Captions
   count: np.ndarray
@@ -85,9 +87,13 @@ class Scenes(NamedTuple):
   place: np.ndarray
 
 
-# ---- counters -> random numbers
-def _bits(seed, index, lane):
+# ---------------------------------------------------------------------------------- random numbers
+
+
+def _random_bits(seed, index, lane):
   """splitmix64 of (seed, index, lane): `[...]` uint64, the only source of randomness here."""
+  # a counter-based generator: any row can be drawn alone, in any order
+  # the multiplications wrap around on purpose
   with np.errstate(over='ignore'):
     x = np.asarray(index, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = x ^ (np.uint64(seed) * np.uint64(0xD1B54A32D192ED03))
@@ -99,13 +105,17 @@ def _bits(seed, index, lane):
   return x
 
 
-def _draw(seed, index, lane, n):
-  """Integers in [0, n), n may be an array."""
-  unit = (_bits(seed, index, lane) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def draw_integers(seed, index, lane, n):
+  """Integers `[...]` in [0, n) of stream `lane`; `n` may be an array."""
+  # the upper 53 bits fill the mantissa of a float64
+  unit = (_random_bits(seed, index, lane) >> np.uint64(11)).astype(np.float64) * 2.0**-53
   return np.minimum((unit * n).astype(np.int64), np.asarray(n) - 1)
 
 
-# ---- the splits
+# -------------------------------------------------------------------------------------- the splits
+
+# The tables of held-out combinations. Each spreads over shapes and colours, so that training shows
+# every shape with most prefixes, counts, colours and partners.
 _HELD_PREFIX = np.zeros((len(PREFIXES), 5), bool)  # [prefix, shape]
 for _p in range(len(PREFIXES)):
   _HELD_PREFIX[_p, [(2 * _p) % 5] + ([(2 * _p + 1) % 5] if _p % 4 == 0 else [])] = True
@@ -118,8 +128,9 @@ _HELD_COLOUR = np.zeros((5, 8), bool)  # [shape, colour]
 _HELD_COLOUR[[(2 * c + 1) % 5 for c in range(8)], range(8)] = True
 
 
-def _canonical(c):
+def _canonical_meaning(c):
   """One integer per meaning: `A left of B` = `B right of A`, `x A and y B` = `y B and x A`."""
+  # both wordings must fall into the same split, else the held-out meaning is seen in training
   turned = np.where(c.tag == 4, c.relation % 2 == 1, (c.tag == 5) & (c.a > c.b))
   a, b = np.where(turned, c.b, c.a), np.where(turned, c.a, c.b)
   x, y = np.where(turned, c.colour_b, c.colour_a), np.where(turned, c.colour_a, c.colour_b)
@@ -127,22 +138,28 @@ def _canonical(c):
 
 
 def caption_splits(captions):
-  """`[R]`: 0 training, 1 held out, 2 in neither (new in more than one way, so used nowhere)."""
+  """The split of each caption `[R]`: 0 training, 1 held out, 2 neither (new in several ways)."""
   c = captions
   pair = np.isin(c.tag, (1, 4, 5)) & _HELD_PAIR[c.a, c.b]
   colour = ((c.tag == 3) | (c.tag == 5)) & _HELD_COLOUR[c.a, c.colour_a]
   colour |= (c.tag == 5) & _HELD_COLOUR[c.b, c.colour_b]
-  chosen = _draw(77, _canonical(c), 0, 5) == 0  # a fifth of relation triples and quadruples
+  # triples and quadruples are too many for a table: hold out a random fifth of them
+  chosen = draw_integers(77, _canonical_meaning(c), 0, 5) == 0
   own = np.select([c.tag == t for t in range(6)], [
     _HELD_PREFIX[c.prefix, c.a], pair, _HELD_COUNT[c.a, c.count], colour, chosen, chosen])
+  # held out in another category's way too: then a failure could not be attributed
   other = ((c.tag >= 4) & pair) | ((c.tag == 5) & colour)
   return np.where(other, 2, own.astype(np.int64))
 
 
 @functools.cache
 def list_captions(tag, split):
-  """Every caption of one category and split, as `Captions`."""
-  _check('tag', tag, TAGS), _check('split', split, SPLITS)
+  """All captions of one category and split, as `Captions`.
+
+  Raises:
+    ConfigError: an unknown category or split.
+  """
+  check_choice('tag', tag, TAGS), check_choice('split', split, SPLITS)
   t, one, z = TAGS.index(tag), (1,), (0,)
   s, k, p = range(5), range(8), range(len(PREFIXES))
   axes = {  # prefix, a, b, colour_a, colour_b, count, relation
@@ -150,47 +167,51 @@ def list_captions(tag, split):
     'counting': (p, s, z, z, z, (2, 3, 4), z), 'colors': (p, s, z, k, z, one, z),
     'position': (p, s, s, z, z, one, range(4)), 'color_attr': (p, s, s, k, k, one, z)}[tag]
   rows = np.array(list(itertools.product(*axes)))
+  # two objects of one shape or colour would read as a count
   if tag in ('two_object', 'position', 'color_attr'):
     rows = rows[rows[:, 1] != rows[:, 2]]
   if tag == 'color_attr':
     rows = rows[rows[:, 3] != rows[:, 4]]
   captions = Captions(np.full(len(rows), t), *rows.T)
-  return captions.take(caption_splits(captions) == SPLITS.index(split))
+  return captions.take_rows(caption_splits(captions) == SPLITS.index(split))
 
 
-# ---- captions
+# ---------------------------------------------------------------------------------------- captions
+
+
 def draw_captions(seed, index, split='train'):
-  """Captions of rows `index [R]`: a category uniformly, then one of its captions uniformly."""
+  """Random captions of rows `index [R]`: a uniform category, then one of its captions uniformly."""
+  # by category first, else color_attr with its many captions would be nearly all of the data
   index = np.asarray(index)
-  tag = _draw(seed, index, 0, 6)
+  tag = draw_integers(seed, index, 0, 6)
   out = np.zeros((8, len(index)), np.int64)
   for t, name in enumerate(TAGS):
     rows = np.flatnonzero(tag == t)
     table = list_captions(name, split)
-    out[:, rows] = np.stack(table)[:, _draw(seed, index[rows], 1, len(table.tag))]
+    out[:, rows] = np.stack(table)[:, draw_integers(seed, index[rows], 1, len(table.tag))]
   return Captions(*out)
 
 
-def _article(word):
+def _with_article(word):
   return ('an ' if word[0] in 'aeiou' else 'a ') + word
 
 
 def caption_texts(captions):
-  """The sentences, a list of R strings."""
-  return [_text(*row) for row in zip(*(f.tolist() for f in captions))]
+  """The captions as a list of R sentences."""
+  return [_caption_text(*row) for row in zip(*(f.tolist() for f in captions))]
 
 
-def _text(tag, prefix, a, b, colour_a, colour_b, count, relation):
+def _caption_text(tag, prefix, a, b, colour_a, colour_b, count, relation):
   one, other = SHAPES[a], SHAPES[b]
   if tag in (3, 5):
     one, other = f'{COLOURS[colour_a]} {one}', f'{COLOURS[colour_b]} {other}'
-  first = f'{NUMBERS[count - 1]} {PLURALS[a]}' if tag == 2 else _article(one)
+  first = f'{NUMBERS[count - 1]} {PLURALS[a]}' if tag == 2 else _with_article(one)
   join = {1: ' and ', 4: f' {RELATIONS[relation]} ', 5: ' and '}.get(tag)
-  return f'{PREFIXES[prefix]} {first}' + (join + _article(other) if join else '')
+  return f'{PREFIXES[prefix]} {first}' + (join + _with_article(other) if join else '')
 
 
 def caption_prompts(captions):
-  """R prompt rows with GenEval's metadata; in `position` the thing referred to comes first."""
+  """R prompt rows with GenEval's metadata; of `position` the reference object comes first."""
   out = []
   for text, tag, a, b, x, y, n, r in zip(caption_texts(captions), *(
       f.tolist() for f in captions._replace(prefix=captions.tag)[1:])):
@@ -200,6 +221,7 @@ def caption_prompts(captions):
       entry['include'] = [one(a), one(b)]
     elif tag == 2:
       entry['include'] = [{'class': SHAPES[a], 'count': n}]
+      # 'two circles' must not be satisfied by three
       entry['exclude'] = [{'class': SHAPES[a], 'count': n + 1}]
     elif tag == 3:
       entry['include'] = [one(a, color=COLOURS[x])]
@@ -212,7 +234,7 @@ def caption_prompts(captions):
 
 
 def tokenize_texts(texts):
-  """Words to ids, `[R, 12]` int32, padded with 0; the empty text is the null prompt.
+  """Words to ids `[R, 12]` int32, padded with 0; the empty text is the null prompt.
 
   Raises:
     ConfigError: a word outside the closed vocabulary, or more than 12 words.
@@ -231,80 +253,95 @@ def tokenize_texts(texts):
 
 
 def prompts(split='held', count=240, seed=0):
-  """A fixed balanced list: `count / 6` prompt rows per category, categories in turn.
+  """A fixed balanced list of prompt rows: `count / 6` of each category, categories in turn.
 
-  Within a category prompts are distinct until it is used up, then they repeat (held-out sizes: 10,
-  32, 24, 64, 112, 1056).
+  The prompts of a category are distinct until all are used, then they repeat (sizes of the held-out
+  split: 10, 32, 24, 64, 112, 1056).
+
+  Raises:
+    ConfigError: `count` is not a positive multiple of 6, or an unknown split.
   """
   if count < 1 or count % 6:
     raise ConfigError(f'count={count}: give a positive multiple of 6 (the categories)')
   columns = []
   for t, tag in enumerate(TAGS):
     table = list_captions(tag, split)
-    order = np.argsort(_bits(seed, np.arange(len(table.tag)), 100 + t))
-    columns.append(caption_prompts(table.take(np.resize(order, count // 6))))
+    # sorting random numbers gives a permutation; lanes from 100 on are not used elsewhere
+    order = np.argsort(_random_bits(seed, np.arange(len(table.tag)), 100 + t))
+    columns.append(caption_prompts(table.take_rows(np.resize(order, count // 6))))
   return [entry for row in zip(*columns) for entry in row]
 
 
-# ---- scenes
+# ------------------------------------------------------------------------------------------ scenes
+
+
 @functools.cache
-def _allowed():
-  """`[5, 36, 36]`: may an object be at q with one at p? Row 0 anywhere, 1 + r: p is r of q."""
+def _allowed_places():
+  """`[5, 36, 36]` bool at [rule, p, q]: may a second object be at q if the first is at p? Rule 0
+  only separates them, rule 1 + r also demands that p is in relation r to q."""
   y, x = (np.array(LATTICE)[i] for i in np.divmod(np.arange(36), 6))
   dx, dy = x[:, None] - x[None], y[:, None] - y[None]  # p minus q
   apart = np.maximum(abs(dx), abs(dy)) >= SEPARATION
+  # a clear relation: far apart along its axis and close across it, so that no other relation holds
   along = [dx <= -SEPARATION, dx >= SEPARATION, dy <= -SEPARATION, dy >= SEPARATION]
   across = [abs(dy) < SEPARATION] * 2 + [abs(dx) < SEPARATION] * 2
   return np.stack([apart] + [m & n for m, n in zip(along, across)])
 
 
 def arrange_scenes(captions, seed, index):
-  """Scenes for given captions: what they leave open drawn from (seed, index). Returns `Scenes`."""
+  """`Scenes` of given captions; (seed, index) determine what the captions leave open."""
   index = np.asarray(index)
   c, slots = captions, np.arange(SLOTS)
   count = np.where(c.tag == 2, c.count, np.where(np.isin(c.tag, (1, 4, 5)), 2, 1))
+  # the objects of a counting scene share colour and size: one lane serves all slots
   many = (c.tag == 2)[:, None]
   shape = np.where(many | (slots == 0), c.a[:, None], c.b[:, None])
-  free = _draw(seed, index[:, None], np.where(many, 10, 10 + slots), 8)
+  free = draw_integers(seed, index[:, None], np.where(many, 10, 10 + slots), 8)
   said = np.where(slots == 0, c.colour_a[:, None], c.colour_b[:, None])
   colour = np.where(np.isin(c.tag, (3, 5))[:, None], said, free)
-  size = _draw(seed, index[:, None], np.where(many, 20, 20 + slots), len(RADII))
+  size = draw_integers(seed, index[:, None], np.where(many, 20, 20 + slots), len(RADII))
   rule = np.where(c.tag == 4, 1 + c.relation, 0)
   place = np.zeros((len(index), SLOTS), np.int64)
   todo, attempt = np.arange(len(index)), 0
-  while len(todo):  # an object may find no room left: then this row alone is drawn again
+  # Objects are placed one after another. If one finds no room, its row is drawn again; other rows
+  # keep their draws, so a row does not depend on its neighbours.
+  while len(todo):
     ok = np.ones((len(todo), 36), bool)
     good = np.ones(len(todo), bool)
     for j in range(SLOTS):
       room = ok.sum(1)
       active = j < count[todo]
       good &= ~active | (room > 0)
-      nth = _draw(seed, index[todo], 1000 + 8 * attempt + j, np.maximum(room, 1))
+      # choose the n-th of the places that are still free
+      nth = draw_integers(seed, index[todo], 1000 + 8 * attempt + j, np.maximum(room, 1))
       chosen = np.argmax(np.cumsum(ok, 1) > nth[:, None], 1)
-      if j == 0:  # an object in the middle leaves no room on some sides of it
-        first = _allowed()[rule[todo]].any(2)
-        nth = _draw(seed, index[todo], 1000 + 8 * attempt, first.sum(1))
+      # the first object must leave room for the second: one in the middle has none on some sides
+      if j == 0:
+        first = _allowed_places()[rule[todo]].any(2)
+        nth = draw_integers(seed, index[todo], 1000 + 8 * attempt, first.sum(1))
         chosen = np.argmax(np.cumsum(first, 1) > nth[:, None], 1)
       place[todo, j] = chosen
-      ok &= _allowed()[rule[todo] if j == 0 else 0 * todo, chosen] | ~active[:, None]
+      ok &= _allowed_places()[rule[todo] if j == 0 else 0 * todo, chosen] | ~active[:, None]
     todo, attempt = todo[~good], attempt + 1
   return Scenes(captions, count, shape, colour, size, place)
 
 
 def sample_scenes(seed, index, split='train'):
-  """Captions and scenes of rows `index [R]` of the endless data set (seed, split), as `Scenes`.
+  """`Scenes` with captions: rows `index [R]` of the endless data set (seed, split).
 
   >>> scenes = sample_scenes(seed=0, index=range(4))
   >>> images = render_scenes(scenes)
   >>> ids = tokenize_texts(caption_texts(scenes.captions))
   """
   index = np.asarray(index)
-  salt = 2 * seed + SPLITS.index(_check('split', split, SPLITS))
+  # the two splits of a seed must not share draws
+  salt = 2 * seed + SPLITS.index(check_choice('split', split, SPLITS))
   return arrange_scenes(draw_captions(salt, index, split), salt, index)
 
 
 def pixel_coverage(shape, radius, dy, dx):
   """Share of each pixel that a shape covers; `dy, dx [...]`: pixel centre minus object centre."""
+  # 8 x 8 samples per pixel give soft edges
   sub = (np.arange(8) + 0.5) / 8 - 0.5
   y, x = (dy[..., None, None] + sub[:, None]) / radius, (dx[..., None, None] + sub) / radius
   box = (abs(x) <= 1) & (abs(y) <= 1)
@@ -316,8 +353,8 @@ def pixel_coverage(shape, radius, dy, dx):
 
 
 @functools.cache
-def _masks():
-  """`[5 shapes, 2 sizes, 36 places, 1024]` float32."""
+def _shape_masks():
+  """Coverage of the whole picture by each object, `[5 shapes, 2 sizes, 36 places, 1024]`."""
   grid = np.arange(SIZE) + 0.5
   out = np.zeros((len(SHAPES), len(RADII), 36, SIZE * SIZE), np.float32)
   for s, shape in enumerate(SHAPES):
@@ -330,15 +367,16 @@ def _masks():
 
 
 def render_scenes(scenes):
-  """Pictures, `[R, 32, 32, 3]` float32 in [0, 1]."""
-  alpha = _masks()[scenes.shape, scenes.size, scenes.place]  # [R, O, 1024]
+  """Pictures `[R, 32, 32, 3]` float32 in [0, 1]."""
+  alpha = _shape_masks()[scenes.shape, scenes.size, scenes.place]  # [R, O, 1024]
   alpha = alpha * (np.arange(SLOTS) < scenes.count[:, None])[..., None]
+  # objects never overlap, so their contributions to the ground can be added
   ink = _INK[scenes.colour] - np.float32(GROUND)  # [R, O, 3]
   return (np.matmul(alpha.transpose(0, 2, 1), ink) + np.float32(GROUND)).reshape(-1, SIZE, SIZE, 3)
 
 
 def object_boxes(scenes):
-  """Truth for detectors: (`[R, O, 4]` x0, y0, x1, y1 in pixels, `[R, O]` bool present)."""
+  """True boxes: (`[R, O, 4]` x0, y0, x1, y1 in pixels, `[R, O]` bool present)."""
   lattice = np.array(LATTICE, np.float32)
   centre = np.stack([lattice[scenes.place % 6], lattice[scenes.place // 6]], -1)  # [R, O, 2]
   radius = np.array(RADII, np.float32)[scenes.size][..., None]
@@ -347,56 +385,15 @@ def object_boxes(scenes):
 
 
 def object_detections(scenes):
-  """The same as GenEval detections: R lists of {'class', 'color', 'box': [x0, y0, x1, y1]}."""
+  """True objects in GenEval's form: R lists of {'class', 'color', 'box': [x0, y0, x1, y1]}."""
   box, present = object_boxes(scenes)
   return [[{'class': SHAPES[scenes.shape[i, j]], 'color': COLOURS[scenes.colour[i, j]],
             'box': box[i, j].tolist()} for j in np.flatnonzero(present[i])]
           for i in range(len(present))]
 
 
-# ---- hard negatives
-_ASPECTS_OF = np.array([  # [tag, aspect]: which aspects a caption of the category can get wrong
-  [1, 0, 1, 0, 0], [1, 0, 0, 0, 0], [1, 0, 1, 0, 0],
-  [1, 1, 0, 0, 0], [1, 0, 0, 1, 0], [1, 1, 0, 0, 1]], bool)
-
-
-def wrong_captions(scenes, seed, index, split='train'):
-  """Captions false of the scene in exactly one aspect: (`Captions`, `[R]` index into ASPECTS).
-
-  The wrong caption is one of the grammar and, with `split='train'`, never holds a held-out
-  combination (one that only ever occurs as wrong would give itself away); 'held' allows any. A
-  single object's wrong count is `two circles`. Pure in (seed, `index [R]`, scenes).
-  """
-  _check('split', split, SPLITS)
-  index, old = np.asarray(index), scenes.captions
-  new, aspect = np.stack(old), np.zeros(len(index), np.int64)
-  todo, attempt = np.arange(len(index)), 0
-  while len(todo):
-    c = old.take(todo)
-    draw = lambda lane, n: _draw(seed, index[todo], 5000 + 16 * attempt + lane, n)  # noqa: B023
-    can = _ASPECTS_OF[c.tag]
-    what = np.argmax(np.cumsum(can, 1) > draw(0, can.sum(1))[:, None], 1)
-    second = (draw(1, 2) == 1) & np.isin(c.tag, (1, 4, 5))  # which of two objects
-    other = (np.where(second, c.b, c.a) + 1 + draw(2, 4)) % 5
-    hue = (np.where(second, c.colour_b, c.colour_a) + 1 + draw(3, 7)) % 8
-    is_ = [what == k for k in range(5)]
-    a, b = np.where(is_[0] & ~second, other, c.a), np.where(is_[0] & second, other, c.b)
-    x, y = np.where(is_[1] & ~second, hue, c.colour_a), np.where(is_[1] & second, hue, c.colour_b)
-    x, y = np.where(is_[4], y, x), np.where(is_[4], x, y)
-    n = np.where(c.tag == 0, 2, 2 + (c.count - 2 + 1 + draw(4, 2)) % 3)
-    n = np.where(is_[2], n, c.count)
-    tag = np.where(is_[2], 2, c.tag)
-    r = np.where(is_[3], (c.relation + 1 + draw(5, 3)) % 4, c.relation)
-    cand = Captions(tag, c.prefix, a, b, x, y, n, r)
-    good = ~(np.isin(c.tag, (1, 4, 5)) & (a == b)) & ~((c.tag == 5) & (x == y))
-    if split == 'train':
-      good &= caption_splits(cand) == 0
-    new[:, todo], aspect[todo] = np.stack(cand), what
-    todo, attempt = todo[~good], attempt + 1
-  return Captions(*new), aspect
-
-
-def _check(name, value, allowed):
+def check_choice(name, value, allowed):
+  """Returns `value`; raises `ConfigError` if it is not one of `allowed`."""
   if value not in allowed:
     raise ConfigError(f'{name}={value!r}: allowed are {", ".join(allowed)}')
   return value

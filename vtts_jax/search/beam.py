@@ -84,6 +84,7 @@ class Beam(core.Algorithm):
     marks = schedules.schedule_cuts(self.schedule, self.size, self.steps, self.initial, end)
     widths = schedules.setting_per_step('width', self.width, len(marks))
     branches = schedules.setting_per_step('branch', self.branch, len(marks))
+    # every number of beams follows from the settings: shapes are known before anything runs
     steps, begin, beams = [], self.initial, self.roots or widths[0]
     for i, (mark, width, branch) in enumerate(zip(marks, widths, branches)):
       wanted = self.lookahead if self.lookahead_steps < 0 or i < self.lookahead_steps else 0
@@ -165,6 +166,7 @@ class Beam(core.Algorithm):
   def tell(self, sampler, frontier, candidates, totals, shape, row):
     (drawn, keys), (states, owner) = candidates.own, candidates.cache_owner
     kept, scores = select.top_candidates(totals, shape.kept)
+    # chosen children take over the caches that they shared with their siblings
     drawn, keys, owner = core.take((drawn, keys, owner), kept)
     state = sampler.rebuild_cache(drawn, row[0] + shape.size, share=core.take(states, owner))
     return core.Frontier(state, keys, scores), kept

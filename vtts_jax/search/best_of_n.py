@@ -1,7 +1,6 @@
-"""Best-of-N: draw N complete samples, keep the one that scores best ("random search" of Ma et al.,
-2501.09732).
+"""Best-of-N: draw N complete samples and keep the one that scores best.
 
-Candidate i depends only on (seed, prompt id, i), so one run at N contains every smaller budget as
+It is the "random search" of Ma et al. (2025, arXiv 2501.09732). Candidate i depends only on (seed, prompt id, i), so one run at N contains every smaller budget as
 its prefix.
 """
 

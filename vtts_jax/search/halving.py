@@ -156,6 +156,7 @@ class Halving(core.Algorithm):
     cands, index = proposed
     shown, stage = core.take((cands.state, cands.stage), index)
     begin = self.inner.stages_shown(sampler.gen, shape.inner, row)
+    # a lookahead goes on from the caches of whoever has them, else from a prefill
     if more := self.stages_shown(sampler.gen, shape, row) - begin:
       share = None
       if cands.cache_owner:

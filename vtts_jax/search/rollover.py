@@ -103,6 +103,7 @@ class Rollover(core.Algorithm):
     return core.Frontier(state, roots, none[:, None], own)
 
   def ask(self, sampler, frontier, shape, row):
+    # each prompt is at its own chunk, and proposes the children that it has not tried yet
     own, size, end = frontier.own, self._size(sampler.gen), sampler.num_stages
     index = own.used[:, None] + jnp.arange(self.round)
     begin = jnp.broadcast_to(jnp.minimum(own.chunk * size, end)[:, None], index.shape)

@@ -34,6 +34,7 @@ def schedule_cuts(schedule, size: int, steps: int, start: int, end: int) -> tupl
       )
     return marks[:steps] if steps else marks
   checks.check_integer('size', size, 2 if schedule == 'geometric' else 1)
+  # the last mark is cut at the end, so that every stage belongs to a step
   marks, at = [], 0
   while not marks or (marks[-1] < end and (not steps or len(marks) < steps)):
     at = {'geometric': size ** len(marks), 'linear': at + size, 'fixed': at + 1}[schedule]

@@ -17,6 +17,7 @@ def top_candidates(totals: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
   A total of -inf (NaN or infinite score) is never kept while a finite one exists: where fewer than
   n are finite the finite ones are repeated from the best on.
   """
+  # where bad scores would have to be kept, the good ones are kept twice
   values, index = jax.lax.top_k(totals, n)
   usable = jnp.maximum((values > NEG_INF).sum(axis=1, keepdims=True), 1)
   slot = jnp.arange(n)[None] % usable
@@ -25,6 +26,7 @@ def top_candidates(totals: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
 
 def mean_ranks(values: jax.Array, valid: jax.Array) -> jax.Array:
   """Ranks `[B, M]` among the valid entries, 0 the lowest, ties sharing their mean rank; float32."""
+  # all pairs are compared: M is small, and a sort would cost more to compile
   low = jnp.where(valid, values, NEG_INF)
   below = (low[:, None, :] < low[:, :, None]) & valid[:, None, :]
   equal = (low[:, None, :] == low[:, :, None]) & valid[:, None, :]
@@ -82,6 +84,7 @@ def _ancestors(kind, key, w, n):
     counts = whole + jnp.zeros(m).at[extra].add(taken.astype(jnp.float32))
   else:
     counts = whole + _ssp(key, jnp.maximum(n * w - whole, 0.0), n - whole.sum())
+  # counts to ancestors: the i-th copy belongs to the first whose cumulated count exceeds i
   upto = jnp.cumsum(counts)
   index = jnp.searchsorted(upto, jnp.arange(n) + 0.5)
   return jnp.minimum(index, m - 1).astype(jnp.int32)
@@ -154,8 +157,10 @@ def _diverse(key, x, valid, n):
     pick = jax.random.categorical(key, jnp.log(chance))
     return (jnp.minimum(nearest, distance(x[pick])), taken.at[pick].set(True)), pick
 
+  # the first seed is drawn at random: nothing is near to anything yet
   start = (jnp.full(len(x), 1e30), jnp.zeros(len(x), bool))
   _, seeds = jax.lax.scan(seed, start, jax.random.split(key, n))
+  # then of each cluster the candidate nearest to its mean
   apart = jax.vmap(distance)(x[seeds])  # [n, M]
   own = (apart.argmin(0)[None] == jnp.arange(n)[:, None]) & usable
   own = own.at[jnp.arange(n), seeds].set(True)

@@ -233,11 +233,12 @@ class SMC(core.Algorithm):
 
   def _weigh(self, w: Weights, score, strength, last) -> Weights:
     """Weights `[B, M]` after the scores of this step."""
+    # a bad score must not spoil the sums; its particle is put out at the end
     good = score > core.NEG_INF
     score = jnp.where(good, score, 0.0)
     high, total = jnp.maximum(w.high, score), w.total + score
     value = {'current': score, 'difference': score, 'max': high, 'sum': total}[self.potential]
-    if self.anneal == 'infinite':
+    if self.anneal == 'infinite':  # the limit of a large strength: only the best have weight
       level = value
       gain = jnp.where(good, value - w.level if self.potential == 'difference' else value, -jnp.inf)
       logw = jnp.where(gain >= gain.max(axis=1, keepdims=True), 0.0, core.NEG_INF)

@@ -1,7 +1,7 @@
 """What a study runs, built and checked before anything is compiled: prompts, metric and arms.
 
-An arm is the base config with some of its settings replaced: a generator, a verifier and a search.
-Each arm is measured by the verifiers of `config.measure`, which no search sees.
+An arm is one generator, one verifier and one search: the config with some of its settings replaced.
+The verifiers of `config.measure` score what each arm finds. No search sees their scores.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ PARTS = ('generator', 'verifier', 'search')
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One arm.
+  """One arm of a study.
 
   Attributes:
-    name: what its lines are called.
-    gen, ver, algo: its parts.
-    measured: `((name, verifier), ...)`, the verifiers that measure what it finds.
+    name: what its result lines are called.
+    gen, ver, algo: its generator, verifier and search.
+    measured: `((name, verifier), ...)`, the verifiers that measure what the search finds.
     cost: its bill per prompt.
-    mode, batch, render_chunk, stop: of `engine.search.prepare_search`.
+    mode, batch, render_chunk, stop: settings of `engine.search.prepare_search`.
   """
 
   name: str
@@ -47,54 +47,58 @@ class Arm:
   stop: float = float('inf')
 
   @property
-  def output(self) -> str:
+  def output_name(self) -> str:
     """Name of the generator's first output, which is graded and saved."""
     return next(iter(self.gen.outputs))
 
   @property
-  def kind(self) -> str:
-    """The kind of that output."""
-    return self.gen.outputs[self.output].kind
+  def output_kind(self) -> str:
+    """Kind of the generator's first output, one of `core.KINDS`."""
+    return self.gen.outputs[self.output_name].kind
 
   @property
   def holds_all_budgets(self) -> bool:
+    """Whether one run of its search holds every smaller budget, see `holds_all_budgets`."""
     return holds_all_budgets(self.algo)
 
   @property
   def measured_in_search(self) -> Ensemble | None:
-    """The measuring verifiers that are compiled into the search."""
-    return _ensemble_of(m for m in self.measured if self._is_in_search(m[1]))
+    """The measuring verifiers that are compiled into the search, or None."""
+    return _join_verifiers(m for m in self.measured if self._is_in_search(m[1]))
 
   @property
   def measured_after(self) -> Ensemble | None:
-    """The measuring verifiers that score the collected outputs."""
-    return _ensemble_of(m for m in self.measured if not self._is_in_search(m[1]))
+    """The measuring verifiers that score the collected outputs after the search, or None."""
+    return _join_verifiers(m for m in self.measured if not self._is_in_search(m[1]))
 
   def _is_in_search(self, ver: Verifier) -> bool:
+    """Whether a measuring verifier is compiled into the search."""
     if not ver.jittable:
       return False
-    if not self.holds_all_budgets or not ver.needs <= {self.output}:
+    # other searches measure the best of each step only; what is not collected is not there later
+    if not self.holds_all_budgets or not ver.needs <= {self.output_name}:
       return True
-    # In a search of best-of-N all N samples are measured. What reads the picture alone is cheaper
-    # afterwards, of the few that are best at some budget; but for one that embeds all of them.
+    # in the search all N samples would be measured; afterwards only the best of each budget are
     embedder = next((v for _, v in self.measured if v.jittable and 'features' in v.gives), None)
+    # one verifier must embed all N samples for the selection rules, so it stays in the search
     return ver == embedder
 
 
-def _ensemble_of(members) -> Ensemble | None:
+def _join_verifiers(members) -> Ensemble | None:
+  """One verifier of several `(name, verifier)`, or None of none."""
   members = tuple(members)
-  return Ensemble(members, mode='minmax') if members else None
+  return Ensemble(members) if members else None
 
 
 class Study(NamedTuple):
-  """A study, built.
+  """A study whose parts are built and checked.
 
   Attributes:
-    config: plain nested dictionary.
-    prompts: rows of the prompt set, each with its global 'id'; read once.
-    metric: what grades, see `grading`.
-    arms: all arms.
-    mesh: this process's devices, None for a single one.
+    config: the settings, a plain nested dictionary.
+    prompts: rows of the prompt set, each with its global 'id'.
+    metric: what grades the outputs, see `grading`.
+    arms: all arms, in the order of the config.
+    mesh: the devices of this process; None where there is one.
   """
 
   config: Mapping[str, Any]
@@ -107,30 +111,34 @@ class Study(NamedTuple):
 def build_study(config: Mapping[str, Any]) -> Study:
   """Builds and checks everything; compiles nothing and loads no weights.
 
-  `config.mesh.model`, where there is one, is the number of devices that share a copy of the
-  weights.
+  Args:
+    config: the settings of all arms. `config.mesh.model`, where it is given, is the number of
+      devices that share one copy of the weights.
 
   Raises:
-    ConfigError: an unknown component or setting, an impossible value, parts that do not fit, or a
-      search whose bill is above `config.budget`; the message starts with the arm.
+    ConfigError: an unknown component or setting, an impossible value, parts that do not fit each
+      other, or a search whose bill is above `config.budget`; the message starts with the arm.
   """
   mesh = None
   if 'mesh' in config or len(jax.local_devices()) > 1:
     mesh = sharding.make_mesh(config.get('mesh', {}).get('model', 1))
   prompts = read_prompts(config['prompts'])
+  # the metric reads all prompts now, so that one it cannot read ends the run before it begins
   metric = grading.build_metric(config['metric'], mesh)
   metric.read_prompts(prompts)
   arms = []
   for name, settings in settings_by_arm(config).items():
     try:
       arms.append(_build_arm(name, settings))
-      metric.check_output(arms[-1].output)
+      metric.check_output(arms[-1].output_name)
     except ConfigError as err:
+      # a config without arms has one, 'main', which its author has never named
       raise ConfigError(f'arm {name}: {err}' if config['arms'] else str(err)) from None
   return Study(config, prompts, metric, arms, mesh)
 
 
 def _build_arm(name: str, settings: Mapping[str, Any]) -> Arm:
+  """An arm whose parts fit each other and whose bill is within the budget."""
   gen, ver, algo = (build_part(settings[part], part) for part in PARTS)
   measured = tuple(
     (key, build_part(own, f'measure.{key}')) for key, own in settings['measure'].items()
@@ -144,15 +152,16 @@ def _build_arm(name: str, settings: Mapping[str, Any]) -> Arm:
     settings['render_chunk'], float('inf') if stop is None else float(stop),
   )  # fmt: skip
   engine.validate(algo, gen, ver, arm.mode, arm.measured_in_search)
+  # the engine has checked what it compiles; what measures afterwards is checked here
   after = arm.measured_after
   if after is not None:
     after.check()
     # it scores what was collected, which is the first output alone
-    unseen = sorted(after.needs - {arm.output})
+    unseen = sorted(after.needs - {arm.output_name})
     if unseen:
       raise ConfigError(
         f'measure: {", ".join(after.names)} on the host needs {", ".join(unseen)}; must read '
-        f'{arm.output} alone'
+        f'{arm.output_name} alone'
       )
   cost = sum(engine.bill(algo, gen, ver), Cost())
   engine.check_budget(cost, settings['budget'])
@@ -160,17 +169,22 @@ def _build_arm(name: str, settings: Mapping[str, Any]) -> Arm:
 
 
 def settings_by_arm(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """All settings of each arm; without arms the config itself is one, 'main'."""
+  """All settings of each arm; a config without arms is itself one arm, 'main'."""
   arms = config['arms'] or {'main': {}}
   return {name: override_settings(config, changes) for name, changes in arms.items()}
 
 
 def override_settings(base: Mapping, changes: Mapping) -> dict:
-  """`base` with nested `changes`; a changed `name` of a component replaces all of its settings."""
+  """`base` with `changes`; a component with another `name` loses the settings of the old one.
+
+  Raises:
+    ConfigError: a setting that `base` does not have.
+  """
   out = dict(base)
   for key, value in changes.items():
     if key not in base:
       raise ConfigError(f'arms: unknown setting {key!r}; allowed: {", ".join(base)}')
+    # the settings of one component mean nothing to another, so they are not merged
     if not isinstance(value, Mapping) or (key in PARTS and 'name' in value):
       out[key] = value
     else:
@@ -179,7 +193,11 @@ def override_settings(base: Mapping, changes: Mapping) -> dict:
 
 
 def build_part(settings: Mapping, part: str):
-  """A component from its settings, `name` among them; errors start with `part`."""
+  """Builds a component from its settings, `name` among them.
+
+  Raises:
+    ConfigError: no name, or settings that the component refuses; the message starts with `part`.
+  """
   settings = dict(settings)
   if 'name' not in settings:
     allowed = ', '.join(components.list_components())
@@ -192,20 +210,26 @@ def build_part(settings: Mapping, part: str):
 
 
 def read_prompts(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """The rows of a prompt set, each with its global 'id'."""
+  """The rows of a prompt set, each with its global 'id'.
+
+  Raises:
+    ConfigError: no such prompt set, or settings that it refuses.
+  """
   settings = dict(settings)
   name = settings.pop('name')
   try:
     rows = components.find_module(name, 'prompts').prompts(**settings)
   except (TypeError, ValueError) as err:
     raise ConfigError(f'prompts: {err}') from None
+  # keys are made of the id, so it is the place in the whole set and not in a batch
   return [{'id': i, **row} for i, row in enumerate(rows)]
 
 
 def searched_name(ver: Verifier, measured: Sequence[tuple[str, Verifier]]) -> str:
-  """What is searched on, joined by '+', by the names that it has among the measured verifiers."""
+  """Names of the verifiers that are searched on, joined by '+', as `config.measure` calls them."""
   parts = [ver]
   if isinstance(ver, Ensemble):
+    # a member of weight 0 comes along to be measured and decides nothing
     parts = [member for name, member in ver.members if dict(ver.weights)[name]]
   known = {member: name for name, member in measured}
   return '+'.join(known.get(part, part.names[0]) for part in parts)

@@ -1,9 +1,9 @@
-"""Runs a study: every arm over prompts and seeds, and writes one result line for each.
+"""Runs a study: every arm over all prompts and seeds, one result line for each.
 
-For each (arm, seed, batch of prompts) the search runs once and collects what grading needs. Every
-snapshot of its result is graded by `config.metric` and measured by the verifiers of
-`config.measure`, none of which the search has seen. Nothing is decoded a second time: what a study
-decodes is what its bill says.
+For each (arm, seed, batch of prompts) the search runs once and collects what grading needs. Its
+best candidate at every budget is a snapshot. `config.metric` grades all snapshots, and the
+verifiers of `config.measure` score them; the search sees neither. Nothing is decoded twice: a study
+decodes as many outputs as its bill says.
 
 Letters: P prompts of a batch, S budgets.
 """
@@ -32,8 +32,13 @@ from vtts_jax.study.store import Store
 
 
 class PreparedArm(NamedTuple):
-  """An arm whose prompts are tokenized and whose weights are placed, and the scorer of the
-  verifiers that measure what was collected, or None."""
+  """An arm that is ready to run: its prompts are tokenized and its weights are placed.
+
+  Attributes:
+    arm: the arm.
+    search: its prepared search.
+    scorer: scores what was collected by `arm.measured_after`; None where that is None.
+  """
 
   arm: Arm
   search: PreparedSearch
@@ -43,11 +48,8 @@ class PreparedArm(NamedTuple):
 def execute_study(study: Study, store: Store, on_batch: Callable | None = None) -> int:
   """Runs what is not done yet; returns how many lines were written.
 
-  Prompts are cut into the same batches in every session, so a batch that was cut off is run again
-  whole and gives the same numbers; only its missing lines are written.
-
   Args:
-    on_batch: called with (arm, seed, prompts of the batch) after each.
+    on_batch: called with (arm, seed, prompts of the batch) after each batch, done before or now.
 
   Raises:
     ConfigError: a prompt that a part cannot read, or weights that cannot be loaded; nothing has
@@ -59,7 +61,8 @@ def execute_study(study: Study, store: Store, on_batch: Callable | None = None) 
     for arm in study.arms
     if any(_batches_to_do(study, arm, seed, store) for seed in study.config['seeds'])
   }
-  store.begin()
+  # the directory is made only now: a study that cannot run leaves nothing behind
+  store.open_files()
   written = 0
   for arm in study.arms:
     for seed in study.config['seeds']:
@@ -96,21 +99,28 @@ def prepare_arm(study: Study, arm: Arm) -> PreparedArm:
   return PreparedArm(arm, search, scorer)
 
 
-def _batches(study: Study, arm: Arm, store: Store) -> list[range]:
-  """This process's batches, as places in the prompt set."""
+def _cut_batches(study: Study, arm: Arm, store: Store) -> list[range]:
+  """The batches of this process, as places in the prompt set."""
   count = len(study.prompts)
   size = arm.batch or count
+  # every session cuts all prompts, done or not: one shape is compiled, and a batch that was cut off
+  # is run again with the same prompts and gives the same numbers to the last bit
   batches = [range(low, min(low + size, count)) for low in range(0, count, size)]
+  # whole batches go round the processes, so that the cut does not depend on how many there are
   return batches[store.process :: store.processes]
 
 
 def _batches_to_do(study: Study, arm: Arm, seed: int, store: Store) -> list[range]:
-  is_done = lambda place: (arm.name, seed, study.prompts[place]['id']) in store.done
-  return [batch for batch in _batches(study, arm, store) if not all(map(is_done, batch))]
+  """The batches of this process that lack a result line."""
+
+  def is_done(place):
+    return (arm.name, seed, study.prompts[place]['id']) in store.done
+
+  return [batch for batch in _cut_batches(study, arm, store) if not all(map(is_done, batch))]
 
 
 def _run_seed(study, arm, prepared, seed, store, on_batch) -> int:
-  """One arm with one seed: runs and writes what is missing."""
+  """Runs what is missing of one arm with one seed; returns how many lines were written."""
 
   def run_timed(batch):
     begun = time.perf_counter()
@@ -119,13 +129,16 @@ def _run_seed(study, arm, prepared, seed, store, on_batch) -> int:
 
   todo = _batches_to_do(study, arm, seed, store)
   results, written = overlapped(run_timed, todo, arm.ver), 0
-  for batch in _batches(study, arm, store):
+  for batch in _cut_batches(study, arm, store):
     if batch in todo:
       lines, timing = next(results)
+      # a batch that was cut off is run whole, but each of its lines may stand in the file once
       lines = [line for line in lines if (arm.name, seed, line['id']) not in store.done]
-      store.timing.append([timing])
-      store.results.append(lines)
+      # seconds first: after a kill in between a batch is timed twice, which a mean can bear
+      store.timing.append_lines([timing])
+      store.results.append_lines(lines)
       written += len(lines)
+    # a batch of an earlier session counts too, so that a progress bar starts where it stopped
     if on_batch:
       on_batch(arm, seed, [study.prompts[place] for place in batch])
   return written
@@ -138,10 +151,12 @@ class GradedBatch(NamedTuple):
   """A batch that was searched and graded.
 
   Attributes:
-    result, snapshots: what was found.
+    result: what the search found.
+    snapshots: the best candidates at S budgets.
     correct: `[P, S]` bool, which snapshots are right.
-    measured: `{name: [P, S]}` by all measuring verifiers.
-    samples, prefixes: of best-of-N, every sample graded and the totals of its prefixes; else None.
+    measured: `{name: [P, S]}`, scores of the snapshots by all measuring verifiers.
+    samples: every sample of best-of-N, graded; None for other searches.
+    prefixes: totals of best-of-N's prefixes, see `prefix_totals`; None for other searches.
   """
 
   result: SearchResult
@@ -155,7 +170,12 @@ class GradedBatch(NamedTuple):
 def run_batch(
   study: Study, prepared: PreparedArm, seed: int, batch: Sequence[int], store: Store
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-  """Searches, grades and saves the prompts at the places `batch`: (result lines, timing line)."""
+  """Searches, grades and saves the prompts at the places `batch`.
+
+  Returns:
+    The result lines, one for each prompt, and the timing line. The files that they name are
+    written; the lines are not.
+  """
   arm, prompts = prepared.arm, [study.prompts[place] for place in batch]
   result = prepared.search.run(batch, seed)
   graded = _grade_batch(study, prepared, result, prompts)
@@ -165,21 +185,24 @@ def run_batch(
 
 
 def _grade_batch(study, prepared, result, prompts) -> GradedBatch:
+  """Grades and measures every snapshot of a batch."""
   arm = prepared.arm
   snapshots = take_snapshots(arm, result)
   count = snapshots.totals.shape[1]
+  # metric and scorer take outputs in a row, each with its prompt
   flat = snapshots.outputs.reshape(-1, *snapshots.outputs.shape[2:])
   repeated = [prompt for prompt in prompts for _ in range(count)]
 
+  # some verifiers were compiled into the search; the others score what it collected
   measured = dict(snapshots.measured)
   if prepared.scorer is not None:
-    scores = prepared.scorer({arm.output: flat}, repeated)
+    scores = prepared.scorer({arm.output_name: flat}, repeated)
     measured |= {name: v.reshape(len(prompts), count) for name, v in scores.items()}
 
   if not arm.holds_all_budgets:
     correct = study.metric.grade(flat, repeated).reshape(len(prompts), count)
     return GradedBatch(result, snapshots, correct, measured)
-  # each snapshot of best-of-N is one of its samples, and all of these are graded
+  # each snapshot of best-of-N is one of its samples, so that grading these grades both
   prefixes = prefix_totals(arm, result)
   valid = np.isfinite(prefixes[-1])
   samples = grade_samples(arm, result.steps[0], valid, prompts, study.metric)
@@ -188,9 +211,10 @@ def _grade_batch(study, prepared, result, prompts) -> GradedBatch:
 
 
 def _write_line(study, arm: Arm, graded: GradedBatch, seed, i, prompt, store) -> dict[str, Any]:
-  """The result line of prompt `i` of a batch; the files that it names are written first."""
+  """The result line of prompt `i` of a batch, see `store`; writes the files that it names."""
   result, snapshots, config = graded.result, graded.snapshots, study.config
   name = f'{arm.name}/{seed}/{prompt["id"]:05d}'
+  # a prompt none of whose candidates had finite scores has a line too: it counts as wrong
   found = bool(np.isfinite(snapshots.totals[i, -1]))
   line = {
     'arm': arm.name,
@@ -203,40 +227,42 @@ def _write_line(study, arm: Arm, graded: GradedBatch, seed, i, prompt, store) ->
     'searched': searched_name(arm.ver, arm.measured),
     'ladder': arm.holds_all_budgets,
     'stage': int(result.best.stage[i]),
-    'scores': {key: _number(value[i]) for key, value in result.best.scores.items()},
+    'scores': {key: _null_unless_finite(value[i]) for key, value in result.best.scores.items()},
     'curve': [_curve_point(graded, i, j) for j in range(snapshots.totals.shape[1])],
   }
   if graded.samples is not None:
     line['samples'] = record_samples(graded.samples, graded.prefixes, i)
   if found:
-    line[arm.kind] = store.save_output(name, arm.kind, snapshots.outputs[i, -1])
+    line[arm.output_kind] = store.save_output(name, arm.output_kind, snapshots.outputs[i, -1])
     line['state'] = store.save_state(name, result.best, i)
+  # outputs at every budget and genealogies are large, so the first prompts of one seed have them
   if prompt['id'] < config['traces'] and seed == config['seeds'][0]:
     line['grid'] = [
-      store.save_output(f'{name}-{j}', arm.kind, output)
+      store.save_output(f'{name}-{j}', arm.output_kind, output)
       for j, output in enumerate(snapshots.outputs[i])
     ]
-    tree = genealogy.family_tree(result, i) | genealogy.leader_outputs(result, i)
-    line['trace'] = store.save_trace(name, tree)
+    ancestry = genealogy.trace_ancestry(result, i) | genealogy.leader_outputs(result, i)
+    line['trace'] = store.save_trace(name, ancestry)
   return line
 
 
 def _curve_point(graded: GradedBatch, i, j) -> dict[str, Any]:
-  """What a line says of one budget."""
+  """What the line of prompt `i` says of budget `j`."""
   total = graded.snapshots.totals[i, j]
   return {
     **Cost(*graded.snapshots.costs[i, j].tolist()).asdict(),
-    'total': _number(total),
+    'total': _null_unless_finite(total),
+    # what has no finite score is not returned, so its output is not right, whatever it shows
     'correct': int(graded.correct[i, j]) if np.isfinite(total) else 0,
-    'measured': {name: _number(value[i, j]) for name, value in graded.measured.items()},
+    'measured': {name: _null_unless_finite(value[i, j]) for name, value in graded.measured.items()},
   }
 
 
 def prompt_text(prompt) -> str:
-  """What a prompt is called in a result line: its text, or the class that it asks for."""
+  """How a result line names a prompt: by its text, or by the class that it asks for."""
   return str(prompt.get('text', prompt.get('label', '')))
 
 
-def _number(value) -> float | None:
-  """JSON has no NaN: what is not finite is null."""
+def _null_unless_finite(value) -> float | None:
+  """A number for JSON, which has no NaN and no infinity: they are null."""
   return float(value) if np.isfinite(value) else None

@@ -1,9 +1,9 @@
-"""How a winner came about: of each step the leading candidates, their parents, the winner's
-ancestors.
+"""Genealogies: the leading candidates of each step, their parents and the winner's ancestors.
 
-The candidates drawn and what they showed are collected by the search (`collect='leaders'`).
+The search collects which candidates lead and what they show (`collect='leaders'`);
+`report.plots.plot_genealogy` draws them.
 
-Letters: S steps that showed anything, C columns (candidates drawn of a step).
+Letters: S steps that observed a candidate, C columns (candidates drawn of a step).
 """
 
 import numpy as np
@@ -13,19 +13,23 @@ from vtts_jax.engine.step import COLUMNS
 from vtts_jax.media import files
 
 
-def family_tree(result: SearchResult, row: int) -> dict[str, np.ndarray]:
-  """The family tree of one prompt: of each step those that were kept first, then the best.
+def trace_ancestry(result: SearchResult, row: int) -> dict[str, np.ndarray]:
+  """The genealogy of prompt `row`: in each step the candidates that were kept, then the best.
 
   Returns:
-    `index [S, C]`, which candidate of its step (-1 for none); `totals [S, C]`; `parent [S, C]`, the
-    parent's column in the step before (-1 for none or not drawn); `winner [S]`, the column of the
-    returned candidate's ancestor (-1 for none); `stage [S, C]`, stages done.
+    A mapping of arrays:
+      `index [S, C]`   number of the candidate in its step, -1 for none
+      `totals [S, C]`  totals, -inf for none
+      `parent [S, C]`  the parent's column in the step before, -1 for none or one not drawn
+      `winner [S]`     column of the returned candidate or its ancestor, -1 for none
+      `stage [S, C]`   stages done
   """
-  steps = _steps_shown(result)
+  steps = _observed_steps(result)
   index, parent = np.full((2, len(steps), COLUMNS), -1)
   stage = np.zeros((len(steps), COLUMNS), np.int32)
   totals = np.full((len(steps), COLUMNS), -np.inf, np.float32)
-  columns_of_slots: dict[int, int] = {}  # frontier slot -> column of the step before
+  # a parent is named by its slot in the frontier, and drawn in a column of the step before
+  columns_of_slots: dict[int, int] = {}
   for s, step in enumerate(steps):
     order = step.leaders['index'][row].tolist()
     index[s, : len(order)] = order
@@ -37,7 +41,7 @@ def family_tree(result: SearchResult, row: int) -> dict[str, np.ndarray]:
     kept = enumerate(step.kept[row].tolist())
     columns_of_slots = {slot: columns[c] for slot, c in kept if c in columns}
 
-  # from the column with the best total back through its parents
+  # the winner is the first column with the best total; from there back through the parents
   winner = np.full(len(steps), -1)
   best = np.isclose(totals, result.best.total[row], rtol=1e-6, atol=1e-6)
   if best.any():
@@ -49,19 +53,24 @@ def family_tree(result: SearchResult, row: int) -> dict[str, np.ndarray]:
 
 
 def leader_outputs(result: SearchResult, row: int) -> dict[str, np.ndarray]:
-  """What the candidates of a tree showed: `images [S, C, H, W, 3]` uint8 where they are pictures,
-  else `texts [S, C]`, a few words each; anything where there is no candidate."""
+  """What the candidates of a genealogy show.
+
+  Returns:
+    `images [S, C, H, W, 3]` uint8 where they are pictures, else `texts [S, C]`, a few words for
+    each. Columns without a candidate hold zeros or a description of zeros.
+  """
   name, output = next(iter(result.kinds.items()))
-  shown = []
-  for step in _steps_shown(result):
+  padded = []
+  for step in _observed_steps(result):
+    # a step with few candidates leads with fewer than C; arrays in a file need one shape
     own = step.leaders['outputs'][name][row]
-    shown.append(np.concatenate([own, np.zeros((COLUMNS - len(own), *own.shape[1:]), own.dtype)]))
+    padded.append(np.concatenate([own, np.zeros((COLUMNS - len(own), *own.shape[1:]), own.dtype)]))
   if output.kind == 'image':
-    return {'images': np.stack(shown)}
-  words = [[files.describe_output(output.kind, one) for one in own] for own in shown]
+    return {'images': np.stack(padded)}
+  words = [[files.describe_output(output.kind, one) for one in own] for own in padded]
   return {'texts': np.array(words)}
 
 
-def _steps_shown(result: SearchResult):
-  """The steps that showed anything (a tree search by value alone shows its last one only)."""
+def _observed_steps(result: SearchResult):
+  """The steps that observed a candidate; a tree search by value alone has one, the last."""
   return [step for step in result.steps if step.totals.shape[1]]

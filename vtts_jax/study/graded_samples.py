@@ -1,8 +1,8 @@
-"""Best-of-N's samples, one by one: which are right, and what each selection rule would return.
+"""Best-of-N's samples, one by one: which are right, and which one each selection rule returns.
 
-The search collects every sample, its measured scores and its features; here they are graded by the
-metric. Pass@1 of a prompt (its difficulty) and every rule at every smaller budget are read off
-these.
+The search collects every sample and its features, and the metric grades them here. The report reads
+two things off them: pass@1 of a prompt, which is its difficulty, and the accuracy of every
+selection rule at every smaller budget.
 
 Letters: P prompts, N samples, D features.
 """
@@ -19,8 +19,13 @@ from vtts_jax.study.arms import Arm
 
 
 class GradedSamples(NamedTuple):
-  """Samples of a batch: which are right `[P, N]` bool, their features `[P, N, D]` or None, and the
-  name of the measured verifier whose features they are."""
+  """The samples of a batch.
+
+  Attributes:
+    correct: `[P, N]` bool, which samples are right.
+    features: `[P, N, D]`, or None where no measuring verifier gives any.
+    space: name of the measuring verifier whose features they are, '' without features.
+  """
 
   correct: np.ndarray
   features: np.ndarray | None
@@ -33,31 +38,35 @@ def grade_samples(
   """Grades every sample of a batch.
 
   Args:
-    trace: of the one step, with 'samples' and 'measured' collected.
-    valid: `[P, N]` bool; samples that are not valid are never right.
+    arm: the arm, whose search is best-of-N in one step.
+    trace: of that step, with 'samples' and 'measured' collected.
+    valid: `[P, N]` bool, which samples have a finite total.
     prompts: P prompt rows.
     metric: what grades, see `grading`.
   """
-  shown = trace.outputs[arm.output]
-  flat = shown.reshape(-1, *shown.shape[2:])
+  outputs = trace.outputs[arm.output_name]
+  # the metric takes outputs in a row, each with its prompt
+  flat = outputs.reshape(-1, *outputs.shape[2:])
   repeated = [prompt for prompt in prompts for _ in range(valid.shape[1])]
-  correct = metric.grade(flat, repeated).reshape(valid.shape)
+  # a sample without a finite total is never returned, so it counts as wrong
+  correct = metric.grade(flat, repeated).reshape(valid.shape) & valid
   if not len(trace.features):
-    return GradedSamples(correct & valid, None, '')
-  return GradedSamples(correct & valid, trace.features, arm.measured_in_search.features_of)
+    return GradedSamples(correct, None, '')
+  return GradedSamples(correct, trace.features, arm.measured_in_search.features_of)
 
 
 def record_samples(graded: GradedSamples, prefixes: list[np.ndarray], row: int) -> dict:
-  """What a result line keeps of one prompt's samples.
+  """What a result line keeps of the samples of prompt `row`.
 
   Args:
-    graded: of the batch.
-    prefixes: totals `[P, n]` of the first n samples, for each n; -inf where not valid.
-    row: which prompt.
+    graded: the samples of the batch.
+    prefixes: totals `[P, n]` of the first n samples, for each n; -inf where not finite.
+    row: the prompt's place in the batch.
 
   Returns:
-    `correct` N times 0 or 1; `totals` N numbers or None; `sizes` the prefixes n; `space` whose
-    features; `picks` for each rule the sample returned of each prefix, -1 for none.
+    A mapping: `correct` has 0 or 1 for each of N samples, `totals` a number or None for each;
+    `sizes` are the prefixes n; `space` says whose features were used; `picks` has for each rule the
+    sample that it returns of each prefix, -1 for none.
   """
   totals = [t[row] for t in prefixes]
   features = None if graded.features is None else graded.features[row]
@@ -66,5 +75,6 @@ def record_samples(graded: GradedSamples, prefixes: list[np.ndarray], row: int) 
     'totals': [float(t) if np.isfinite(t) else None for t in totals[-1]],
     'sizes': [len(t) for t in totals],
     'space': graded.space,
+    # picked now: lines have no features, which are too large to keep
     'picks': selection.pick_samples(totals, features),
   }

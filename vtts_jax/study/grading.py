@@ -1,8 +1,8 @@
 """Grades outputs: with a metric module, or with a verifier thresholded at one half.
 
-`config.metric` names a module with `grade(images, prompts)` ('scenes.oracle'), or holds the
-settings of a verifier ({'name': 'verifiers.geneval', 'output': 'strict'}): an output is right where
-the first score is at least one half. 'data.prompts' grades nothing.
+`config.metric` names a module with `grade(outputs, prompts)`, such as 'scenes.oracle', or holds the
+settings of a verifier, such as `{'name': 'verifiers.geneval', 'output': 'strict'}`. By a verifier
+an output is right where its first score is at least one half. 'data.prompts' grades nothing.
 
 Letters: R outputs with a prompt each.
 """
@@ -21,21 +21,21 @@ from vtts_jax.media import files
 from vtts_jax.metrics import geneval
 
 UNGRADED = 'data.prompts'
-MODULE_CHUNK = 256  # outputs that a module grades at a time
-VERIFIER_CHUNK = 32  # and that each group of devices does
+MODULE_CHUNK = 256  # outputs that a module grades at a time, on the host
+VERIFIER_CHUNK = 32  # outputs that each group of devices grades at a time
 
 
 class ModuleMetric:
-  """A module with `grade(outputs, prompts)`, which gets pictures as floats in [0, 1]."""
+  """Grades with a module's `grade(outputs, prompts)`, which gets pictures as floats in [0, 1]."""
 
   def __init__(self, module):
     self._module = module
 
   def read_prompts(self, prompts: Sequence[Prompt]) -> None:
-    """A module reads them when it grades."""
+    """Does nothing: a module reads its prompts when it grades."""
 
   def check_output(self, name: str) -> None:
-    """A module takes what it gets."""
+    """Does nothing: a module says nothing of the outputs that it can grade."""
 
   def grade(self, outputs: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
     """Which of outputs `[R, ...]` are right for their prompts: bool `[R]`."""
@@ -47,18 +47,20 @@ class ModuleMetric:
 
 
 class VerifierMetric:
-  """A verifier whose first score says at one half or more that an output is right.
+  """Grades with a verifier: an output is right where the first score is at least one half.
 
   Args:
-    mesh: outputs are split over its 'data' axis.
+    verifier: the verifier, compiled or on the host.
+    mesh: outputs are split over its 'data' axis; None for one device.
   """
 
   def __init__(self, verifier: Verifier, mesh: Mesh | None = None):
     self.verifier, self._scorer = verifier, Scorer(verifier, mesh)
+    # a larger mesh takes larger chunks, so that every device is busy
     self._chunk = VERIFIER_CHUNK * (mesh.shape['data'] if mesh is not None else 1)
 
   def read_prompts(self, prompts: Sequence[Prompt]) -> None:
-    """Tokenizes the prompts that will be graded, once; loads no weights.
+    """Tokenizes the prompts that will be graded; loads no weights.
 
     Raises:
       ConfigError: a prompt that the verifier cannot read.
@@ -69,7 +71,7 @@ class VerifierMetric:
       raise ConfigError(f'metric: {error}') from None
 
   def check_output(self, name: str) -> None:
-    """Raises `ConfigError` where the verifier does not read the output of this name."""
+    """Raises `ConfigError` where the verifier reads something else than the output `name`."""
     if self.verifier.needs != {name}:
       raise ConfigError(
         f'metric {self.verifier.names[0]}: needs {", ".join(self.verifier.needs)}; the output that '
@@ -87,6 +89,8 @@ class VerifierMetric:
 
 
 def _grade_in_chunks(grade_part, count: int, chunk: int) -> np.ndarray:
+  """Grades `[count]` of a function that grades a slice of the outputs at a time."""
+  # all samples of a batch at once may not fit: 24 prompts x 64 samples are 1,536 pictures
   parts = [grade_part(slice(low, low + chunk)) for low in range(0, count, chunk)]
   return np.concatenate(parts).astype(bool) if parts else np.zeros(0, bool)
 
@@ -94,10 +98,10 @@ def _grade_in_chunks(grade_part, count: int, chunk: int) -> np.ndarray:
 def build_metric(
   settings: str | Mapping[str, Any], mesh: Mesh | None = None
 ) -> ModuleMetric | VerifierMetric:
-  """What the settings of a config name; reads no weights.
+  """The metric that `config.metric` asks for; reads no weights.
 
   Raises:
-    ConfigError: there is no such part, or it cannot grade an output alone.
+    ConfigError: no such module or verifier, or a verifier that reads more than one output.
   """
   if isinstance(settings, str):
     return ModuleMetric(components.find_module(settings, 'grade'))
@@ -111,14 +115,19 @@ def build_metric(
 
 
 def metric_label(settings: str | Mapping[str, Any], searched: Sequence[Verifier] = ()) -> str:
-  """What accuracy by this metric is called.
+  """What a report calls accuracy by this metric.
 
-  It is 'not official' by another detector than GenEval's, and an 'oracle' where a search was on one
-  of the models that decide.
+  GenEval's rules on another detector than GenEval's are 'not official', and they are an 'oracle'
+  where a search was on a model that decides.
+
+  Args:
+    settings: of `config.metric`.
+    searched: the verifiers that the study's searches were on.
   """
   if isinstance(settings, str):
     return 'nothing: outputs are not graded' if settings == UNGRADED else settings
   verifier = build_metric(settings).verifier
+  # a search that saw the model which decides has seen the answers
   on = set().union(*map(geneval.scoring_models_of, searched))
   models = getattr(verifier, 'scoring_models', ())
   return geneval.benchmark_label(models, on) if models else verifier.names[0]

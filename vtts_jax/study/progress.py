@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: the bill and a bar with the time left."""
+"""What a person sees while a study runs: its bill, and a bar with the time that is left."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -10,10 +10,16 @@ from vtts_jax.study.store import Store
 
 
 class StudyProgress:
-  """A progress bar over all (arm, seed, prompt); silent when `quiet` (every process but the
-  first)."""
+  """A progress bar over all (arm, seed, prompt) of a study; use it in a `with` block.
+
+  Args:
+    study: what runs.
+    store: where it writes.
+    quiet: whether nothing is printed; so in every process but the first.
+  """
 
   def __init__(self, study: Study, store: Store, quiet: bool = False):
+    # stderr, so that the final table alone stands on stdout
     self.console = Console(quiet=quiet, stderr=True)
     self.console.print(f'run directory: {store.root}')
     for key, (then, now) in store.changed.items():
@@ -34,14 +40,16 @@ class StudyProgress:
     self.bar.stop()
 
   def show_batch(self, arm, seed, prompts) -> None:
-    """Moves the bar on by a batch that is done."""
+    """Moves the bar on by one batch."""
     self.bar.update(self.task, advance=len(prompts), description=f'{arm.name} seed {seed}')
+    # rich knows a speed only after two updates
     speed = self.bar.tasks[0].finished_speed or self.bar.tasks[0].speed
     if speed:
       self.bar.update(self.task, rate=f'{speed:.1f} prompts/s')
 
 
 def _bill_table(study: Study) -> Table:
+  """The bill of every arm, which is exact before anything runs."""
   columns = ('arm', 'generator evals', 'observations', 'verifier evals', 'GFLOP')
   table = Table(*columns, title='per prompt')
   for arm in study.arms:

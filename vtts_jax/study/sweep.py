@@ -1,11 +1,11 @@
-"""Sweeps: the arms of algorithm x verifier x budget, named so that a family is read as one curve.
+"""Sweeps: an arm for each algorithm, verifier and budget, named so that budgets make one curve.
 
     build_grid({'best-of-n': vary_setting('search.best_of_n', 'n', (16, 64)),
                 'beam': vary_setting('search.beam', 'width', (2, 4), branch=8)},
                {'clip_a': {...}, 'clip_b': {...}})
     -> 'best-of-n clip_a', 'beam/w2 clip_a', 'beam/w4 clip_a', 'best-of-n clip_b', ...
 
-Seeds, prompts and processes are the study's: each arm resumes by itself, see `execute`.
+The config of the study gives seeds and prompts. Every arm resumes by itself, see `execute`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,14 @@ from vtts_jax.study.arms import build_part, holds_all_budgets
 
 
 class Sweep(NamedTuple):
-  """A component, the setting that is its budget with its rising values, and its other settings."""
+  """One search at several budgets.
+
+  Attributes:
+    component: name of the search.
+    setting: the setting that is its budget; it may lie inside another, as in 'inner.width'.
+    values: of that setting.
+    fixed: its other settings.
+  """
 
   component: str
   setting: str
@@ -25,9 +32,10 @@ class Sweep(NamedTuple):
 
 
 def vary_setting(component: str, setting: str, values: Sequence, **fixed) -> Sweep:
-  """One algorithm at several budgets: `vary_setting('search.beam', 'width', (1, 2, 4), branch=8)`.
+  """One search at several budgets, as `vary_setting('search.beam', 'width', (1, 2), branch=8)`.
 
-  The setting may lie inside another: 'inner.width'.
+  Args:
+    component, setting, values, fixed: see `Sweep`.
 
   Raises:
     ConfigError: no values, or a setting that is given twice.
@@ -42,11 +50,15 @@ def vary_setting(component: str, setting: str, values: Sequence, **fixed) -> Swe
 def build_grid(
   algorithms: Mapping[str, Sweep], verifiers: Mapping[str, Mapping] | None = None
 ) -> dict[str, dict]:
-  """Arms for `config.arms`: every algorithm at every budget, searched on with every verifier.
+  """Arms for `config.arms`: every search at every budget, on every verifier.
 
-  An algorithm that holds its smaller budgets as prefixes (best-of-N) is one arm, at the largest.
-  Names are 'beam/w4' (first letter and value of the setting), with the verifier's behind it where
-  there are several.
+  An arm is called 'beam/w4', after the search, the first letter of the setting and its value; the
+  name of the verifier follows where there are several. Best-of-N in one step holds its smaller
+  budgets, so it is one arm, at the largest, and is called after the search alone.
+
+  Args:
+    algorithms: `{name: sweep}`.
+    verifiers: `{name: settings}`; None for the verifier of the config.
 
   Raises:
     ConfigError: a name with a '/', an unknown component or an impossible setting.
@@ -54,6 +66,7 @@ def build_grid(
   arms = {}
   for label, verifier in (verifiers or {'': None}).items():
     for name, sweep in algorithms.items():
+      # the report takes what stands before a '/' for the name of the curve
       if '/' in name or '/' in label:
         raise ConfigError(f"sweep: {name!r}, {label!r}: names must not hold '/'")
       for arm, settings in _arms_of_sweep(name, sweep).items():
@@ -63,9 +76,10 @@ def build_grid(
 
 
 def _arms_of_sweep(name: str, sweep: Sweep) -> dict[str, dict]:
-  """Arm to the settings of its search."""
+  """`{arm: settings of its search}` of one sweep."""
   base = {'name': sweep.component, **sweep.fixed}
-  made = [_set_at(base, sweep.setting, value) for value in sweep.values]
+  made = [_set_at_path(base, sweep.setting, value) for value in sweep.values]
+  # to run the smaller ones as well would pay twice for the same samples
   if all(holds_all_budgets(build_part(settings, 'search')) for settings in made):
     largest = max(range(len(made)), key=lambda i: sweep.values[i])
     return {name: made[largest]}
@@ -73,7 +87,7 @@ def _arms_of_sweep(name: str, sweep: Sweep) -> dict[str, dict]:
   return {f'{name}/{letter}{value}': own for value, own in zip(sweep.values, made)}
 
 
-def _set_at(settings: Mapping, path: str, value) -> dict:
+def _set_at_path(settings: Mapping, path: str, value) -> dict:
   """`settings` with `value` at a dotted path."""
   first, _, rest = path.partition('.')
-  return {**settings, first: _set_at(settings.get(first, {}), rest, value) if rest else value}
+  return {**settings, first: _set_at_path(settings.get(first, {}), rest, value) if rest else value}

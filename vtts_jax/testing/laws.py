@@ -247,11 +247,13 @@ def check_algorithm(algo: core.Algorithm, gen, ver, prompts, key, *, shapes: boo
   if shapes:
     assert_same(find(prompts, batch=2).best, best, 'batches of two, padded')
     assert_same(find(prompts, render_chunk=3).best, best, 'observed three at a time')
+  # the same ids in another order: results belong to ids, not to rows
   ids = np.arange(len(prompts))[::-1]
   turned = find(prompts[::-1], ids=ids)
   assert_same(jax.tree.map(lambda x: x[::-1], turned.best), best, 'prompts in another order')
   totals = np.stack([trace.best.total for trace in base.steps], 1)
   assert (totals[:, 1:] >= totals[:, :-1] - TOLERANCE).all(), 'the best score fell'
+  # elitism: nothing better than the result was ever observed
   offered = [np.where(trace.final, trace.totals, -np.inf) for trace in base.steps]
   offered = np.concatenate(offered, axis=1).max(axis=1)
   assert_same(best.total, offered, 'the best is the best of what was observed')

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import source_of_arrays
 
 FLOOR, FACTOR = 1e-4, 20
-FAMILIES = {  # "model" of a fixture -> folder of models/
+FAMILIES = {  # "model" of a fixture -> folder of models/, or a dotted one
   'autoencoderkl': 'autoencoder_kl',
   'blip': 'blip',
   'clip': 'clip',
@@ -34,10 +34,17 @@ FAMILIES = {  # "model" of a fixture -> folder of models/
   'dreamsim': 'dreamsim',
   'flexar': 'flexar',
   'flextok': 'flextok',
+  'flux': 'flux',
+  'fluxae': 'autoencoder_kl',
   'inception': 'inception',
   'owlvit': 'owlvit',
+  'schedulers': 'generators.diffusion',
+  'sana': 'sana',
+  'sd3': 'sd3',
   'siglip': 'siglip',
+  'sit': 'sit',
   't5': 't5',
+  'unet': 'unet',
   'yolos': 'yolos',
 }
 
@@ -77,7 +84,7 @@ def read(path: str):
   params |= {k: v for k, v in data.items() if k.startswith('params_')}  # a second part keeps a name
   if not outputs:
     raise ValueError(f'{path} is no golden file: it has no out/ array')
-  return config, source_files.arrays(params, config, path), take('in/'), outputs
+  return config, source_of_arrays(params, config, path), take('in/'), outputs
 
 
 def tolerances(path: str) -> dict[str, float] | None:
@@ -117,9 +124,10 @@ def replay(path: str) -> list[Line]:
   if folder is None:
     known = ', '.join(FAMILIES)
     raise ValueError(f'{path}: model={config.get("model")!r} is unknown; known are {known}')
-  model = importlib.import_module(f'vtts_jax.models.{folder}.replay')
+  package = folder if '.' in folder else f'models.{folder}'
+  model = importlib.import_module(f'vtts_jax.{package}.replay')
   with jax.default_matmul_precision('highest'):
-    have = model.replay(config, source, inputs)
+    have = model.replay_outputs(config, source, inputs)
   numbers = tolerances(path) or {}
   return [compare(k, v, have.get(k), numbers.get(k)) for k, v in outputs.items()]
 

@@ -88,7 +88,7 @@ class Tokens(core.Generator):
   def _push(self, state, token, logits, stage):
     here = jnp.arange(self.length) == jnp.asarray(stage)[..., None]
     tokens = jnp.where(here, token[..., None], state.tokens)
-    log_prob = state.log_prob + token_sampling.log_prob(logits, token)
+    log_prob = state.log_prob + token_sampling.token_log_prob(logits, token)
     return TokenState(tokens, log_prob, state.cache + token)
 
   def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
@@ -97,7 +97,7 @@ class Tokens(core.Generator):
       if greedy:
         token = jnp.argmax(logits, -1).astype(jnp.int32)
       else:
-        token = token_sampling.draw(logits, core.fold(keys, t))
+        token = token_sampling.draw_tokens(logits, core.fold(keys, t))
       return self._push(state, token, logits, t)
 
     return core.run_stages(one, state, stage, count, self.length)
@@ -105,7 +105,7 @@ class Tokens(core.Generator):
   def fork(self, params, ctx, state, keys, stage, k, *, replace=True):
     logits = self.logits(ctx, state, stage)
     if replace:
-      tokens = token_sampling.draw(logits[:, :, None], core.fold(keys, stage))
+      tokens = token_sampling.draw_tokens(logits[:, :, None], core.fold(keys, stage))
     else:
       tokens = token_sampling.draw_distinct(logits, core.fold(keys[:, :, 0], stage), k)
     tokens = tokens.reshape(tokens.shape[0], -1)
@@ -159,7 +159,7 @@ class Tokens(core.Generator):
     flat = jnp.zeros((*keys.shape, self.vocab))
 
     def one(tokens, t):
-      drawn = token_sampling.draw(flat, core.fold(keys, t))
+      drawn = token_sampling.draw_tokens(flat, core.fold(keys, t))
       token = jnp.zeros_like(drawn) if greedy else drawn
       here = jnp.arange(self.length) == jnp.asarray(t)[..., None]
       return jnp.where(here, token[..., None], tokens)
@@ -348,7 +348,7 @@ class Words(core.Generator):
       at = jnp.broadcast_to(jnp.asarray(t), state.shape[:2])
       phase = jnp.float32(ctx)[:, None] * 0.41 + state.sum(-1) * 0.77 + at
       logits = 2 * jnp.sin(phase[..., None] * (1 + jnp.arange(self.vocab)))
-      letter = jnp.argmax(logits, -1) if greedy else token_sampling.draw(logits, core.fold(keys, t))
+      letter = jnp.argmax(logits, -1) if greedy else token_sampling.draw_tokens(logits, core.fold(keys, t))
       here = (jnp.arange(self.length) == at[..., None]) & ~self.finished(state, at)[..., None]
       return jnp.where(here, letter[..., None].astype(jnp.int32), state)
 

@@ -1,7 +1,7 @@
-"""One training loop for everything small that we train: AdamW, warm-up, cosine, EMA, exact resume.
+"""One training loop for every small model that we train: AdamW, warm-up, cosine, EMA, exact resume.
 
 A batch is a pure function of the step, randomness is `fold_in(key(seed), step)`, and a checkpoint
-(Orbax) holds parameters, averages and optimiser state: a run that is killed and started again
+(Orbax) holds parameters, averages and optimiser state. So a run that is killed and started again
 computes what it would have computed. `export_weights` writes what is shipped, rounded to float16.
 """
 
@@ -15,13 +15,18 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints.files import write_weights
 from vtts_jax.models import modules
 
 
 def build_parser(steps, out, batch=64, rate=1e-3, **more):
-  """The command line that all scripts share: results go to the folder `out`; `more` adds `--name`
-  with a default, whose type counts."""
+  """Returns the command line that all training scripts share.
+
+  Args:
+    steps, batch, rate: defaults of the flags of these names.
+    out: default of `--out`, the folder of the results.
+    more: further flags with their defaults; a flag has the type of its default.
+  """
   parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   common = {'steps': steps, 'batch': batch, 'rate': rate, 'seed': 0, 'workdir': 'checkpoints',
             'out': out}
@@ -32,16 +37,21 @@ def build_parser(steps, out, batch=64, rate=1e-3, **more):
 
 def train_model(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, clip=1.0,
                 decay=0.01, ema=0.999, folder=None, every=1000, log=200, evaluate=None):
-  """Minimises `loss(params, batch, key, progress) -> (scalar, {name: scalar})`; returns averages.
+  """Minimises a loss and returns the exponential average of the parameters.
 
   Args:
+    loss: `loss(params, batch, key, progress) -> (scalar, {name: scalar})`; progress is in [0, 1].
     params: nested dict of arrays.
-    batches: step (int) -> pytree of numpy arrays, pure.
-    steps, rate, warmup, clip, decay: optimisation; the rate falls to 1 % along a cosine.
-    seed: of the per-step keys.
-    ema: decay of the returned exponential averages (shorter at the start); 0 returns the last ones.
-    folder: checkpoints go to and resume from here; None keeps none.
-    every, log: steps between checkpoints and between lines of output.
+    batches: pure function of a step (int) that returns a pytree of numpy arrays.
+    steps: number of updates.
+    rate: peak learning rate; it falls to 1 % along a cosine.
+    seed: seed of the keys of the steps.
+    warmup: steps until the rate is reached, at most half of all.
+    clip: largest norm of a gradient.
+    decay: weight decay.
+    ema: decay of the averages, shorter at the start; 0 returns the last parameters.
+    folder: where checkpoints are written and resumed from; None keeps none.
+    every, log: steps between checkpoints, and between lines of output.
     evaluate: called as `evaluate(averages, step)` at each checkpoint, for instance to export.
   """
   schedule = optax.warmup_cosine_decay_schedule(
@@ -51,16 +61,19 @@ def train_model(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, 
   root = jax.random.key(seed)
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def update(state, batch, step):
+  def update_state(state, batch, step):
+    # from the step and not from a carried key, so that a resumed run draws the same
     key = jax.random.fold_in(root, step)
     (value, info), grad = jax.value_and_grad(loss, has_aux=True)(
       state['params'], batch, key, step / steps)
     change, opt = tx.update(grad, state['opt'], state['params'])
     new = optax.apply_updates(state['params'], change)
+    # a young average has a short memory, else the initial parameters would stay in it
     rate_of_mean = jnp.maximum(1 - ema, 1 / (1 + step / 4))
     mean = jax.tree.map(lambda m, p: m + rate_of_mean * (p - m), state['ema'], new)
     return {'params': new, 'ema': mean, 'opt': opt}, {'loss': value, **info}
 
+  # copies: the state is donated, and the caller keeps its parameters
   params = jax.tree.map(jnp.array, params)
   state = {'params': params, 'ema': jax.tree.map(jnp.array, params), 'opt': tx.init(params)}
   manager, start = None, 0
@@ -74,7 +87,8 @@ def train_model(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, 
       print(f'resumed at step {start} of {steps}', flush=True)
   begun, since, totals = time.time(), start, {}
   for step in range(start, steps):
-    state, info = update(state, batches(step), step)
+    state, info = update_state(state, batches(step), step)
+    # sums stay on the device until a line is printed, so that steps are not waited for
     totals = {k: totals.get(k, 0.0) + v for k, v in info.items()}
     done = step + 1
     if done % log == 0 or done == steps:
@@ -87,6 +101,7 @@ def train_model(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, 
         manager.save(done, args=ocp.args.StandardSave(state))
       if evaluate is not None:
         evaluate(state['ema'] if ema else state['params'], done)
+      # the clock of a fresh line does not count the time of saving and evaluating
       begun = time.time() if done == since else begun
   if manager is not None:
     manager.close()
@@ -94,17 +109,20 @@ def train_model(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, 
 
 
 def round_weights(params, dtype=jnp.float16):
-  """What `export_weights` and loading give: shipped metrics are measured on this."""
+  """Rounds weights as `export_weights` and loading do: shipped metrics are measured on these."""
   return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
 
 
 def export_weights(path, params, *, kind, config, **card):
-  """Writes float16 weights whose metadata rebuild the model: kind (module name), config, card.
+  """Writes float16 weights with the metadata from which the model is rebuilt.
 
   Args:
-    kind: name of the module that has `Config` and `build`.
-    config: dictionary of that `Config`.
-    card: metrics, command, seed, defaults: anything JSON.
+    path: of the safetensors file.
+    params: nested dict of arrays.
+    kind: name of the module that has `Config` and `build_model`.
+    config: the fields of that `Config`.
+    card: metrics, command, seed, defaults; any JSON values.
   """
-  weight_files.save(str(path), params, {'kind': kind, 'config': config, **card}, dtype=jnp.float16)
+  metadata = {'kind': kind, 'config': config, **card}
+  write_weights(str(path), params, metadata, dtype=jnp.float16)
   print(f'wrote {path}: {modules.count_parameters(params):,} parameters', flush=True)

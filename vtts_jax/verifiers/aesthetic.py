@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: how much people would like a picture, whatever the prompt says.
+"""LAION's aesthetic predictors: how much people like a picture; the prompt is not read.
 
 A linear head on CLIP's unit embedding, trained on ratings of 1 .. 10. `aesthetic_l14` is the
 improved predictor (sac+logos+ava1, five linear layers without activations between them),
@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from vtts_jax import core
-from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.convert import convert_weights
+from vtts_jax.checkpoints.source import open_source
 from vtts_jax.errors import ConfigError
 from vtts_jax.models.clip import modeling
 from vtts_jax.models.pretrained import short_name
 from vtts_jax.verifiers.parts.dual_encoder import DualEncoder
 
-HEADS = {  # name of a layer in the file, width that it puts out
+HEADS = {  # each layer: its name in the file, its output width
   'mlp': (('layers.0', 1024), ('layers.2', 128), ('layers.4', 64), ('layers.6', 16),
           ('layers.7', 1)),
   'linear': (('', 1),),
@@ -30,14 +30,15 @@ PUBLISHED = 'shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE'
 
 @dataclasses.dataclass(frozen=True)
 class Aesthetic(DualEncoder):
-  """An aesthetic predictor; `DualEncoder` has the other settings, of which no tokenizer is needed.
+  """An aesthetic predictor; `DualEncoder` has the other settings. The tokenizer is not used.
 
   Attributes:
-    weights: CLIP as in `DualEncoder`: L/14 of OpenAI, for a linear head the one that it was made
-      for.
-    head: 'mlp' (improved) or 'linear' (first).
-    head_weights: safetensors with the head under its published names; '' where it is in `weights`.
-      The published .pth files are pickles, which are never loaded: models/clip/README.md.
+    weights: a CLIP as in `DualEncoder`: OpenAI's L/14, or the CLIP that a linear head was trained
+      on.
+    head: 'mlp' (the improved predictor) or 'linear' (the first one).
+    head_weights: safetensors with the head under its published names; '' if `weights` contains it.
+      The published .pth files are pickles, which this package never loads: models/clip/README.md
+      shows how to convert them.
   """
 
   weights: str = PUBLISHED
@@ -61,9 +62,10 @@ class Aesthetic(DualEncoder):
   def names(self):
     lead = 'aesthetic' if self.head == 'mlp' else 'aesthetic_linear'
     if self._is_random:
-      return (self.published(lead),)
+      return (self.published_name(lead),)
+    # a checkpoint is named by its sizes, because the published one names its head, not its CLIP
     sizes = {dataclasses.replace(c, text=None): name for name, c in modeling.SIZES.items()}
-    shape = dataclasses.replace(self.pretrained.config, text=None, eos=None)
+    shape = dataclasses.replace(self.model_part.config, text=None, eos=None)
     return (f'{lead}_{sizes.get(shape) or short_name(self.weights).lower()}',)
 
   def load(self):
@@ -78,7 +80,7 @@ class Aesthetic(DualEncoder):
     return {}
 
   def encode(self, params, prompt):
-    """Nothing: no text is read."""
+    """Returns {}: the prompt is not read."""
     return {}
 
   def embed_images(self, params, images):
@@ -89,6 +91,7 @@ class Aesthetic(DualEncoder):
     x = self.embed_images(params, observed['image'])
     for i in range(len(params['head'])):
       layer = params['head'][str(i)]
+      # as published: the layers are linear, and small enough for full precision
       x = jnp.matmul(x, layer['kernel'], precision='highest') + layer['bias']
     return {self.names[0]: x[..., 0]}
 
@@ -99,31 +102,30 @@ class Aesthetic(DualEncoder):
     return super().cost(op) + core.Cost(flops=2 * sum(a * b for a, b in shapes))
 
   def _head_shapes(self):
-    """Of the layers: {number: {'kernel', 'bias'}}, in float32."""
-    widths = [self.pretrained.config.projection, *(out for _, out in HEADS[self.head])]
+    """Shapes of the head's layers: {number: {'kernel', 'bias'}}, float32."""
+    widths = [self.model_part.config.projection, *(out for _, out in HEADS[self.head])]
     shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.float32)
-    return {
-      str(i): {'kernel': shape(a, b), 'bias': shape(b)}
-      for i, (a, b) in enumerate(zip(widths, widths[1:]))
-    }
+    pairs = enumerate(zip(widths, widths[1:]))
+    return {str(i): {'kernel': shape(a, b), 'bias': shape(b)} for i, (a, b) in pairs}
 
   def _read_head(self, shapes):
-    """The layers in the safetensors `head_weights`, or else in those of the whole model."""
+    """Reads the layers from `head_weights`, or from the file of the whole model."""
     rules = []
     for i, (name, _) in enumerate(HEADS[self.head]):
       lead = f'{name}.'.replace('.', r'\.') if name else ''
       rules += [(lead + 'weight', f'{i}.kernel', 'T'), (lead + 'bias', f'{i}.bias', '')]
     if not self.head_weights:
+      # in the file of the whole model, the other tensors belong to CLIP
       rules.append((r'(vision_model|visual|text_model|text|logit_scale).*', None, ''))
     try:
-      source = source_files.open_source(self.head_weights or self.weights)
-      return conversion.convert(source, rules, shapes)
+      source = open_source(self.head_weights or self.weights)
+      return convert_weights(source, rules, shapes)
     except (FileNotFoundError, ValueError) as error:
       raise ConfigError(f'verifier.head_weights={self.head_weights!r}: {error}') from error
 
 
 def _draw_head(shapes):
-  """Random layers, always the same."""
+  """Random layers from a fixed seed."""
   leaves, structure = jax.tree.flatten(shapes)
   keys = jax.random.split(jax.random.key(0), len(leaves))
   drawn = [jax.random.normal(k, x.shape) * x.shape[0] ** -0.5 for k, x in zip(keys, leaves)]

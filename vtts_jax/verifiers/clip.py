@@ -1,8 +1,8 @@
-"""CLIPScore: how well a picture fits its prompt, by CLIP (any size) or SigLIP.
+"""CLIPScore: how well a picture fits its prompt, measured by CLIP (any size) or SigLIP.
 
-Hessel et al. (2021), arXiv 2104.08718: 2.5 max(cosine, 0). The score's name has the backbone, and
-the output where it is another: `clip_b16` is CLIPScore with OpenAI's B/16, `clip_b16_cosine` the
-cosine. Prompts are read as they are; the paper puts 'A photo depicts' before its captions.
+Hessel et al. (2021), arXiv 2104.08718: 2.5 max(cosine, 0). The score's name contains the backbone,
+and the output if it is not CLIPScore: `clip_b16` is CLIPScore with OpenAI's B/16, `clip_b16_cosine`
+is the cosine. Prompts are used unchanged; the paper puts 'A photo depicts' before its captions.
 models/clip, models/siglip.
 """
 
@@ -22,8 +22,8 @@ class Clip(DualEncoder):
 
   Attributes:
     weights: as in `DualEncoder`; any CLIP or SigLIP, e.g. 'google/siglip-base-patch16-224'.
-    output: 'clipscore': 2.5 max(cosine, 0); 'cosine'; 'percent': 100 cosine; 'logit': what the
-      model was trained on, for SigLIP with its bias.
+    output: 'clipscore': 2.5 max(cosine, 0); 'cosine'; 'percent': 100 cosine; 'logit': the model's
+      training logit (scaled cosine, for SigLIP plus its bias).
   """
 
   weights: str = 'openai/clip-vit-base-patch16'
@@ -37,15 +37,15 @@ class Clip(DualEncoder):
 
   @property
   def names(self):
-    return (self.backbone + ('' if self.output == 'clipscore' else f'_{self.output}'),)
+    return (self.backbone_name + ('' if self.output == 'clipscore' else f'_{self.output}'),)
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    cosine = self.cosine(params, vctx, observed['image'])
+    cosine = self.cosine_scores(params, vctx, observed['image'])
     if self.output == 'clipscore':
       cosine = 2.5 * jnp.maximum(cosine, 0)
     elif self.output == 'percent':
       cosine = 100 * cosine
     elif self.output == 'logit':
-      cosine = self.pretrained.bind(params).logits(cosine)
+      cosine = self.model_part.bind(params).pair_logits(cosine)
     return {self.names[0]: cosine}

@@ -1,7 +1,7 @@
-"""Zero-shot CLIP as the classifier of a class-conditional generator: how surely it sees the class.
+"""Zero-shot CLIP as a classifier: how surely it sees the class that a prompt asks for.
 
-Prompts have a label, or their text is a class number or name. A class is the mean of the unit
-embeddings of its name in several templates, of length one again (Radford et al. 2021, section
+Prompts have a label, or their text is a class number or name. A class is represented by the mean of
+the unit embeddings of its name in several templates, normalised again (Radford et al. 2021, section
 3.1.4; open_clip's zero_shot_classifier.py). The score, `clip_b16_class_logit` or
 `clip_b16_class_log_prob`, is the class's logit or its log-probability among all classes, as in Ma
 et al. (2025), arXiv 2501.09732. models/clip, models/siglip.
@@ -18,15 +18,15 @@ import jax.numpy as jnp
 from vtts_jax import core
 from vtts_jax.data import classes
 from vtts_jax.errors import ConfigError
-from vtts_jax.models.clip.modeling import unit
+from vtts_jax.models.clip.modeling import unit_vectors
 from vtts_jax.verifiers.parts.dual_encoder import DualEncoder
 
 OUTPUTS = ('logit', 'log_prob')
-TEMPLATES = (  # the seven that OpenAI's notebook of ImageNet ends with
+TEMPLATES = (  # the seven that OpenAI's ImageNet notebook selects at its end
   'itap of a {}.', 'a bad photo of the {}.', 'a origami {}.', 'a photo of the large {}.',
   'a {} in a video game.', 'art of the {}.', 'a photo of the small {}.',
 )  # fmt: skip
-CHUNK = 64  # classes that go through the text tower at once
+CHUNK = 64  # classes of one call of the text tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class ClipClassifier(DualEncoder):
   """CLIP or SigLIP; `DualEncoder` has the other settings.
 
   Attributes:
-    class_names: text file with the name of a class on each line, in the order of their numbers;
-      with random weights '' makes ten classes that are called by their numbers.
-    templates: what is said of a class, with '{}' for its name.
+    class_names: text file with one class name per line, in the order of the class numbers. With
+      random weights '' stands for ten classes named '0' to '9'.
+    templates: sentences about a class, with '{}' for its name.
     output: 'logit' or 'log_prob'.
   """
 
@@ -62,43 +62,43 @@ class ClipClassifier(DualEncoder):
 
   @property
   def names(self):
-    return (f'{self.backbone}_class_{self.output}',)
+    return (f'{self.backbone_name}_class_{self.output}',)
 
   @property
   def known_classes(self) -> tuple[str, ...]:
-    """The names of the classes."""
+    """The names of all classes."""
     if not self.class_names:
       return tuple(map(str, range(10)))
     return classes.read_class_names(self.class_names, 'verifier.class_names')
 
   def check(self):
     super().check()
-    _ = self.known_classes
+    _ = self.known_classes  # raises if the file cannot be read
 
   def load(self):
-    """The model, and the unit embeddings of all classes `[C, E]`: the text tower runs here and
-    never again."""
+    """The model, and the unit embeddings `[C, E]` of all classes. Only this method runs the text
+    tower."""
     model = super().load()
-    embed = jax.jit(lambda ids: self.pretrained.bind(model).embed_texts(ids))
+    embed_texts = jax.jit(lambda ids: self.model_part.bind(model).embed_texts(ids))
     names, rows = list(self.known_classes), []
     for start in range(0, len(names), CHUNK):
-      # the last chunk is filled up, so that one program serves all
+      # repeat names to fill the last chunk, so that one compiled program serves all chunks
       some = (names[start : start + CHUNK] * CHUNK)[: min(CHUNK, len(names))]
       ids = self.token_ids([t.format(name) for name in some for t in self.templates])
-      each = embed(ids).reshape(len(some), len(self.templates), -1)
+      each = embed_texts(ids).reshape(len(some), len(self.templates), -1)
       rows.append(each.mean(1)[: len(names) - start])
-    return {'model': model, 'classes': unit(jnp.concatenate(rows))}
+    return {'model': model, 'classes': unit_vectors(jnp.concatenate(rows))}
 
   def shardings(self, mesh):
     return {'model': super().shardings(mesh), 'classes': core.Verifier.shardings(self, mesh)}
 
   def tokenize(self, prompts):
-    """The classes, `{'label': [B]}`; errors as in `class_labels`."""
+    """Class numbers `{'label': [B]}`; raises the errors of `class_labels`."""
     names = self.known_classes
     return {'label': classes.class_labels(prompts, len(names), 'verifier.class_names', names)}
 
   def encode(self, params, prompt):
-    """The unit embeddings `[B, E]` of the prompts' classes."""
+    """Unit embeddings `[B, E]` of the prompts' classes."""
     return params['classes'][prompt['label']]
 
   def embed_images(self, params, images):
@@ -107,16 +107,17 @@ class ClipClassifier(DualEncoder):
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
     found = self.embed_images(params, observed['image'])
-    logits = self.pretrained.bind(params['model']).logits
+    logits = self.model_part.bind(params['model']).pair_logits
     own = logits(jnp.sum(found * vctx[:, None], -1))
     if self.output == 'log_prob':
+      # only the log-probability needs the logits of the other classes
       every = jnp.einsum('bme,ce->bmc', found, params['classes'], precision='highest')
       own = own - jax.nn.logsumexp(logits(every), -1)
     return {self.names[0]: own}
 
   def cost(self, op):
-    """No text is encoded for a prompt; `load` has done it."""
+    """Cost of scoring; a prompt costs nothing, because `load` has encoded all classes."""
     if op == 'encode':
       return core.Cost()
     every = len(self.known_classes) if self.output == 'log_prob' else 0
-    return super().cost(op) + core.Cost(flops=2 * every * self.pretrained.config.projection)
+    return super().cost(op) + core.Cost(flops=2 * every * self.model_part.config.projection)

@@ -1,7 +1,7 @@
-"""Likeness to reference pictures as people see it: one minus the DreamSim distance.
+"""DreamSim: perceptual similarity to reference pictures, as one minus the DreamSim distance.
 
-Fu, Tamir et al. (2023, arXiv 2306.09344); models/dreamsim/README.md says what its files are. With
-several references the mean over them.
+Fu, Tamir et al. (2023, arXiv 2306.09344); models/dreamsim/README.md describes the files. With
+several references the score is the mean over them.
 """
 
 import dataclasses
@@ -16,9 +16,10 @@ class DreamSim(ReferenceVerifier):
   """Score `dreamsim_<branches>`, a cosine, in [-1, 1]; `ReferenceVerifier` has the other settings.
 
   Attributes:
-    weights: folder of base weights and adapters, or one file with the adapters merged (see
-      models/dreamsim/README.md; what is published are pickles, so nothing is downloaded).
-    branches: which released model the weights are: 'ensemble', or the single 'dino_vitb16',
+    weights: folder of base weights and adapters, or one file with the adapters merged. The
+      published files are pickles, which are never downloaded: models/dreamsim/README.md shows how
+      to make a folder of them.
+    branches: the released model: 'ensemble', or one of its branches 'dino_vitb16',
       'dinov2_vitb14', 'clip_vitb32', 'open_clip_vitb32'.
   """
 
@@ -36,9 +37,9 @@ class DreamSim(ReferenceVerifier):
     super().__post_init__()
 
   @property
-  def encoder(self):
+  def model_part(self):
     return ImageEncoder('dreamsim', self.weights, self.dtype, self.branches)
 
   @property
   def names(self):
-    return (f'dreamsim_{self.encoder.name if self.encoder.is_random else self.branches}',)
+    return (f'dreamsim_{self.model_part.name if self.model_part.is_random else self.branches}',)

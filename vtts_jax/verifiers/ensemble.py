@@ -1,12 +1,13 @@
-"""Several verifiers at once: searched on by mean rank (Ma et al., 2501.09732) or by a min-max
-weighted sum.
+"""Several verifiers together, combined by mean rank (Ma et al., 2501.09732) or min-max sum.
 
-All scores travel with every candidate. A member of weight 0 is measured and not searched on: that
-is how a held-out score comes along. A member that fails fails the search; nothing is ever skipped.
+Every candidate carries the scores of all members. A member of weight 0 is scored but does not
+influence the search; that is how a run records a held-out score. If a member fails, the search
+fails; no member is ever skipped.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -24,13 +25,13 @@ class Ensemble(core.Verifier):
   """Verifiers with weights.
 
   Attributes:
-    members: `{name: verifier}`, or pairs; in a config a verifier is a mapping with a `name`, as in
-      `members={'clip': {'name': 'scenes.clip', 'which': 'a'}}`. A member's scores are called by its
-      name here where it has one, else `name/score`.
-    weights: `{name: weight >= 0}`, one for each member; by default all are 1.
-    mode: 'rank' averages the ranks among the candidates at hand (0 worst, M - 1 best, ties share),
-      'minmax' the scores scaled to [0, 1] over them. Both are relative: the best so far is always
-      ranked along.
+    members: `{name: verifier}`, or pairs. In a config a verifier is a mapping with a `name`, as in
+      `members={'clip': {'name': 'scenes.clip', 'which': 'a'}}`. The score of a member with one
+      score is named `name`, those of a member with several `name/score`.
+    weights: `{name: weight >= 0}` for every member; 1 for all by default.
+    mode: 'rank' averages the ranks among the candidates of a step (0 worst, M - 1 best, ties
+      share); 'minmax' averages scores scaled to [0, 1] over these candidates. Both are relative,
+      so the best candidate so far is always among those compared.
   """
 
   members: Mapping[str, core.Verifier] | tuple[tuple[str, core.Verifier], ...] = ()
@@ -56,7 +57,7 @@ class Ensemble(core.Verifier):
       )
     if any(not np.isfinite(w) or w < 0 for w in weights.values()) or not any(weights.values()):
       raise ConfigError(f'verifier.weights={weights}: must be >= 0 and not all 0')
-    # tuples, so that the ensemble can be hashed
+    # tuples, because a verifier is a static argument of jit and must be hashable
     object.__setattr__(self, 'members', tuple(members))
     object.__setattr__(self, 'weights', tuple((name, float(weights[name])) for name in names))
 
@@ -66,17 +67,17 @@ class Ensemble(core.Verifier):
 
   @property
   def gives(self):
-    """'features' if a member gives them; 'gradient' if all that are searched on do, and a gradient
-    of the total says something, as that of ranks does not."""
+    """'features' if a member gives them; 'gradient' if all members with a weight do."""
     searched = [member for name, member in self.members if dict(self.weights)[name]]
     found = {'features'} if self.features_of else set()
+    # ranks are piecewise constant: their gradient is 0
     if self.mode != 'rank' and all('gradient' in member.gives for member in searched):
       found.add('gradient')
     return frozenset(found)
 
   @property
   def features_of(self) -> str:
-    """Name of the member whose features are given, the first that has them; '' if none has."""
+    """Name of the first member that gives features; '' if none does."""
     return next((name for name, member in self.members if 'features' in member.gives), '')
 
   @property
@@ -85,7 +86,8 @@ class Ensemble(core.Verifier):
 
   @property
   def names(self):
-    return tuple(label for name, member in self.members for label in _labels(name, member).values())
+    labels = (_score_labels(name, member).values() for name, member in self.members)
+    return tuple(itertools.chain.from_iterable(labels))
 
   def check(self):
     for _, member in self.members:
@@ -104,31 +106,33 @@ class Ensemble(core.Verifier):
     return {name: member.encode(params[name], prompt[name]) for name, member in self.members}
 
   def score(self, params, vctx, observed):
-    """Outputs `{name: [B, M, ...]}` -> `{score: [B, M]}`, of all members."""
+    """Outputs `{name: [B, M, ...]}` to the scores of all members, `{score: [B, M]}`."""
     scores = {}
     for name, member in self.members:
       seen = {output: observed[output] for output in sorted(member.needs)}
       call = member.score
-      if member.jittable and not self.jittable:  # compiled beside one on the host
+      # beside a host member the driver runs `score` eagerly; this member is still compiled
+      if member.jittable and not self.jittable:
         call = functools.partial(_score_compiled, member)
       found = call(params[name], vctx[name], seen)
-      scores |= {label: found[own] for own, label in _labels(name, member).items()}
+      scores |= {label: found[own] for own, label in _score_labels(name, member).items()}
     return scores
 
   def embed_images(self, params, images):
-    """Those of the member `features_of`."""
+    """Features of the member `features_of`."""
     name = self.features_of
     if not name:
       return super().embed_images(params, images)
     return dict(self.members)[name].embed_images(params[name], images)
 
   def total(self, scores, valid):
+    # scores of different verifiers have different scales; only relative ones can be added
     relative = select.mean_ranks if self.mode == 'rank' else select.scale_min_max
     weights = dict(self.weights)
     total = 0.0
     for name, member in self.members:
       if weights[name]:
-        own = {inner: scores[label] for inner, label in _labels(name, member).items()}
+        own = {inner: scores[label] for inner, label in _score_labels(name, member).items()}
         total = total + weights[name] * relative(member.total(own, valid), valid)
     return total / sum(weights.values())
 
@@ -136,8 +140,8 @@ class Ensemble(core.Verifier):
     return sum((member.cost(op) for _, member in self.members), core.Cost())
 
 
-def _labels(name, member) -> dict[str, str]:
-  """The member's own score names and what they are called here."""
+def _score_labels(name, member) -> dict[str, str]:
+  """Maps the member's own score names to their names in the ensemble."""
   own = member.names
   return {own[0]: name} if len(own) == 1 else {inner: f'{name}/{inner}' for inner in own}
 

@@ -1,13 +1,13 @@
-"""Do a detector's objects satisfy the prompt: how many, in which colour, where? GenEval's rules.
+"""GenEval: do the detected objects satisfy the prompt in number, colour and position?
 
-A detector (OWL-ViT, OWLv2, or YOLOS for COCO's classes) looks for the classes that the prompt names
-and the rules of GenEval (Ghosh et al. 2023, arXiv 2310.11513) are applied to what it finds, as they
-stand or with partial credit; see metrics/geneval_arrays.py. What a prompt asks for is in its row
-('include', 'exclude', 'tag'), or is read off its sentence where that is one of GenEval's.
+A detector (OWL-ViT, OWLv2, or YOLOS for COCO's classes) looks for the classes that the prompt
+names. The rules of GenEval (Ghosh et al. 2023, arXiv 2310.11513) judge what it finds, strictly or
+with partial credit; see metrics/geneval_arrays.py. The prompt's row says what is asked for
+('include', 'exclude', 'tag'); if it does not, the sentence is parsed by GenEval's grammar.
 
-None of these detectors is the one behind the published benchmark. A benchmark score taken from the
-detector that was searched on says little: by `GenEval.scoring_models`,
-`metrics.geneval.benchmark_label` calls it an oracle's.
+None of these detectors is the one behind the published benchmark. A benchmark score from the same
+detector that guided the search is meaningless; `metrics.geneval.benchmark_label` compares
+`GenEval.scoring_models` and labels such a score as an oracle's.
 
 Letters: B prompts · M pictures · H W their sides · E entries of a prompt's metadata ·
 K best objects of an entry · C = 10 colours.
@@ -34,20 +34,21 @@ COLOUR_MODELS = ('', 'query', 'clip')
 @dataclasses.dataclass(frozen=True)
 class GenEval(core.Verifier):
   """Score `geneval_partial_<detector>` in [0, 1], or `geneval_<detector>`, 0 or 1; the name of the
-  CLIP is appended where one tells the colours.
+  CLIP is appended if one classifies the colours.
 
   Attributes:
     output: 'partial' credit, or 'strict'.
-    colour: what tells colours: 'query', the detector, asked for 'a photo of a red car' (not
-      YOLOS); 'clip', a CLIP on the box, as GenEval does, without its masks; '' is 'query' where
-      that works.
-    entries: classes that a prompt asks for or forbids, at most.
-    limits: confidence that an object must exceed, that when counting, overlap from which on two
-      objects of a class are one (1: never); () is the detector's. GenEval's are (0.3, 0.9, 1).
-    weights: of an OWL-ViT, OWLv2 or YOLOS, as in `models.pretrained`.
-    backbone: 'owlvit' or 'yolos'; '' is what the checkpoint holds, and 'owlvit' for random weights.
-    clip_weights: of the CLIP, for colour='clip'.
-    dtype: of the parameters, 'float32' or 'bfloat16'.
+    colour: which model classifies colours. 'query': the detector, asked for 'a photo of a red car'
+      (not YOLOS). 'clip': a CLIP on the box, as in GenEval but without its masks. '': 'query' if
+      the detector can, else 'clip'.
+    entries: largest number of classes that a prompt asks for or forbids.
+    limits: (confidence that an object must exceed, the same when counting, overlap above which two
+      boxes of a class are one object; 1 for never). () selects the detector's own. GenEval's are
+      (0.3, 0.9, 1).
+    weights: an OWL-ViT, OWLv2 or YOLOS, as in `models.pretrained`.
+    backbone: 'owlvit' or 'yolos'; '' reads it from the checkpoint ('owlvit' for random weights).
+    clip_weights: the CLIP of colour='clip'.
+    dtype: dtype of the parameters, 'float32' or 'bfloat16'.
   """
 
   output: str = 'partial'
@@ -74,67 +75,68 @@ class GenEval(core.Verifier):
         f'verifier.limits={self.limits}: must be () or two confidences within (0, 1) and an '
         'overlap within (0, 1]'
       )
+    # check at once if no file must be read for it; else `check` does
     if self.backbone or detectors.known_backbone(self.weights):
-      self._check_parts()  # reads no file
+      self._check_parts()
 
   @property
-  def detector(self) -> detectors.Detector:
-    """What finds objects."""
+  def object_detector(self) -> detectors.Detector:
+    """The model that finds objects."""
     return detectors.make_detector(self.weights, self.backbone, self.dtype)
 
   @property
   def colour_clip(self) -> colours.ColourClip | None:
-    """What tells colours; None where the detector does."""
-    if self.colour == 'query' or (not self.colour and self.detector.reads_colours):
+    """The CLIP that classifies colours; None if the detector does."""
+    if self.colour == 'query' or (not self.colour and self.object_detector.reads_colours):
       return None
     setting = 'verifier.clip_weights'
     return colours.ColourClip('clip', self.clip_weights, self.dtype, setting=setting)
 
   @property
   def scoring_models(self) -> tuple[str, ...]:
-    """Names of the models that decide: the detector, and the CLIP if there is one."""
+    """Names of the models that decide the score: the detector and, if used, the CLIP."""
     clip = self.colour_clip
-    return (self.detector.name, *([clip.name] if clip else []))
+    return (self.object_detector.name, *([clip.name] if clip else []))
 
   @property
   def names(self):
-    # a strict score is what `metrics.geneval.benchmark_label` names so; partial credit is not
+    # only the strict score may carry the name that `metrics.geneval.benchmark_label` uses
     kind = ['partial'] if self.output == 'partial' else []
     return ('_'.join(['geneval', *kind, *self.scoring_models]),)
 
   def check(self):
     self._check_parts()
-    _ = self.detector.config, self.colour_clip and self.colour_clip.config
+    _ = self.object_detector.config, self.colour_clip and self.colour_clip.config
 
   def _check_parts(self):
-    detector, _ = self.detector, self.colour_clip  # they refuse what they do not know
+    detector, _ = self.object_detector, self.colour_clip  # both raise on unknown settings
     if self.colour == 'query' and not detector.reads_colours:
       raise ConfigError(
         f"verifier.colour='query': {detector.name} cannot be asked for colours; must be 'clip'"
       )
 
   def load(self):
-    return {name: part.load() for name, part in self._parts().items()}
+    return {name: part.load() for name, part in self._model_parts().items()}
 
   def shardings(self, mesh):
-    return {name: part.shardings(mesh) for name, part in self._parts().items()}
+    return {name: part.shardings(mesh) for name, part in self._model_parts().items()}
 
-  def _parts(self):
+  def _model_parts(self):
     clip = self.colour_clip
-    return {'detector': self.detector, **({'clip': clip} if clip else {})}
+    return {'detector': self.object_detector, **({'clip': clip} if clip else {})}
 
   def tokenize(self, prompts: Sequence[core.Prompt]):
-    """What is asked for, and the words of it.
+    """What the prompts ask for, as arrays, and the words of its classes.
 
     Raises:
-      ConfigError: a prompt without metadata, or with more than the settings allow.
+      ConfigError: a prompt without metadata, or with more entries than the settings allow.
     """
     rows = geneval.metadata_of(prompts)
     targets, names = rules.read_targets(rows, self.entries)
     clip = self.colour_clip
-    arrays = {'targets': targets, 'detector': self.detector.tokenize(names, clip is None)}
+    arrays = {'targets': targets, 'detector': self.object_detector.tokenize(names, clip is None)}
     if clip:
-      # the CLIP reads one crop of each entry, that of the best object
+      # the CLIP reads one crop per entry, the best object, so it cannot count coloured objects
       many = ((targets['colour'] >= 0) & (targets['least'] > 1)).any(1)
       if many.any():
         text = rows[int(many.argmax())].get('text')
@@ -148,69 +150,82 @@ class GenEval(core.Verifier):
   def encode(self, params, prompt):
     vctx = {
       'targets': prompt['targets'],
-      'detector': self.detector.encode(params['detector'], prompt['detector']),
+      'detector': self.object_detector.encode(params['detector'], prompt['detector']),
     }
     if 'clip' in prompt:
       vctx['clip'] = self.colour_clip.encode(params['clip'], prompt['clip'])
     return vctx
 
   @property
-  def _limits(self) -> rules.Limits:
-    return rules.Limits(*self.limits) if self.limits else self.detector.limits
+  def _object_limits(self) -> rules.Limits:
+    return rules.Limits(*self.limits) if self.limits else self.object_detector.limits
 
   def find_objects(self, params, vctx, images):
-    """The best objects of each class in images `[B, M, H, W, 3]`, best first: boxes `[B, M, E, K,
-    4]` in pixels, scores `[B, M, E, K]`, log-probabilities of colours `[B, M, E, K or 1, C]`."""
-    boxes, scores, hues = self.detector.detect(
+    """The best objects of each class in images `[B, M, H, W, 3]`, best first.
+
+    Returns:
+      Boxes `[B, M, E, K, 4]` in pixels, scores `[B, M, E, K]`, log-probabilities of colours
+      `[B, M, E, K or 1, C]`.
+    """
+    boxes, scores, hues = self.object_detector.detect_objects(
       params['detector'], vctx['detector'], images, self.entries
     )
     boxes = boxes[:, :, None]
-    index, best = rules.select_best(boxes, scores, self._limits.overlap)
+    index, best = rules.select_best(boxes, scores, self._object_limits.overlap)
     boxes = jnp.take_along_axis(boxes, index[..., None], 3)
     if 'clip' not in vctx:
       return boxes, best, jnp.take_along_axis(hues, index[..., None], 3)
-    hues = self.colour_clip.classify(params['clip'], vctx['clip'], images, boxes[:, :, :, 0])
+    # a crop costs a pass of the CLIP, so only the best object of an entry gets one
+    first, clip = boxes[:, :, :, 0], self.colour_clip
+    hues = clip.classify_colours(params['clip'], vctx['clip'], images, first)
     return boxes, best, hues[:, :, :, None]
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
     images = observed['image']
     score_rules = rules.score_partial if self.output == 'partial' else rules.score_strict
-    earned = score_rules(vctx['targets'], *self.find_objects(params, vctx, images), self._limits)
-    # a comparison with NaN is just False: without this a broken picture would have a score
+    found = self.find_objects(params, vctx, images)
+    earned = score_rules(vctx['targets'], *found, self._object_limits)
+    # comparisons with NaN are False, so a picture with NaN would get a finite score
     broken = jnp.isnan(images).any((2, 3, 4))
     return {self.names[0]: jnp.where(broken, jnp.nan, earned)}
 
   def list_detections(self, params, prompts: Sequence[core.Prompt], images):
-    """What was found in images `[B, M, H, W, 3]`, for `metrics.geneval.report_benchmark`.
+    """Detections in images `[B, M, H, W, 3]`, for `metrics.geneval.report_benchmark`.
 
-    B lists of M lists of {'class', 'score', 'box', 'color'}; where a CLIP tells colours, the best
-    object of each class alone has a 'color'.
+    Returns:
+      B lists of M lists of {'class', 'score', 'box', 'color'}. With a CLIP for colours only the
+      best object of each class has a 'color'.
     """
     arrays = self.tokenize(prompts)
     _, names = rules.read_targets(geneval.metadata_of(prompts), self.entries)
     boxes, scores, hues = map(np.asarray, _find_objects(self, params, arrays, images))
     hues = hues.argmax(-1)
 
-    def objects(b, m, name, e):
-      for k in np.flatnonzero(scores[b, m, e] > 0):  # 0 marks what was left out
+    def list_entry(b, m, name, e):
+      # score 0 marks the slots after the last object
+      for k in np.flatnonzero(scores[b, m, e] > 0):
         hue = {'color': geneval.COLOURS[hues[b, m, e, k]]} if k < hues.shape[3] else {}
         box = boxes[b, m, e, k].tolist()
         yield {'class': name, 'score': float(scores[b, m, e, k]), 'box': box, **hue}
 
-    # two entries of one class have found the same objects: the first tells them
+    # two entries of one class find the same objects: list those of the first only
     first = [{name: row.index(name) for name in row} for row in names]
     return [
-      [[d for name, e in first[b].items() for d in objects(b, m, name, e)] for m in range(len(row))]
+      [
+        [found for name, e in first[b].items() for found in list_entry(b, m, name, e)]
+        for m in range(len(row))
+      ]
       for b, row in enumerate(scores)
     ]
 
   def cost(self, op):
-    """A closed-set detector's is that of a square picture."""
+    """As in `core.Verifier`; YOLOS is counted for a square picture."""
     clip = self.colour_clip
     queries = self.entries * (1 if clip else 1 + len(geneval.COLOURS))
     part = 'text' if op == 'encode' else 'image'
-    flops = self.detector.flops(part, queries) + (self.entries * clip.flops(part) if clip else 0)
+    flops = self.object_detector.count_flops(part, queries)
+    flops += self.entries * clip.count_flops(part) if clip else 0
     return core.Cost(verify=float(op == 'score'), flops=flops)
 
 

@@ -1,8 +1,9 @@
-"""Scores from outside XLA: by a Python function, or by an HTTP endpoint that takes batches.
+"""Scores computed outside XLA: by a Python function, or by an HTTP endpoint that takes batches.
 
-The endpoint gets one POST for each batch, JSON `{"prompts": [...], "images": [<base64 PNG>, ...]}`,
-and answers `{"scores": [...]}`: for each image a finite number, or null where it could not be
-scored (such a candidate is never selected). `vtts serve` is such an endpoint.
+The endpoint receives one POST for each batch, with the JSON
+`{"prompts": [...], "images": [<base64 PNG>, ...]}`, and answers `{"scores": [...]}`: for each image
+a finite number, or null if it could not be scored (such a candidate is never selected). `vtts
+serve` runs such an endpoint.
 
 Letters: B prompts · M candidates · R = B M · H W sides of an image.
 """
@@ -19,7 +20,7 @@ from vtts_jax import core
 from vtts_jax.errors import ConfigError
 from vtts_jax.verifiers.parts import http
 
-# Two batches may be scored at the same time, and `score_fn` may not be thread-safe.
+# The engine may score two batches at the same time, and `score_fn` may not be thread-safe.
 _SCORE_FN_LOCK = threading.Lock()
 
 
@@ -28,14 +29,14 @@ class Host(core.Verifier):
   """A scorer on the host; a search with it runs in the stepped driver.
 
   Attributes:
-    score_fn: called with (texts of the prompts, images `[R, H, W, 3]` float32 in [0, 1]), returns R
-      scores, larger is better. Only one call runs at a time, from any thread.
-    url: the endpoint instead; give exactly one of the two.
-    score_name: what the score is called.
-    batch: images in one call.
-    timeout: seconds for one request.
-    retries: further tries after a failed request, waiting 1, 2, 4, ... times `backoff` seconds.
-    backoff: seconds.
+    score_fn: `(texts of R prompts, images [R, H, W, 3] float32 in [0, 1]) -> R scores`, larger is
+      better. Only one call runs at a time, whatever the thread.
+    url: the endpoint, instead of `score_fn`.
+    score_name: name of the score.
+    batch: images of one call.
+    timeout: seconds that one request may take.
+    retries: how often a failed request is repeated, after 1, 2, 4, ... times `backoff` seconds.
+    backoff: seconds before the first repetition.
   """
 
   score_fn: Callable[[Sequence[str], np.ndarray], Sequence[float | None]] | None = None
@@ -68,6 +69,7 @@ class Host(core.Verifier):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
     images = np.asarray(observed['image'])
     b, m = images.shape[:2]
+    # one text for each image: candidates of a prompt lie next to each other
     texts = [text for text in http.unpack_texts(vctx) for _ in range(m)]
     images = images.reshape(b * m, *images.shape[2:])
     scores = [
@@ -77,9 +79,13 @@ class Host(core.Verifier):
     return {self.score_name: np.concatenate(scores).reshape(b, m)}
 
   def _score_batch(self, texts, images):
-    """Scores `[R]` float32 of R images; NaN where the scorer gave none."""
+    """Scores `[R]` float32 of R images; NaN where the scorer gave None.
+
+    Raises:
+      ValueError: the scorer returned another number of scores.
+    """
     if self.score_fn is None:
-      given = self._ask(texts, images)
+      given = self._request_scores(texts, images)
     else:
       with _SCORE_FN_LOCK:
         given = self.score_fn(texts, images)
@@ -91,7 +97,7 @@ class Host(core.Verifier):
       )
     return scores
 
-  def _ask(self, texts, images):
+  def _request_scores(self, texts, images):
     body = {'prompts': texts, 'images': [http.base64_png(image) for image in images]}
     request = urllib.request.Request(
       self.url, json.dumps(body).encode(), {'Content-Type': 'application/json'}

@@ -1,9 +1,9 @@
-"""HPS v2: how people would rank a picture for its prompt, by a CLIP H/14 tuned on their rankings.
+"""HPS v2: how people rank a picture for its prompt, by a CLIP H/14 trained on their rankings.
 
 The scores `hpsv2_0_h14` and `hpsv2_1_h14` are what `hpsv2.score` returns, the cosine (about 0.2 ..
-0.35); the benchmark's tables have 100 times that. The two versions do not compare. Wu et al. 2023,
-arXiv 2306.09341; github.com/tgxs002/HPSv2, hpsv2/img_score.py and its open_clip's transform.py;
-models/clip.
+0.35); the benchmark's tables show 100 times that. Scores of the two versions are not comparable.
+Wu et al. 2023, arXiv 2306.09341; github.com/tgxs002/HPSv2, hpsv2/img_score.py and its open_clip's
+transform.py; models/clip.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class HPSv2(DualEncoder):
   """HPS v2; `DualEncoder` has the other settings.
 
   Attributes:
-    weights: the checkpoint of this version as safetensors. The published ones are pickles, which
+    weights: the checkpoint of this version as safetensors. The published files are pickles, which
       are never loaded: models/clip/README.md has the two lines that convert one.
     version: '2.0' or '2.1'.
   """
@@ -46,19 +46,20 @@ class HPSv2(DualEncoder):
 
   @property
   def names(self):
-    return (self.published(f'hpsv{self.version.replace(".", "_")}_h14'),)
+    return (self.published_name(f'hpsv{self.version.replace(".", "_")}_h14'),)
 
   def preprocess(self, images):
-    """The longer side to S, without rounding to 8 bits, black around: as published, and not CLIP's
-    own."""
-    size, sides = self.pretrained.config.image_size, images.shape[1:3]
+    """Resizes the longer side to S without rounding to 8 bits, and pads with black, as published.
+    CLIP's own preprocessing crops instead."""
+    size, sides = self.model_part.config.image_size, images.shape[1:3]
     new = tuple(round(side * (size / max(sides))) for side in sides)
-    x = preprocess.resize(images, new, 'bicubic', rounded=False)
+    x = preprocess.resize_images(images, new, 'bicubic', rounded=False)
     before = [(size - side) // 2 for side in new]
     around = [(b, size - side - b) for b, side in zip(before, new)]
+    # padded before normalising: black is 0 only until then
     x = jnp.pad(x, ((0, 0), *around, (0, 0)))
-    return preprocess.normalize(x, modeling.MEAN, modeling.STD)
+    return preprocess.normalize_channels(x, modeling.MEAN, modeling.STD)
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    return {self.names[0]: self.cosine(params, vctx, observed['image'])}
+    return {self.names[0]: self.cosine_scores(params, vctx, observed['image'])}

@@ -1,7 +1,7 @@
-"""ImageReward: how well people would like a picture for its prompt, by BLIP and a linear head.
+"""ImageReward: how much people like a picture for its prompt, by BLIP and a linear head.
 
-The score `image_reward_blip_l` is the published one, about standard normal over the pictures that
-people rated (-2 .. 2). Xu et al. (2023), arXiv 2304.05977; models/blip.
+The score `image_reward_blip_l` is the published one, roughly standard normal over the rated
+pictures (-2 .. 2). Xu et al. (2023), arXiv 2304.05977; models/blip.
 
 Letters: B prompts · M candidates · H W sides of an image.
 """
@@ -25,7 +25,7 @@ class ImageReward(core.Verifier):
 
   Attributes:
     weights: as in `models.pretrained`.
-    tokenizer: folder or repository with the tokenizer of BERT; random weights hash the words.
+    tokenizer: folder or repository with BERT's tokenizer; random weights hash the words instead.
     dtype: of the weights, 'float32' or 'bfloat16'; the head is computed in float32.
   """
 
@@ -36,57 +36,59 @@ class ImageReward(core.Verifier):
   gives = frozenset({'gradient'})
 
   def __post_init__(self):
-    _ = self.blip  # refuses what is unknown
+    _ = self.model_part  # raises on unknown settings
 
   @property
-  def blip(self) -> Pretrained:
-    """The model with its head."""
+  def model_part(self) -> Pretrained:
+    """BLIP and the reward head."""
     return Pretrained('blip', self.weights, self.dtype)
 
   @property
   def names(self):
-    return ('image_reward_blip_l' + (f'_{self.blip.name}' if self.blip.is_random else ''),)
+    random = f'_{self.model_part.name}' if self.model_part.is_random else ''
+    return (f'image_reward_blip_l{random}',)
 
   def check(self):
-    _ = self.blip.config
+    _ = self.model_part.config
 
   def load(self):
-    return self.blip.load()
+    return self.model_part.load()
 
   def shardings(self, mesh):
-    return self.blip.shardings(mesh)
+    return self.model_part.shardings(mesh)
 
   def tokenize(self, prompts):
-    config, place = self.blip.config, '' if self.blip.is_random else self.tokenizer
+    config, place = self.model_part.config, '' if self.model_part.is_random else self.tokenizer
     ids, mask = tokenizers.tokenize_texts(
       core.texts_of(prompts), place, config.length, config.vocab, setting='the length'
     )
     return {'ids': ids, 'mask': mask}
 
   def encode(self, params, prompt):
-    """All that does not depend on a picture: the text after its first self-attention."""
-    text = self.blip.bind(params).text(prompt['ids'], prompt['mask'])
+    """Runs what depends on the text alone: the first self-attention layer of the text tower."""
+    text = self.model_part.bind(params).encode_text(prompt['ids'], prompt['mask'])
     return {'text': text, 'mask': prompt['mask']}
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    model, images = self.blip.bind(params), observed['image']
+    model, images = self.model_part.bind(params), observed['image']
+    # one row of text for each candidate, because the cross-attention runs row by row
     text, mask = (jnp.repeat(vctx[name], images.shape[1], axis=0) for name in ('text', 'mask'))
 
-    def reward(rows):
-      tokens = model.vision(preprocess_pictures(rows, self.blip.config.size))
-      return model.reward(model.fuse(text, mask, tokens)[0])
+    def score_rows(rows):
+      tokens = model.vision(preprocess_pictures(rows, self.model_part.config.size))
+      return model.predict_reward(model.fuse_image(text, mask, tokens)[0])
 
-    return {self.names[0]: map_images(reward, images)}
+    return {self.names[0]: map_images(score_rows, images)}
 
   def cost(self, op):
-    config = self.blip.config
+    config = self.model_part.config
     if op == 'encode':
-      return core.Cost(flops=modeling.flops(config, 'text'))
-    return core.Cost(verify=1, flops=modeling.flops(config, 'image'))
+      return core.Cost(flops=modeling.count_flops(config, 'text'))
+    return core.Cost(verify=1, flops=modeling.count_flops(config, 'image'))
 
 
 def preprocess_pictures(images, size: int):
-  """Pictures `[..., H, W, 3]` in [0, 1] as the network takes them, `[..., size, size, 3]`."""
+  """Pictures `[..., H, W, 3]` in [0, 1] to network inputs `[..., size, size, 3]`."""
   square = preprocess.center_crop(preprocess.resize_shortest(images, size), size)
-  return preprocess.normalize(square, clip.MEAN, clip.STD)
+  return preprocess.normalize_channels(square, clip.MEAN, clip.STD)

@@ -1,7 +1,7 @@
-"""Likeness to reference pictures: DINO-I or CLIP-I, the mean cosine of their embeddings.
+"""Similarity to reference pictures: DINO-I or CLIP-I, the mean cosine of embeddings.
 
-As DreamBooth (Ruiz et al. 2023, arXiv 2208.12242, section 4.1) measures whether a subject is kept:
-DINO ViT-S/16 or CLIP ViT-B/32, the average over the references of a prompt.
+DreamBooth (Ruiz et al. 2023, arXiv 2208.12242, section 4.1) measures with it whether a subject
+is preserved: DINO ViT-S/16 or CLIP ViT-B/32, averaged over the references of a prompt.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ class ImageSimilarity(ReferenceVerifier):
   settings.
 
   Attributes:
-    weights: '' is facebook/dino-vits16 or openai/clip-vit-base-patch32.
+    weights: '' selects facebook/dino-vits16 or openai/clip-vit-base-patch32.
     backbone: 'dino' (DINO or DINOv2) or 'clip'.
   """
 
   backbone: str = 'dino'
 
   @property
-  def encoder(self):
+  def model_part(self):
     weights = self.weights or DEFAULTS.get(self.backbone)
     return backbone_encoder(self.backbone, weights, self.dtype)
 
   @property
   def names(self):
-    return (f'{LABELS[self.backbone]}_{self.encoder.name}',)
+    return (f'{LABELS[self.backbone]}_{self.model_part.name}',)

@@ -1,13 +1,14 @@
-"""Inception Score oracle: log-probability of the class asked for, or the rise of the running score.
+"""Inception Score oracle: log-probability of the prompt's class, or gain of the running score.
 
-Ma et al. (2025, arXiv 2501.09732) search ImageNet with the final metric itself, for the Inception
-Score by the probability that InceptionV3 gives the class. That is `log_prob_inception_v3`, of
-prompts that are classes: they have a label, or their text is a class number. With pictures kept so
-far (`running_from`), any prompts will do and `log_is_inception_v3` is how much the logarithm of
-their Inception Score, all in one split, would rise with this picture: exact. To first order it is
-(KL(p(y|x) || p(y)) - log IS) / (n + 1), so of the candidates it prefers what is sure and rare so
-far, the first what is sure. Probabilities have no bias, as in the Inception Score. An oracle: never
-report the IS of a search on it as a finding.
+Ma et al. (2025, arXiv 2501.09732) search ImageNet with the final metric itself; for the Inception
+Score they use the probability that InceptionV3 gives to the class. That is `log_prob_inception_v3`;
+its prompts have a label, or their text is a class number. With `running_from` (the statistics of
+the pictures kept so far) any prompts are allowed. The score `log_is_inception_v3` is then the exact
+gain of the log Inception Score of these pictures, in one split, from adding this picture. To first
+order it is (KL(p(y|x) || p(y)) - log IS) / (n + 1): it prefers pictures whose class is certain and
+rare so far, while the first score only prefers certainty. The logits omit the bias, as in the
+published Inception Score. It is an oracle: never report the IS of a search that used it as a
+result.
 
 Letters: B prompts · M candidates · K classes.
 """
@@ -28,14 +29,14 @@ from vtts_jax.models.pretrained import Pretrained
 
 @dataclasses.dataclass(frozen=True)
 class InceptionScore(core.Verifier):
-  """The oracle.
+  """The Inception Score as a verifier; see the head of the file.
 
   Attributes:
     weights, dtype, preprocessing: as in `verifiers.fid`.
-    running_from: '' scores the class; else statistics of the pictures kept so far.
-    label_map: '' where classes are output numbers of the network (whose order is not ImageNet's);
-      else the file imagenet_2012_challenge_label_map_proto.pbtxt of inception-2015-12-05.tgz, and
-      classes are ImageNet's usual numbers 0 .. 999 or WordNet ids such as n01440764.
+    running_from: '' to score the class; else a file with statistics of the pictures kept so far.
+    label_map: '' if class numbers are outputs of the network (its order is not ImageNet's). Or the
+      file imagenet_2012_challenge_label_map_proto.pbtxt of inception-2015-12-05.tgz; classes are
+      then ImageNet's usual numbers 0 .. 999 or WordNet ids such as n01440764.
   """
 
   weights: str = ''
@@ -48,10 +49,10 @@ class InceptionScore(core.Verifier):
 
   def __post_init__(self):
     inception.check_preprocessing(self.preprocessing)
-    _ = self.inception  # refuses what is unknown
+    _ = self.model_part  # raises on unknown settings
 
   @property
-  def inception(self) -> Pretrained:
+  def model_part(self) -> Pretrained:
     """The network."""
     return inception.open_inception(self.weights, self.dtype)
 
@@ -60,28 +61,29 @@ class InceptionScore(core.Verifier):
     return ('log_is_inception_v3' if self.running_from else 'log_prob_inception_v3',)
 
   def check(self):
-    _ = self.inception.config
+    _ = self.model_part.config
 
   def load(self):
-    params = {'inception': self.inception.load()}
+    params = {'inception': self.model_part.load()}
     if not self.running_from:
       return params
     stats.check_preprocessing(
       self.running_from, stats.read_arrays(self.running_from), self.preprocessing
     )
-    return self.update_statistics(params, stats.Statistics.load(self.running_from))
+    return self.update_statistics(params, stats.Statistics.read_npz(self.running_from))
 
   def update_statistics(self, params, kept: stats.Statistics):
-    """Parameters for other pictures kept: `kept + Statistics.of(features, logits)` of new ones."""
+    """Parameters for the pictures `kept`; `kept + Statistics.of_batch(..)` adds new ones."""
     return params | {'statistics': tabulate_is(kept)}
 
   def tokenize(self, prompts):
-    """The network's output for each prompt, `{'output': [B]}`; nothing with `running_from`."""
+    """The network's output for each prompt, `{'output': [B]}`; {} with `running_from`."""
     if self.running_from:
       return {}
     setting = 'verifier.label_map'
     if not self.label_map:
-      return {'output': classes.class_labels(prompts, self.inception.config.classes, setting)}
+      return {'output': classes.class_labels(prompts, self.model_part.config.classes, setting)}
+    # the network's outputs are not in ImageNet's order: the label map translates
     ids, outputs = classes.inception_outputs(self.label_map, setting)
     return {'output': outputs[classes.class_labels(prompts, len(ids), setting, ids)]}
 
@@ -90,26 +92,26 @@ class InceptionScore(core.Verifier):
     images = observed['image']
     rows = images.reshape(-1, *images.shape[2:])
     _, logits = inception.features_and_logits(
-      self.inception, params['inception'], rows, self.preprocessing
+      self.model_part, params['inception'], rows, self.preprocessing
     )
     logs = jax.nn.log_softmax(logits).reshape(*images.shape[:2], -1)
     if self.running_from:
       return {self.names[0]: log_is_gain(params['statistics'], logs)}
-    # a product and not a gather: so a NaN stays with its picture
+    # a product instead of a gather, so that a NaN stays with its picture
     chosen = jax.nn.one_hot(vctx['output'], logs.shape[-1])[:, None]
     return {self.names[0]: jnp.sum(logs * chosen, -1)}
 
   def cost(self, op):
     if op == 'encode':
       return core.Cost()
-    return core.Cost(verify=1, flops=modeling.flops(self.inception.config))
+    return core.Cost(verify=1, flops=modeling.count_flops(self.model_part.config))
 
 
 def tabulate_is(kept: stats.Statistics) -> dict:
-  """What `log_is_gain` needs of the pictures kept.
+  """Tables for `log_is_gain`, from the pictures kept.
 
   Raises:
-    ConfigError: there are none.
+    ConfigError: no pictures are kept.
   """
   if kept.count < 1:
     raise ConfigError('running_from: no pictures kept; at least 1 is needed')
@@ -118,11 +120,12 @@ def tabulate_is(kept: stats.Statistics) -> dict:
 
 
 def log_is_gain(tables, logs):
-  """log IS with each picture added minus log IS now, `[...]`, of log-probabilities `[..., K]`.
+  """log IS after adding each picture minus log IS now, `[...]`, of log-probabilities `[..., K]`.
 
-  Written so that nothing large cancels: H(q) - H(p) with q = p + (x - p) / (n + 1) is
-  - sum (q - p) log p - sum q log(q / p).
+  To avoid the difference of two large entropies, H(q) - H(p) with q = p + (x - p) / (n + 1) is
+  written as - sum (q - p) log p - sum q log(q / p).
   """
+  # a class never seen so far has p = 0; the bound keeps its logarithm finite
   share, p = 1 / (tables['n'] + 1), jnp.maximum(tables['p'], 1e-30)
   x = jnp.exp(logs)
   step = share * (x - p)

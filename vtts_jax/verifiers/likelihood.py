@@ -1,5 +1,4 @@
-"""Log-probability per token under the generator itself: a verifier that looks at no picture and
-decodes nothing."""
+"""Log-probability per token under the generator itself; the verifier needs no decoded picture."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""PickScore: which picture people would pick for a prompt, by a CLIP H/14 tuned on their choices.
+"""PickScore: which picture people prefer for a prompt, by a CLIP H/14 trained on their choices.
 
 The score `pickscore_h14` is the published one, the scaled cosine (about 20). Kirstain et al. 2023,
 arXiv 2305.01569; github.com/yuvalkirstain/PickScore; models/clip.
@@ -11,8 +11,8 @@ from vtts_jax.verifiers.parts.dual_encoder import H14, DualEncoder
 
 @dataclasses.dataclass(frozen=True)
 class PickScore(DualEncoder):
-  """PickScore v1; `DualEncoder` has the settings. The tokenizer is that of the CLIP it was tuned
-  from."""
+  """PickScore v1; `DualEncoder` has the settings. The tokenizer is that of the CLIP that PickScore
+  was fine-tuned from."""
 
   weights: str = 'yuvalkirstain/PickScore_v1'
   tokenizer: str = H14
@@ -21,9 +21,9 @@ class PickScore(DualEncoder):
 
   @property
   def names(self):
-    return (self.published('pickscore_h14'),)
+    return (self.published_name('pickscore_h14'),)
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    cosine = self.cosine(params, vctx, observed['image'])
-    return {self.names[0]: self.pretrained.bind(params).logits(cosine)}
+    cosine = self.cosine_scores(params, vctx, observed['image'])
+    return {self.names[0]: self.model_part.bind(params).pair_logits(cosine)}

@@ -1,8 +1,8 @@
-"""Likeness of a sample to what was predicted of it earlier: no label, no reference.
+"""Self-consistency: similarity of a sample to an earlier prediction of it; needs no reference.
 
-Ma et al. (2025, arXiv 2501.09732), the self-supervised verifier: the cosine of the DINO (or CLIP)
-embeddings of a prediction of the clean picture at a low noise level, which the generator shows as
-'early_image', and of the final sample.
+This is the self-supervised verifier of Ma et al. (2025, arXiv 2501.09732): the cosine of the DINO
+(or CLIP) embeddings of the final sample and of the clean picture predicted at a low noise level,
+which the generator shows as 'early_image'.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ class SelfConsistency(EncoderVerifier):
   """Score `self_consistency_<model>`, in [-1, 1]; `EncoderVerifier` has the other settings.
 
   Attributes:
-    weights: '' is facebook/dinov2-base or openai/clip-vit-base-patch32.
+    weights: '' selects facebook/dinov2-base or openai/clip-vit-base-patch32.
     backbone: 'dino' (DINO or DINOv2) or 'clip'.
   """
 
@@ -27,15 +27,15 @@ class SelfConsistency(EncoderVerifier):
   images_read = 2
 
   @property
-  def encoder(self):
+  def model_part(self):
     weights = self.weights or DEFAULTS.get(self.backbone)
     return backbone_encoder(self.backbone, weights, self.dtype)
 
   @property
   def names(self):
-    return (f'self_consistency_{self.encoder.name}',)
+    return (f'self_consistency_{self.model_part.name}',)
 
   def score(self, params, vctx, observed):
-    """Images and their early predictions, both `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
+    """Images and their early predictions, both `[B, M, H, W, 3]`, to `{name: [B, M]}`."""
     last, early = (self.embed_images(params, observed[name]) for name in ('image', 'early_image'))
     return {self.names[0]: (last * early).sum(-1)}

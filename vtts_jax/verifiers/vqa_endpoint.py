@@ -1,9 +1,9 @@
 """VQAScore by a model behind an OpenAI-compatible endpoint: P(yes) of its next word, in 0 .. 1.
 
-Each picture is one request, to `<url>/chat/completions`. The answer holds the probabilities of the
-most likely next tokens; the score is that of "yes" in any spelling over that of "yes" and "no". The
-model is part of the score's name. After Lin et al. (2024), arXiv 2404.01291, whose own code reads
-P("yes") alone of such models, unnormalised.
+Each picture is one request to `<url>/chat/completions`. The answer contains the probabilities of
+the most likely next tokens; the score is P(yes) / (P(yes) + P(no)), over all spellings. The model
+is part of the score's name. After Lin et al. (2024), arXiv 2404.01291; for such models their code
+uses P("yes") alone, unnormalised.
 
 Letters: B prompts · M candidates · H W sides of an image.
 """
@@ -25,23 +25,24 @@ from vtts_jax.errors import ConfigError
 from vtts_jax.verifiers.parts import http
 from vtts_jax.verifiers.vqa_score import QUESTION, check_question
 
-TOP_TOKENS = 20  # most that OpenAI's endpoint gives
+TOP_TOKENS = 20  # the largest number that OpenAI's endpoint allows
 
 
 @dataclasses.dataclass(frozen=True)
 class VqaEndpoint(core.Verifier):
-  """A chat model that answers; a search with it runs in the stepped driver.
+  """A chat model that answers a question about the picture; a search with it runs in the stepped
+  driver.
 
   Attributes:
-    url: of the endpoint, up to and with its version: `http://localhost:8000/v1`.
-    chat_model: as the endpoint calls it; it must read pictures and give `logprobs`.
-    question: what is asked; '{}' is the prompt.
-    concurrency: requests under way at once.
-    timeout: seconds for one request.
-    retries: further tries after a failed request, waiting 1, 2, 4, ... times `backoff` seconds.
-    backoff: seconds.
-    key_env: name of the environment variable with the key, '' for an endpoint that wants none. The
-      key itself is never a setting.
+    url: base address of the endpoint, including its version: `http://localhost:8000/v1`.
+    chat_model: name of the model at the endpoint; it must read pictures and return `logprobs`.
+    question: the question; '{}' stands for the prompt.
+    concurrency: largest number of simultaneous requests.
+    timeout: seconds that one request may take.
+    retries: how often a failed request is repeated, after 1, 2, 4, ... times `backoff` seconds.
+    backoff: seconds before the first repetition.
+    key_env: name of the environment variable that holds the key; '' for an endpoint without one.
+      The key itself is never a setting, so it is never written to a result.
   """
 
   url: str = 'https://api.openai.com/v1'
@@ -57,6 +58,7 @@ class VqaEndpoint(core.Verifier):
 
   def __post_init__(self):
     place = urllib.parse.urlsplit(self.url)
+    # a url is written to results and error messages, so it must not carry secrets
     if place.username or place.password or place.query:
       raise ConfigError(
         'verifier.url: must have no user, password or query; the key is read from the environment '
@@ -68,7 +70,7 @@ class VqaEndpoint(core.Verifier):
       raise ConfigError("verifier.chat_model='': must be a model of the endpoint's")
     check_question(self.question)
     http.check_at_least(self, concurrency=1, retries=0, timeout=0, backoff=0)
-    # what is no name may be the key itself, so the message does not repeat it
+    # a value that is not a name may be the key itself, so the message does not repeat it
     if not re.fullmatch(r'([A-Za-z_]\w*)?', self.key_env, re.ASCII):
       raise ConfigError(
         'verifier.key_env: must be the name of an environment variable (letters, digits, _), and '
@@ -81,7 +83,7 @@ class VqaEndpoint(core.Verifier):
     return (f'vqa_score_{short}',)
 
   def check(self):
-    self._headers()
+    self._request_headers()
 
   def tokenize(self, prompts):
     texts = core.texts_of(prompts)
@@ -92,22 +94,26 @@ class VqaEndpoint(core.Verifier):
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`; NaN for a picture that is not finite."""
-    headers = self._headers()
+    headers = self._request_headers()
     images = np.asarray(observed['image'])
     b, m = images.shape[:2]
     texts = [text for text in http.unpack_texts(vctx) for _ in range(m)]
-    ask = functools.partial(self._ask, headers)
+    ask = functools.partial(self._request_score, headers)
     with ThreadPoolExecutor(self.concurrency) as pool:
       scores = list(pool.map(ask, texts, images.reshape(b * m, *images.shape[2:])))
     return {self.names[0]: np.array(scores, np.float32).reshape(b, m)}
 
-  def _headers(self):
-    """The only place that reads the key."""
+  def _request_headers(self):
+    """HTTP headers; the only place that reads the key.
+
+    Raises:
+      ConfigError: the environment variable is not set or contains impossible characters.
+    """
     if not self.key_env:
       return {}
     key = os.environ.get(self.key_env, '').strip()
     problem = '' if key else 'is not set'
-    # http.client would quote such a header in its own error
+    # with other characters http.client would raise an error that quotes the header
     if not re.fullmatch(r'[!-~]*', key):
       problem = 'has characters that no key has'
     if problem:
@@ -117,7 +123,8 @@ class VqaEndpoint(core.Verifier):
       )
     return {'Authorization': f'Bearer {key}'}
 
-  def _ask(self, headers, prompt, image):
+  def _request_score(self, headers, prompt, image):
+    """P(yes) for one picture `[H, W, 3]`; NaN for a picture that is not finite."""
     if not np.isfinite(image).all():
       return math.nan
     picture = {
@@ -138,11 +145,16 @@ class VqaEndpoint(core.Verifier):
       url, json.dumps(body).encode(), {'Content-Type': 'application/json'}
     )
     for name, value in headers.items():
-      request.add_unredirected_header(name, value)  # a host that is redirected to must not get it
-    return http.ask_endpoint(self, request, self._read)
+      # a host that the endpoint redirects to must not receive the key
+      request.add_unredirected_header(name, value)
+    return http.ask_endpoint(self, request, self._read_probability)
 
-  def _read(self, answer):
-    """P(yes) of one answer; a RuntimeError, which is not tried again, where it has none."""
+  def _read_probability(self, answer):
+    """P(yes) of one answer.
+
+    Raises:
+      RuntimeError: the answer has no log-probabilities; the request is not repeated.
+    """
     try:
       top = answer['choices'][0]['logprobs']['content'][0]['top_logprobs']
       pairs = [(each['token'], float(each['logprob'])) for each in top]
@@ -158,10 +170,11 @@ class VqaEndpoint(core.Verifier):
 
 
 def probability_of_yes(pairs) -> float:
-  """P(yes) / (P(yes) + P(no)) of pairs (token, log-probability), over all spellings of the two; NaN
-  where neither is among them."""
+  """P(yes) / (P(yes) + P(no)) of pairs (token, log-probability), summed over all spellings; NaN if
+  neither word occurs."""
   total = {'yes': 0.0, 'no': 0.0}
   for token, log_prob in pairs:
+    # ' Yes', 'yes.' and '_YES' are the same word
     word = re.sub(r'[\W_]', '', token).casefold()
     if word in total:
       total[word] += math.exp(log_prob)

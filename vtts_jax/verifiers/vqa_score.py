@@ -1,8 +1,8 @@
 """VQAScore: how sure CLIP-FlanT5 is that the picture shows the prompt, in 0 .. 1.
 
-The backbone is part of the score's name (`vqa_score_clip_flant5_xl`). As published the number is
-exp of the mean log-probability of the answer's tokens, which are "Yes" and the end: the root of
-P(Yes) P(end | Yes). Lin et al. (2024), arXiv 2404.01291; models/clip_flant5.
+The backbone is part of the score's name (`vqa_score_clip_flant5_xl`). As published, the score is
+exp of the mean log-probability of the answer's tokens, "Yes" and the end token. That is the square
+root of P(Yes) P(end | Yes). Lin et al. (2024), arXiv 2404.01291; models/clip_flant5.
 
 Letters: B prompts · M candidates · H W sides of an image · A tokens of the answer.
 """
@@ -20,7 +20,7 @@ from vtts_jax.models.pretrained import Pretrained
 from vtts_jax.verifiers.parts.image_encoder import map_images
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
-BEFORE = (  # the picture
+BEFORE = (  # the text before the picture
   'A chat between a curious user and an artificial intelligence assistant. The assistant gives '
   "helpful, detailed, and polite answers to the user's questions. USER: "
 )
@@ -33,16 +33,15 @@ class VqaScore(core.Verifier):
   """CLIP-FlanT5 answers whether the picture shows the prompt.
 
   Attributes:
-    weights: as in `models.pretrained`. The published file is a pickle: models/clip_flant5/README.md
-      has the two lines that save it anew. A checkpoint without its image tower is named together
-      with the CLIP that has it, 'LANGUAGE+VISION' (`openai/clip-vit-large-patch14-336` is the
-      published one).
-    tokenizer: folder or repository with the tokenizer of T5; random weights hash the words.
-    dtype: of the weights, 'float32' or 'bfloat16', which the published numbers are made with.
-    question: what is asked; '{}' is the prompt.
-    answer: whose likelihood is the score.
-    length: tokens of the question, padding among them; the published code pads to the longest
-      (of up to 2048). Of a longer prompt the end is cut.
+    weights: as in `models.pretrained`. The published file is a pickle; models/clip_flant5/README.md
+      has the two lines that convert it. If the checkpoint lacks its image tower, name it together
+      with the CLIP that has it: 'LANGUAGE+VISION' (published: `openai/clip-vit-large-patch14-336`).
+    tokenizer: folder or repository with T5's tokenizer; random weights hash the words instead.
+    dtype: dtype of the weights, 'float32' or 'bfloat16'; the published numbers used bfloat16.
+    question: the question; '{}' stands for the prompt.
+    answer: the answer whose likelihood is the score.
+    length: tokens that a question is padded to. The published code pads to the longest question
+      (at most 2048). The end of a longer prompt is cut off.
   """
 
   weights: str = 'zhiqiulin/clip-flant5-xl'
@@ -55,7 +54,7 @@ class VqaScore(core.Verifier):
   gives = frozenset({'gradient'})
 
   def __post_init__(self):
-    _ = self.clip_flant5  # refuses what is unknown
+    _ = self.model_part  # raises on unknown settings
     check_question(self.question)
     if not self.answer.strip():
       raise ConfigError(f'verifier.answer={self.answer!r}: must have words')
@@ -63,67 +62,68 @@ class VqaScore(core.Verifier):
       raise ConfigError(f'verifier.length={self.length}: must be in 1 .. {MAX_LENGTH}')
 
   @property
-  def clip_flant5(self) -> Pretrained:
-    """The model."""
+  def model_part(self) -> Pretrained:
+    """CLIP-FlanT5."""
     return Pretrained('clip_flant5', self.weights, self.dtype)
 
   @property
   def names(self):
-    return (f'vqa_score_{self.clip_flant5.name}',)
+    return (f'vqa_score_{self.model_part.name}',)
 
   def check(self):
-    _ = self.clip_flant5.config
+    _ = self.model_part.config
 
   def load(self):
-    return self.clip_flant5.load()
+    return self.model_part.load()
 
   def shardings(self, mesh):
-    return self.clip_flant5.shardings(mesh)
+    return self.model_part.shardings(mesh)
 
   def tokenize(self, prompts):
-    """Ids of what stands before the picture `[B, .]`, after it `[B, length]`, of the answer `[B,
-    A]`."""
+    """Token ids of the text before the picture `[B, .]`, after it `[B, length]`, and of the answer
+    `[B, A]`."""
     template = AFTER.replace('{}', self.question)
     ids, mask = self._token_ids(core.texts_of(prompts), self.length, template)
     before, answer = (np.tile(row, (len(ids), 1)) for row in self._fixed_ids())
     return {'before': before, 'after': ids, 'mask': mask, 'answer': answer}
 
   def _fixed_ids(self):
-    """Ids before the picture and of the answer, each with its end."""
+    """Ids of the text before the picture and of the answer, without padding."""
     found = (self._token_ids([text], 512, '{}') for text in (BEFORE, self.answer))
     return [ids[0][mask[0] > 0] for ids, mask in found]
 
   def _token_ids(self, texts, length, template):
-    place = '' if self.clip_flant5.is_random else self.tokenizer
-    return tokenizers.tokenize_texts(texts, place, length, self.clip_flant5.config.words, template)
+    place = '' if self.model_part.is_random else self.tokenizer
+    return tokenizers.tokenize_texts(texts, place, length, self.model_part.config.words, template)
 
   def encode(self, params, prompt):
-    """The words' embeddings; all else depends on the picture."""
-    embed = self.clip_flant5.bind(params).encoder.embed
+    """Embeddings of the words; all other computation depends on the picture."""
+    # T5 reads text and picture patches together, so its encoder cannot run per prompt
+    embed = self.model_part.bind(params).encoder.embed
     words = {name: embed(prompt[name]) for name in ('before', 'after')}
     return {**words, 'mask': prompt['mask'], 'answer': prompt['answer']}
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
-    images, config = observed['image'], self.clip_flant5.config
-    model = self.clip_flant5.bind(params)
+    images, config = observed['image'], self.model_part.config
+    model = self.model_part.bind(params)
     words = {name: jnp.repeat(value, images.shape[1], axis=0) for name, value in vctx.items()}
 
-    def likelihood(rows):
+    def score_rows(rows):
       patches = model.embed_images(modeling.preprocess(config, rows))
-      return model.likelihood(image=patches, **words)
+      return model.answer_likelihood(image=patches, **words)
 
-    return {self.names[0]: map_images(likelihood, images)}
+    return {self.names[0]: map_images(score_rows, images)}
 
   def cost(self, op):
     if op == 'encode':
       return core.Cost()
     before, answer = map(len, self._fixed_ids())
-    flops = modeling.flops(self.clip_flant5.config, before, self.length, answer)
+    flops = modeling.count_flops(self.model_part.config, before, self.length, answer)
     return core.Cost(verify=1, flops=flops)
 
 
 def check_question(question: str) -> None:
-  """Raises `ConfigError` unless it has one place for the prompt."""
+  """Raises `ConfigError` unless the question contains '{}' exactly once."""
   if question.count('{}') != 1:
     raise ConfigError(f"verifier.question={question!r}: must have '{{}}' once, for the prompt")

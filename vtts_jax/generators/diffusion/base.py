@@ -1,16 +1,16 @@
-"""The base of diffusion and flow generators: from noise to a picture in steps.
+"""The base of diffusion and flow generators: steps from noise to a picture.
 
-The author of a family writes what its models do:
+The author of a family writes what is particular to its models:
 
-  model_parts()                                 which models there are
+  model_parts()                                 the models
   tokenize(prompts) · encode(params, prompt)    prompts to a context, leaves `[B, C, ...]`
-  predict(params, ctx, x, t)                    the network, for all streams of guidance at once
+  predict(params, ctx, x, t)                    the network, on all guidance streams at once
   decode(params, x)                             data `[B, N, ...]` to pictures
-  flops(op)                                     of 'encode', 'predict' (all streams), 'decode'
+  count_flops(op)                               of 'encode', 'predict' (all streams), 'decode'
 
-and the facts `data_shape` and `decoded_output`. Four small frozen dataclasses say the rest: `path`
-and `predictor`, which a family sets, `stepper` and `guide`, which settings make. A stage is a group
-of `steps_per_stage` steps. What is shown is the decoded end point that the last step predicted.
+and the facts `data_shape` and `decoded_output`. Four small frozen dataclasses define the rest: the
+family sets `path` and `predictor`, the settings make `stepper` and `guidance_rule`. A stage is a
+group of `steps_per_stage` steps. A candidate shows the decoded data that its last step predicted.
 
 Letters: B prompts, N candidates, C streams.
 """
@@ -24,10 +24,11 @@ import numpy as np
 
 from vtts_jax import core
 from vtts_jax.errors import ConfigError
-from vtts_jax.generators.diffusion import guidance, paths, steppers
+from vtts_jax.generators.diffusion import guidance, paths, schedules, steppers
 from vtts_jax.generators.guided_models import GuidedModels
 
-# what is folded into a candidate's key besides the steps 0, 1 ...: all different
+# A step folds its number 0, 1 ... into the candidate's key. These tags are far above any number of
+# steps, so no other draw repeats the noise of a step.
 INITIAL, PERTURB, RENOISE = core.CHILD - 1, core.CHILD - 2, core.CHILD - 3
 
 
@@ -35,29 +36,34 @@ class State(NamedTuple):
   """Candidates; leaves `[B, N, *data_shape]`, float32.
 
   Attributes:
-    x: the point on the path.
-    noise: the initial noise, which is the candidate where no step draws any.
-    end: the data predicted by the last step; 0 before the first.
-    early: the same of step `early_at` at most, or ().
+    x: the current point on the path.
+    noise: the initial noise; it determines the candidate where steps draw no noise.
+    end: the data that the last step predicted; 0 before the first step.
+    early: the data that step `early_at` predicted (the latest step before it, until then); () if
+      none are kept.
+    end_time: `[B, N]`, the time at which `end` was predicted, -1 before the first step: with `end`
+      all that a multistep method reads; () for the others.
+    memory: what guidance with momentum remembers of earlier steps; () for the others.
   """
 
   x: jax.Array
   noise: jax.Array
   end: jax.Array
   early: Any = ()
+  end_time: Any = ()
+  memory: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionGenerator(GuidedModels, core.Generator):
-  """See above.
+  """See the head of the file.
 
   Attributes:
-    steps: of the sampler.
-    steps_per_stage: how many of them are a stage; it must divide `steps`. A sample does not depend
-      on it.
-    eta: share of the noise that each step draws afresh, in [0, 1].
-    early_at: the last step whose predicted end point is kept, to be shown as 'early_image' (of
-      `verifiers.self_consistency`); 0 keeps none.
+    steps: number of denoising steps.
+    steps_per_stage: steps of one stage; it must divide `steps` and does not change the sample.
+    eta: share of the noise that each step draws fresh, in [0, 1].
+    early_at: number of steps after which the predicted data are kept, to be shown as 'early_image'
+      (`verifiers.self_consistency` needs it); 0 keeps none.
   """
 
   steps: int = 24
@@ -67,6 +73,7 @@ class DiffusionGenerator(GuidedModels, core.Generator):
 
   path = paths.LinearPath()
   predictor = guidance.VelocityPredictor()
+  noise_scale = 1.0  # of the initial noise: the first sigma on EDM's path
 
   def __post_init__(self):
     super().__post_init__()
@@ -85,27 +92,33 @@ class DiffusionGenerator(GuidedModels, core.Generator):
 
   @property
   def data_shape(self) -> tuple[int, ...]:
-    """Of one x, such as (H, W, C) of a latent."""
+    """The shape of one x, such as (H, W, C) of a latent."""
     raise NotImplementedError
 
   @property
   def decoded_output(self) -> core.Output:
-    """What `decode` gives; its kind is its name among the outputs."""
+    """What `decode` returns; its kind is also its name among the outputs."""
     raise NotImplementedError
 
   def predict(self, params, ctx, x: jax.Array, t: jax.Array) -> jax.Array:
-    """The network's output like x at x `[B, C, N, *data_shape]` and times t `[B, C, N]`; leaves of
-    ctx are `[B, C, ...]`. `flatten_rows` makes rows of them."""
+    """The network's output, shaped like x, at x `[B, C, N, *data_shape]` and times t `[B, C, N]`;
+    leaves of ctx are `[B, C, ...]`. `flatten_rows` turns all three into rows."""
     raise NotImplementedError
 
   def decode(self, params, x: jax.Array) -> jax.Array:
-    """`[B, N, *decoded_output.shape]` of data `[B, N, *data_shape]`."""
+    """Data `[B, N, *data_shape]` to outputs `[B, N, *decoded_output.shape]`."""
     raise NotImplementedError
 
   @property
-  def times(self) -> np.ndarray:
-    """Times `[steps + 1]` float32 of the sampler, from 0 to 1; a family may shift them."""
-    return np.arange(self.steps + 1, dtype=np.float32) / np.float32(self.steps)
+  def step_times(self) -> np.ndarray:
+    """Times `[steps + 1]` float32 between the steps, from 0 to 1; a family may shift them."""
+    return schedules.even_times(self.steps)
+
+  @property
+  def landing_times(self) -> np.ndarray:
+    """Times `[steps]` where the steps end: where the next one starts, except with diffusers' DDIM
+    (`schedules.ddim_times`)."""
+    return self.step_times[1:]
 
   # ------------------------------------------------------------------------------------- the facts
 
@@ -114,7 +127,7 @@ class DiffusionGenerator(GuidedModels, core.Generator):
     return steppers.EulerStepper(self.eta)
 
   @property
-  def guide(self):
+  def guidance_rule(self):
     return guidance.ClassifierFreeGuidance(self.guidance_scale)
 
   @property
@@ -124,6 +137,7 @@ class DiffusionGenerator(GuidedModels, core.Generator):
   @property
   def outputs(self):
     shown = self.decoded_output
+    # the second output exists only where a step keeps what it shows
     early = {f'early_{shown.kind}': shown} if self.early_at else {}
     return {shown.kind: shown, **early}
 
@@ -135,24 +149,30 @@ class DiffusionGenerator(GuidedModels, core.Generator):
   # ---------------------------------------------------------------------------------- the protocol
 
   def init(self, params, ctx, keys):
-    return self._start(self._draw_noise(core.fold(keys, INITIAL)))
+    # folded, so that the initial noise and the noise of step 0 differ
+    return self.start_state(self._draw_noise(core.fold(keys, INITIAL)))
 
   def extend(self, params, ctx, state, keys, stage, count, *, greedy=False):
-    times = jnp.asarray(self.times)
-    split = lambda x, t: self._split(params, ctx, x, t)
+    stepper = self.stepper.deterministic if greedy else self.stepper
+    times, landings = jnp.asarray(self.step_times), jnp.asarray(self.landing_times)
 
-    def step(state, i):
-      t, after = (self._spread(times[j]) for j in (i, i + 1))
-      draws = self.stepper.is_stochastic and not greedy
-      fresh = self._draw_noise(core.fold(keys, i)) if draws else None
-      x, end = self.stepper.step(split, self.path, state.x, t, after, fresh)
-      early = ()
+    def denoise(state, i):
+      t, after = (self._broadcast_to_data(a[i]) for a in (times, landings))
+      fresh = self._draw_noise(core.fold(keys, i)) if stepper.is_stochastic else None
+      split = self._bind_split(params, ctx, state.memory)
+      before = self._step_before(state) if stepper.is_multistep else None
+      x, end = stepper.take_step(split, self.path, state.x, t, after, fresh, before)
+      early, end_time = state.early, state.end_time
       if self.early_at:
-        early = jnp.where(self._spread(i < self.early_at), end, state.early)
-      return State(x, state.noise, end, early)
+        early = jnp.where(self._broadcast_to_data(i < self.early_at), end, early)
+      if self.stepper.is_multistep:
+        end_time = jnp.broadcast_to(times[i], x.shape[:2])
+      memory = split.memories[0] if self.guidance_rule.momentum else ()
+      return State(x, state.noise, end, early, end_time, memory)
 
     size = self.steps_per_stage
-    return core.run_stages(step, state, stage * size, count * size, self.steps)
+    # run_stages counts steps here, so a stage per candidate becomes a step per candidate
+    return core.run_stages(denoise, state, stage * size, count * size, self.steps)
 
   def observe(self, params, ctx, state, stage, names):
     shown = {self.decoded_output.kind: state.end, f'early_{self.decoded_output.kind}': state.early}
@@ -162,69 +182,113 @@ class DiffusionGenerator(GuidedModels, core.Generator):
     return {name: self.decode(params, shown[name]) for name in names}
 
   def perturb(self, state, keys, scale):
-    """Neighbours at stage 0, whose initial noise is that of the candidates (at any stage) turned by
-    the angle `scale` (radians, a scalar or `[B, N]`) in a random direction.
+    """Neighbours at stage 0: the initial noise of the candidates (at any stage), rotated by the
+    angle `scale` (radians, a scalar or `[B, N]`) in a random direction.
 
-    The norm is kept, since that of Gaussian noise is nearly constant: noise of another norm is none
-    that the model was trained on. An angle of pi / 2 is an independent draw.
+    A rotation keeps the norm. Gaussian noise in many dimensions has a nearly constant norm, and the
+    model has seen no other in training. An angle of pi / 2 gives an independent draw.
     """
+    # the rotation plane is spanned by the noise and the part of a fresh draw orthogonal to it
     axes = tuple(range(2, state.noise.ndim))
     dot = lambda a, b: jnp.sum(a * b, axes, keepdims=True)
-    noise, angle = state.noise, self._spread(jnp.asarray(scale))
+    noise, angle = state.noise, self._broadcast_to_data(jnp.asarray(scale))
     fresh = self._draw_noise(core.fold(keys, PERTURB))
     across = fresh - noise * dot(fresh, noise) / dot(noise, noise)
     across = across * jnp.sqrt(dot(noise, noise) / dot(across, across))
-    return self._start(jnp.cos(angle) * noise + jnp.sin(angle) * across)
+    return self.start_state(jnp.cos(angle) * noise + jnp.sin(angle) * across)
 
   def renoise(self, state, keys, stage, to):
-    """See `core.Generator`; `to` <= `stage`, both may be traced. The noise that is at the start of
-    the path is the initial noise of a candidate; one that is taken back to `to` > 0 keeps its
-    own."""
-    times = jnp.asarray(self.times)
-    t, earlier = (self._spread(times[jnp.asarray(s) * self.steps_per_stage]) for s in (stage, to))
+    """As in `core.Generator`, with `to` <= `stage`; both may be traced. A candidate taken back to
+    stage 0 gets its x as new initial noise, others keep their own."""
+    times, size = jnp.asarray(self.step_times), self.steps_per_stage
+    t, earlier = (self._broadcast_to_data(times[jnp.asarray(s) * size]) for s in (stage, to))
     fresh = self._draw_noise(core.fold(keys, RENOISE))
     x = paths.return_to(self.path, state.x, t, earlier, fresh)
-    at_start = self._spread(jnp.asarray(to) == 0)
-    return state._replace(x=x, noise=jnp.where(at_start, x, state.noise))
+    at_start = self._broadcast_to_data(jnp.asarray(to) == 0)
+    state = state._replace(x=x, noise=jnp.where(at_start, x / self.noise_scale, state.noise))
+    # what earlier steps predicted lies on another trajectory: multistep methods start anew
+    restart = {}
+    if self.stepper.is_multistep:
+      restart['end_time'] = jnp.full_like(state.end_time, -1)
+    if self.guidance_rule.momentum:
+      restart['memory'] = jnp.zeros_like(state.memory)
+    return state._replace(**restart)
+
+  def step_log_probs(self, params, ctx, x, landed, step) -> jax.Array:
+    """The log-density `[B, N]`, float32, of the point `landed` at which denoising step `step` (may
+    be traced) from x ended, both `[B, N, *data_shape]`; differentiable in params. Steps without
+    noise give 0.
+
+    Raises:
+      ConfigError: the stepper's step is not Gaussian, or needs the step before.
+    """
+    if self.stepper.is_multistep or self.guidance_rule.momentum:
+      raise ConfigError(f'generator: {self.stepper} has a step that x alone does not determine')
+    t, after = (self._broadcast_to_data(jnp.asarray(a)[step]) for a in
+                (self.step_times, self.landing_times))  # fmt: skip
+    split = self._bind_split(params, ctx, ())
+    mean, deviation, _ = self.stepper.transition(split, self.path, x, t, after)
+    return steppers.gaussian_log_prob(landed, mean, deviation, tuple(range(2, x.ndim)))
 
   def cost(self, op, stage=0, count=1):
     if op == 'encode':
-      return core.Cost(flops=self.flops('encode'))
+      return core.Cost(flops=self.count_flops('encode'))
     if op.startswith('observe:'):
-      return core.Cost(observe=1, flops=self.flops('decode'))
-    if op in ('rebuild_cache', 'perturb', 'renoise'):  # no network is run
+      return core.Cost(observe=1, flops=self.count_flops('decode'))
+    # these calls run no network
+    if op in ('rebuild_cache', 'perturb', 'renoise'):
       return core.Cost()
     stages = {'extend': count, 'fork': 1}[op]
     evals = stages * self.steps_per_stage * self.stepper.evaluations
-    return core.Cost(generator=evals, flops=evals * self.flops('predict'))
+    return core.Cost(generator=evals, flops=evals * self.count_flops('predict'))
 
   # ------------------------------------------------------------------------------------- own parts
 
-  def _start(self, noise):
-    # four buffers: a state that is donated must not hold one of them twice
-    early = jnp.zeros_like(noise) if self.early_at else ()
-    return State(noise, jnp.copy(noise), jnp.zeros_like(noise), early)
+  def start_state(self, noise):
+    """A state at stage 0 of initial noise `[B, N, *data_shape]`."""
+    # copies: a donated state must not hold one buffer twice
+    zeros = lambda wanted: jnp.zeros_like(noise) if wanted else ()
+    end_time = jnp.full(noise.shape[:2], -1.0) if self.stepper.is_multistep else ()
+    memory = zeros(self.guidance_rule.momentum)
+    x = noise * self.noise_scale
+    return State(x, jnp.copy(noise), jnp.zeros_like(noise), zeros(self.early_at), end_time, memory)
+
+  def _step_before(self, state):
+    return steppers.Before(state.end, self._broadcast_to_data(state.end_time))
 
   def _draw_noise(self, keys):
     """Standard normal `[B, N, *data_shape]`, one draw for each key `[B, N]`."""
     draw = jax.vmap(lambda key: jax.random.normal(key, self.data_shape))
     return draw(keys.reshape(-1)).reshape(*keys.shape, *self.data_shape)
 
-  def _spread(self, value):
-    """A scalar or `[B, N]` with axes that broadcast against x."""
+  def _broadcast_to_data(self, value):
+    """A scalar or `[B, N]`, given trailing axes that broadcast against x."""
     return jnp.reshape(value, (*jnp.shape(value), *(1 for _ in self.data_shape)))
 
-  def _split(self, params, ctx, x, t):
-    """(data, noise) that the guided network believes in at x `[B, N, ...]`."""
-    lead, streams = x.shape[:2], len(self.streams)
-    rows = jnp.repeat(x[:, None], streams, axis=1)
-    times = jnp.broadcast_to(t.reshape(t.shape[: -len(self.data_shape)]), lead)
-    outputs = self.predict(params, ctx, rows, jnp.repeat(times[:, None], streams, axis=1))
-    return self.predictor.split(self.path, x, t, self.guide.combine(outputs))
+  def _bind_split(self, params, ctx, memory):
+    """The function `(x, t) -> (data, noise)`, of x `[B, N, ...]`, that the guided network is; a
+    list `memories` on it collects what guidance remembers of each call."""
+
+    def split(x, t):
+      lead, streams = x.shape[:2], len(self.guidance_streams)
+      # all streams run as one batch: one larger network call instead of two
+      rows = jnp.repeat(x[:, None], streams, axis=1)
+      times = jnp.broadcast_to(t.reshape(t.shape[: -len(self.data_shape)]), lead)
+      outputs = self.predict(params, ctx, rows, jnp.repeat(times[:, None], streams, axis=1))
+      output, kept = self.guidance_rule.combine_streams(outputs, t, memory)
+      split.memories.append(kept)
+      return self.predictor.split_output(self.path, x, t, output)
+
+    # a second call of the same step starts from the same memory; the first call's result lasts
+    split.memories = []
+    return split
 
 
 def flatten_rows(ctx, x: jax.Array, t: jax.Array):
-  """One row for each stream of each candidate: (leaves `[R, ...]` of ctx, x `[R, ...]`, t `[R]`),
-  of ctx leaves `[B, C, ...]`, x `[B, C, N, ...]`, t `[B, C, N]`."""
-  rows = lambda leaf: jnp.repeat(leaf.reshape(-1, *leaf.shape[2:]), t.shape[2], axis=0)
-  return jax.tree.map(rows, ctx), x.reshape(-1, *x.shape[3:]), t.reshape(-1)
+  """Flattens ctx leaves `[B, C, ...]`, x `[B, C, N, ...]` and t `[B, C, N]` to rows `[R, ...]`, one
+  row for each stream of each candidate; returns (ctx, x, t)."""
+
+  def repeat_rows(leaf):
+    return jnp.repeat(leaf.reshape(-1, *leaf.shape[2:]), t.shape[2], axis=0)
+
+  return jax.tree.map(repeat_rows, ctx), x.reshape(-1, *x.shape[3:]), t.reshape(-1)

@@ -1,8 +1,8 @@
 """AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752): pictures to latents and back.
 
-The diffusers layout: residual blocks with group norm, one single-head attention in the middle,
-strided 3 x 3 down, nearest-neighbour up; 4, 8 or 16 latent channels. Checked against
-`diffusers.AutoencoderKL` (tests/parity) and the golden file `autoencoderkl_a.npz`.
+The layout is that of diffusers: residual blocks with group norm, one single-head attention in the
+middle, strided 3 x 3 convolutions down, nearest-neighbour up; 4, 8 or 16 latent channels. Checked
+against `diffusers.AutoencoderKL` (tests/parity) and the golden file `autoencoderkl_a.npz`.
 
 Letters: R pictures · H W pixels · h w latent cells (H = h * downscale) · C latent channels ·
 D channels inside.
@@ -21,8 +21,8 @@ from vtts_jax.errors import ConfigError
 class Config:
   """Sizes; the names are those of the checkpoint's `config.json`.
 
-  `scaling_factor` None: not known without the checkpoint, so latents cannot be scaled. `encoder`
-  False leaves the encoder out.
+  A `scaling_factor` of None means that only the checkpoint knows it, so latents cannot be scaled.
+  `encoder=False` leaves the encoder out.
 
   Raises:
     ConfigError: channels that the groups do not divide, or no block at all.
@@ -53,7 +53,7 @@ class Config:
 
   @property
   def downscale(self) -> int:
-    """Pixels of a latent cell's side."""
+    """Side of a latent cell in pixels."""
     return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -61,10 +61,10 @@ SIZES = {
   'tiny': Config(latent_channels=3, block_out_channels=(4, 8), layers_per_block=1,
                  norm_num_groups=2, scaling_factor=1.0),
   'small': Config(latent_channels=16, block_out_channels=(16, 16, 32, 32), layers_per_block=1,
-                  norm_num_groups=8, scaling_factor=1.0),  # for timing searches on a laptop
+                  norm_num_groups=8, scaling_factor=1.0),  # to time searches on a laptop
   'sd1': Config(scaling_factor=0.18215),
   'sdxl': Config(scaling_factor=0.13025),
-  # EPFL-VILAB/flextok_vae_*: the factor stands in the checkpoint only; 1 is for random weights
+  # EPFL-VILAB/flextok_vae_*: only the checkpoint knows the factor; 1 is for random weights
   'flextok_vae_c4': Config(latent_channels=4, scaling_factor=1.0),
   'flextok_vae_c8': Config(latent_channels=8, scaling_factor=1.0),
   'flextok_vae_c16': Config(latent_channels=16, scaling_factor=1.0),
@@ -87,25 +87,30 @@ PARTS = ('decoder',)
 
 
 def part_of(c: Config, part: str) -> Config:
-  """The config of the decoder alone: a search only decodes."""
+  """Returns the config of the decoder alone: a search only decodes."""
   del part
   return dataclasses.replace(c, encoder=False)
 
 
-def norm(width, c, rngs):
+def group_norm(width, c, rngs):
+  """Returns a group norm with diffusers' epsilon."""
+  # two passes: the fast variance E[x^2] - E[x]^2 loses digits that parity needs
   return nnx.GroupNorm(width, c.norm_num_groups, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
 
-def conv(inner, outer, size, rngs, stride=1, padding=None):
+def conv_layer(inner, outer, size, rngs, stride=1, padding=None):
+  """Returns a convolution of `size` x `size`; its padding keeps the grid unless one is given."""
   padding = size // 2 if padding is None else padding
   return nnx.Conv(inner, outer, (size, size), stride, padding=padding, rngs=rngs)
 
 
 class Resnet(nnx.Module):
+  """A residual block: twice norm, silu and 3 x 3 convolution; 1 x 1 where the width changes."""
+
   def __init__(self, inner, outer, c, *, rngs):
-    self.norm1, self.conv1 = norm(inner, c, rngs), conv(inner, outer, 3, rngs)
-    self.norm2, self.conv2 = norm(outer, c, rngs), conv(outer, outer, 3, rngs)
-    self.conv_shortcut = None if inner == outer else conv(inner, outer, 1, rngs)
+    self.norm1, self.conv1 = group_norm(inner, c, rngs), conv_layer(inner, outer, 3, rngs)
+    self.norm2, self.conv2 = group_norm(outer, c, rngs), conv_layer(outer, outer, 3, rngs)
+    self.conv_shortcut = None if inner == outer else conv_layer(inner, outer, 1, rngs)
 
   def __call__(self, x):  # [R, h, w, D] -> [R, h, w, D']
     y = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -114,10 +119,10 @@ class Resnet(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Every cell looks at every cell; one head as wide as the block."""
+  """Self-attention over all cells, with one head as wide as the block."""
 
   def __init__(self, width, c, *, rngs):
-    self.group_norm = norm(width, c, rngs)
+    self.group_norm = group_norm(width, c, rngs)
     self.q, self.k, self.v, self.out = (nnx.Linear(width, width, rngs=rngs) for _ in range(4))
 
   def __call__(self, x):  # [R, h, w, D]
@@ -129,6 +134,8 @@ class Attention(nnx.Module):
 
 
 class Middle(nnx.Module):
+  """Residual block, attention, residual block, at the smallest grid."""
+
   def __init__(self, width, c, *, rngs):
     self.resnets = nnx.List([Resnet(width, width, c, rngs=rngs) for _ in range(2)])
     self.attention = Attention(width, c, rngs=rngs) if c.mid_block_add_attention else None
@@ -139,11 +146,13 @@ class Middle(nnx.Module):
 
 
 class Down(nnx.Module):
+  """Residual blocks, then half the grid unless it is the `last` one."""
+
   def __init__(self, inner, outer, c, *, last, rngs):
     widths = [inner] + [outer] * c.layers_per_block
     self.resnets = nnx.List([Resnet(a, b, c, rngs=rngs) for a, b in zip(widths, widths[1:])])
-    # zeros at the right and at the bottom only, as the reference pads
-    self.downsample = None if last else conv(outer, outer, 3, rngs, 2, ((0, 1), (0, 1)))
+    # the reference pads with zeros at the right and the bottom only
+    self.downsample = None if last else conv_layer(outer, outer, 3, rngs, 2, ((0, 1), (0, 1)))
 
   def __call__(self, x):  # [R, h, w, D] -> [R, h / 2, w / 2, D']
     for resnet in self.resnets:
@@ -152,28 +161,33 @@ class Down(nnx.Module):
 
 
 class Up(nnx.Module):
+  """Residual blocks, then twice the grid unless it is the `last` one."""
+
   def __init__(self, inner, outer, c, *, last, rngs):
     widths = [inner] + [outer] * (c.layers_per_block + 1)
     self.resnets = nnx.List([Resnet(a, b, c, rngs=rngs) for a, b in zip(widths, widths[1:])])
-    self.upsample = None if last else conv(outer, outer, 3, rngs)
+    self.upsample = None if last else conv_layer(outer, outer, 3, rngs)
 
   def __call__(self, x):  # [R, h, w, D] -> [R, 2 h, 2 w, D']
     for resnet in self.resnets:
       x = resnet(x)
+    # nearest neighbour: each cell becomes 2 x 2
     return x if self.upsample is None else self.upsample(x.repeat(2, 1).repeat(2, 2))
 
 
 class Encoder(nnx.Module):
+  """Pictures to moments: mean and log variance of the latents."""
+
   def __init__(self, c, *, rngs):
     widths = [c.block_out_channels[0], *c.block_out_channels]
     end = len(widths) - 2
-    self.conv_in = conv(c.in_channels, widths[0], 3, rngs)
+    self.conv_in = conv_layer(c.in_channels, widths[0], 3, rngs)
     self.down_blocks = nnx.List(
       [Down(a, b, c, last=i == end, rngs=rngs) for i, (a, b) in enumerate(zip(widths, widths[1:]))]
     )
     self.mid_block = Middle(widths[-1], c, rngs=rngs)
-    self.conv_norm_out = norm(widths[-1], c, rngs)
-    self.conv_out = conv(widths[-1], 2 * c.latent_channels, 3, rngs)
+    self.conv_norm_out = group_norm(widths[-1], c, rngs)
+    self.conv_out = conv_layer(widths[-1], 2 * c.latent_channels, 3, rngs)
 
   def __call__(self, x):  # [R, H, W, 3] -> [R, h, w, 2 C]
     x = self.conv_in(x)
@@ -183,16 +197,18 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
+  """Latents to pictures."""
+
   def __init__(self, c, *, rngs):
     widths = [c.block_out_channels[-1], *reversed(c.block_out_channels)]
     end = len(widths) - 2
-    self.conv_in = conv(c.latent_channels, widths[0], 3, rngs)
+    self.conv_in = conv_layer(c.latent_channels, widths[0], 3, rngs)
     self.mid_block = Middle(widths[0], c, rngs=rngs)
     self.up_blocks = nnx.List(
       [Up(a, b, c, last=i == end, rngs=rngs) for i, (a, b) in enumerate(zip(widths, widths[1:]))]
     )
-    self.conv_norm_out = norm(widths[-1], c, rngs)
-    self.conv_out = conv(widths[-1], c.out_channels, 3, rngs)
+    self.conv_norm_out = group_norm(widths[-1], c, rngs)
+    self.conv_out = conv_layer(widths[-1], c.out_channels, 3, rngs)
 
   def __call__(self, x):  # [R, h, w, C] -> [R, H, W, 3]
     x = self.mid_block(self.conv_in(x))
@@ -202,9 +218,10 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-  """Pictures `[R, H, W, 3]` in -1..1 (the decoder does not clip), latents `[R, h, w, C]`.
+  """Pictures `[R, H, W, 3]` in -1 .. 1 (the decoder does not clip) and latents `[R, h, w, C]`.
 
-  `encode` and `decode` speak raw latents; generators speak scaled ones (`scale`, `unscale`).
+  `encode` and `decode` take raw latents. Generators take scaled ones: see `scale_latents` and
+  `unscale_latents`.
   """
 
   def __init__(self, config: Config, *, rngs):
@@ -212,16 +229,16 @@ class AutoencoderKL(nnx.Module):
     self.encoder = Encoder(c, rngs=rngs) if c.encoder else None
     moments = 2 * c.latent_channels
     quant = c.encoder and c.use_quant_conv
-    self.quant_conv = conv(moments, moments, 1, rngs) if quant else None
+    self.quant_conv = conv_layer(moments, moments, 1, rngs) if quant else None
     width = c.latent_channels
-    self.post_quant_conv = conv(width, width, 1, rngs) if c.use_post_quant_conv else None
+    self.post_quant_conv = conv_layer(width, width, 1, rngs) if c.use_post_quant_conv else None
     self.decoder = Decoder(c, rngs=rngs)
 
   def encode(self, images):
-    """(mean, log variance in -30..20) of the latents, each `[R, h, w, C]`.
+    """Pictures `[R, H, W, 3]` -> mean and log variance (in -30 .. 20), each `[R, h, w, C]`.
 
     Raises:
-      ConfigError: built without the encoder, or a picture that `downscale` does not divide.
+      ConfigError: there is no encoder, or `downscale` does not divide the picture.
     """
     if self.encoder is None:
       raise ConfigError('encoder=False: this autoencoder was built to decode only')
@@ -232,6 +249,7 @@ class AutoencoderKL(nnx.Module):
     moments = self.encoder(images)
     moments = moments if self.quant_conv is None else self.quant_conv(moments)
     mean, log_variance = jnp.split(moments, 2, -1)
+    # the reference's limits: beyond them the exponential overflows
     return mean, jnp.clip(log_variance, -30, 20)
 
   def decode(self, latents):  # [R, h, w, C] -> [R, H, W, 3]
@@ -239,46 +257,52 @@ class AutoencoderKL(nnx.Module):
       latents = self.post_quant_conv(latents)
     return self.decoder(latents)
 
-  def scale(self, latents):
-    """Raw latents as a generator sees them."""
-    return (latents - self.config.shift_factor) * self._factor()
+  def scale_latents(self, latents):
+    """Raw latents -> latents as a generator sees them."""
+    return (latents - self.config.shift_factor) * self._known_factor()
 
-  def unscale(self, latents):
-    """The inverse of `scale`: what `decode` wants."""
-    return latents / self._factor() + self.config.shift_factor
+  def unscale_latents(self, latents):
+    """Inverts `scale_latents`: a generator's latents -> latents for `decode`."""
+    return latents / self._known_factor() + self.config.shift_factor
 
-  def _factor(self):
+  def _known_factor(self):
     if self.config.scaling_factor is None:
       raise ConfigError('scaling_factor=None: it stands in the checkpoint; give its number')
     return self.config.scaling_factor
 
 
-def sample(key, mean, log_variance):
-  """Latents drawn from the posterior; all three `[R, h, w, C]`."""
+def sample_posterior(key, mean, log_variance):
+  """Draws latents `[R, h, w, C]` from a posterior of mean and log variance of that shape."""
   noise = jax.random.normal(key, mean.shape, mean.dtype)
   return mean + jnp.exp(0.5 * log_variance) * noise
 
 
-def divergence(mean, log_variance):
-  """KL divergence from the unit normal in nats per picture, `[R, h, w, C]` twice -> `[R]`."""
+def kl_divergence(mean, log_variance):
+  """Returns the KL divergence from the unit normal in nats, `[R, h, w, C]` twice -> `[R]`."""
   terms = mean**2 + jnp.exp(log_variance) - 1 - log_variance
   return 0.5 * terms.sum((1, 2, 3))
 
 
-def build(config: Config, seed=0) -> AutoencoderKL:
-  """A random autoencoder; under `modules.abstract_module` no memory is used."""
+def build_model(config: Config, seed=0) -> AutoencoderKL:
+  """Builds a random autoencoder; inside `modules.abstract_module` it uses no memory."""
   return AutoencoderKL(config, rngs=nnx.Rngs(seed))
 
 
-def flops_decode(c: Config, side: int) -> int:
+def count_decode_flops(c: Config, side: int) -> int:
   """FLOPs of the convolutions and matmuls of `decode` for one latent of `side` x `side`."""
-  conv = lambda side, a, b, size=3: 2 * (side * size) ** 2 * a * b
-  resnet = lambda side, a, b: conv(side, a, b) + conv(side, b, b) + (a != b) * conv(side, a, b, 1)
+
+  def conv(side, a, b, size=3):
+    return 2 * (side * size) ** 2 * a * b
+
+  def resnet(side, a, b):
+    return conv(side, a, b) + conv(side, b, b) + (a != b) * conv(side, a, b, 1)
+
   widths, latent = c.block_out_channels[::-1], c.latent_channels
   inner = widths[0]
   total = conv(side, latent, inner) + 2 * resnet(side, inner, inner)
   total += conv(side, latent, latent, 1) if c.use_post_quant_conv else 0
   if c.mid_block_add_attention:
+    # four projections, then two products of all cells with all cells
     total += 4 * conv(side, inner, inner, 1) + 4 * side**4 * inner
   for i, width in enumerate(widths):
     if i:

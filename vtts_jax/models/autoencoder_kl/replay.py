@@ -1,4 +1,4 @@
-"""Golden files of the family `autoencoderkl`: their arrays are NCHW, ours NHWC."""
+"""Replays golden files of `autoencoderkl` and `fluxae`; their arrays are NCHW, ours are NHWC."""
 
 import jax
 import numpy as np
@@ -7,25 +7,65 @@ from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import convert, modeling
 
 
-def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Every output of a fixture: `decoded` and `decoded_scaled` of `latents`, the posterior of
-  `images`, its scaled mode and its divergence."""
-  options = {'_class_name': 'AutoencoderKL', **config['params']}  # constructor arguments
+def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns every output of a fixture.
+
+  These are `decoded` and `decoded_scaled` of `latents`, the posterior of `images`, its scaled mode
+  and its divergence; of `fluxae`, what FLUX's class computes, whose latents are always scaled.
+  """
+  if config['model'] == 'fluxae':
+    return _replay_flux(config, source, inputs)
+  # a fixture holds constructor arguments; the class name makes a config.json of them
+  options = {'_class_name': 'AutoencoderKL', **config['params']}
   settings = convert.config_of(source, options=options)
-  params = convert.load(source, settings)
-  bind = lambda params: modules.bind_module(modeling.build, settings, params)
-  encode = jax.jit(lambda params, x: bind(params).encode(x))
-  decode = jax.jit(lambda params, x: bind(params).decode(x))
-  inside = lambda x: x.transpose(0, 2, 3, 1)
-  outside = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
-  latents = inside(inputs['latents'])
-  mean, log_variance = encode(params, inside(inputs['images']))
-  model = bind(params)
-  return {
-    'decoded': outside(decode(params, latents)),
-    'decoded_scaled': outside(decode(params, model.unscale(latents))),
-    'posterior_mean': outside(mean),
-    'posterior_logvar': outside(log_variance),
-    'mode_scaled': outside(model.scale(mean)),
-    'kl': np.asarray(modeling.divergence(mean, log_variance)),
+  params = convert.load_weights(source, settings)
+  model = modules.bind_module(modeling.build_model, settings, params)
+
+  @jax.jit
+  def encode(params, x):
+    return modules.bind_module(modeling.build_model, settings, params).encode(x)
+
+  @jax.jit
+  def decode(params, x):
+    return modules.bind_module(modeling.build_model, settings, params).decode(x)
+
+  latents = _channels_last(inputs['latents'])
+  mean, log_variance = encode(params, _channels_last(inputs['images']))
+  outputs = {
+    'decoded': decode(params, latents),
+    'decoded_scaled': decode(params, model.unscale_latents(latents)),
+    'posterior_mean': mean,
+    'posterior_logvar': log_variance,
+    'mode_scaled': model.scale_latents(mean),
   }
+  found = {name: _channels_first(value) for name, value in outputs.items()}
+  return found | {'kl': np.asarray(modeling.kl_divergence(mean, log_variance))}
+
+
+def _replay_flux(config, source, inputs):
+  factors = {'scaling_factor': 'scale_factor', 'shift_factor': 'shift_factor'}
+  options = {ours: config['params'][theirs] for ours, theirs in factors.items()}
+  settings = convert.config_of(source, options=options)
+  params = convert.load_weights(source, settings)
+
+  @jax.jit
+  def run(params, z, image):
+    model = modules.bind_module(modeling.build_model, settings, params)
+    mean = model.scale_latents(model.encode(image)[0])
+    return {
+      'decoded': model.decode(model.unscale_latents(z)),
+      'encoder_moments': model.encoder(image),
+      'encoded_mean': mean,
+      'roundtrip': model.decode(model.unscale_latents(mean)),
+    }
+
+  outputs = run(params, _channels_last(inputs['z']), _channels_last(inputs['image']))
+  return {name: _channels_first(value) for name, value in outputs.items()}
+
+
+def _channels_last(x):
+  return x.transpose(0, 2, 3, 1)
+
+
+def _channels_first(x):
+  return np.asarray(x).transpose(0, 3, 1, 2)

@@ -1,16 +1,19 @@
-"""BLIP with ImageReward's head, from ImageReward's own names (`blip.visual_encoder`,
-`blip.text_encoder`, `mlp`) or with the towers as transformers' `BlipForImageTextRetrieval` names
-them (`vision_model`, `text_encoder`); see README.md for how ImageReward.pt becomes safetensors."""
+"""BLIP with ImageReward's head, from two layouts.
+
+One has ImageReward's own names (`blip.visual_encoder`, `blip.text_encoder`, `mlp`). The other names
+the towers as transformers' `BlipForImageTextRetrieval` does (`vision_model`, `text_encoder`).
+README.md says how ImageReward.pt becomes safetensors.
+"""
 
 import dataclasses
 import re
 
-from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints.convert import convert_weights
 from vtts_jax.models import modules, vit
 from vtts_jax.models.blip import modeling
-from vtts_jax.models.stacked import fused, stacked, transposed
+from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
 
-HEAD = (0, 2, 4, 6, 7)  # between them is dropout
+HEAD = (0, 2, 4, 6, 7)  # the linear layers of `mlp.layers`; the others are dropout
 _TIMM = {
   'norm_attn': 'norm1', 'norm_ffn': 'norm2', 'qkv': 'attn.qkv', 'out': 'attn.proj',
   'up': 'mlp.fc1', 'down': 'mlp.fc2',
@@ -22,79 +25,84 @@ _HUB = {
 _TEXT = r'text_encoder\.'
 
 
-def _linear(theirs, ours):
+def _linear_rules(theirs, ours):
   return [
-    (rf'{theirs}\.weight', f'{ours}.kernel', transposed),
+    (rf'{theirs}\.weight', f'{ours}.kernel', transpose_kernel),
     (rf'{theirs}\.bias', f'{ours}.bias', ''),
   ]
 
 
-def _norm(theirs, ours):
+def _norm_rules(theirs, ours):
   return [(rf'{theirs}\.(weight|bias)', rf'{ours}.\1', '')]
 
 
-def _attention(theirs, ours):
+def _attention_rules(theirs, ours):
   return [
-    *_linear(rf'{theirs}\.self\.(qkv|q|kv)', rf'{ours}.\1'),
-    *_linear(rf'{theirs}\.output\.dense', f'{ours}.out'),
-    *_norm(rf'{theirs}\.output\.LayerNorm', f'{ours}.norm'),
+    *_linear_rules(rf'{theirs}\.self\.(qkv|q|kv)', rf'{ours}.\1'),
+    *_linear_rules(rf'{theirs}\.output\.dense', f'{ours}.out'),
+    *_norm_rules(rf'{theirs}\.output\.LayerNorm', f'{ours}.norm'),
   ]
 
 
-def _fusion(theirs, ours):
+def _fusion_rules(theirs, ours):
   return [
-    *_attention(rf'{theirs}\.crossattention', f'{ours}.cross'),
-    *_linear(rf'{theirs}\.intermediate\.dense', f'{ours}.ffn.up'),
-    *_linear(rf'{theirs}\.output\.dense', f'{ours}.ffn.down'),
-    *_norm(rf'{theirs}\.output\.LayerNorm', f'{ours}.norm'),
+    *_attention_rules(rf'{theirs}\.crossattention', f'{ours}.cross'),
+    *_linear_rules(rf'{theirs}\.intermediate\.dense', f'{ours}.ffn.up'),
+    *_linear_rules(rf'{theirs}\.output\.dense', f'{ours}.ffn.down'),
+    *_norm_rules(rf'{theirs}\.output\.LayerNorm', f'{ours}.norm'),
   ]
 
 
-def _first(array):
+def _flatten_token(array):
   return array.reshape(array.shape[-1])
 
 
-def _table(array):
+def _flatten_positions(array):
   return array.reshape(array.shape[-2:])
 
 
-RULES = [  # of a source made by `paired`
+# for a source that went through `arrange_layers`
+RULES = [
   (r'(visual_encoder\.cls_token|vision_model\.embeddings\.class_embedding)',
-   'vision.token', _first),
+   'vision.token', _flatten_token),
   (r'(visual_encoder\.pos_embed|vision_model\.embeddings\.position_embedding)',
-   'vision.positions', _table),
+   'vision.positions', _flatten_positions),
   (r'(visual_encoder\.patch_embed\.proj|vision_model\.embeddings\.patch_embedding)\.weight',
    'vision.embed.kernel', vit.patch_kernel),
   (r'(visual_encoder\.patch_embed\.proj|vision_model\.embeddings\.patch_embedding)\.bias',
    'vision.embed.bias', ''),
-  *vit.rules(r'visual_encoder\.blocks\.\*\.', 'vision.trunk.', _TIMM),
-  *vit.rules(r'vision_model\.encoder\.layers\.\*\.', 'vision.trunk.', _HUB),
+  *vit.trunk_rules(r'visual_encoder\.blocks\.\*\.', 'vision.trunk.', _TIMM),
+  *vit.trunk_rules(r'vision_model\.encoder\.layers\.\*\.', 'vision.trunk.', _HUB),
   (r'(?:visual_encoder\.norm|vision_model\.post_layernorm)\.(weight|bias)', r'vision.norm.\1', ''),
   (_TEXT + r'embeddings\.word_embeddings\.weight', 'words.embedding', ''),
   (_TEXT + r'embeddings\.position_embeddings\.weight', 'positions.embedding', ''),
-  *_norm(_TEXT + r'embeddings\.LayerNorm', 'norm'),
-  *_attention(_TEXT + r'encoder\.first\.attention', 'first'),
-  *_attention(_TEXT + r'encoder\.layer\.\*\.attention', 'pairs.attn'),
-  *_fusion(_TEXT + r'encoder\.layer\.\*', 'pairs.fusion'),
-  *_fusion(_TEXT + r'encoder\.last', 'last'),
-  *_linear(r'head\.(\d+)', r'head.\1'),
-  # contrastive and matching heads, a buffer of old files
+  *_norm_rules(_TEXT + r'embeddings\.LayerNorm', 'norm'),
+  *_attention_rules(_TEXT + r'encoder\.first\.attention', 'first'),
+  *_attention_rules(_TEXT + r'encoder\.layer\.\*\.attention', 'pairs.attn'),
+  *_fusion_rules(_TEXT + r'encoder\.layer\.\*', 'pairs.fusion'),
+  *_fusion_rules(_TEXT + r'encoder\.last', 'last'),
+  *_linear_rules(r'head\.(\d+)', r'head.\1'),
+  # not needed: the contrastive and matching heads, and a buffer of old files
   (r'(vision_proj|text_proj|itm_head)\.(weight|bias)', None, ''),
   (_TEXT + r'embeddings\.position_ids', None, ''),
 ]  # fmt: skip
-SHARDING = vit.SHARDING  # of the picture's trunk, which is two thirds of the model
+# only the picture's trunk is split: it is two thirds of the model
+SHARDING = vit.SHARDING
 
 
-def paired(source):
-  """The source with layers put together as `modeling.Pair` holds them, q, k and v in one, without
-  the prefix `blip.`."""
+def arrange_layers(source):
+  """Returns the source that `RULES` need.
+
+  Layers are stacked as `modeling.Pair` holds them, projections are fused, the prefix `blip.` is
+  gone.
+  """
   layer = re.compile(r'(text_encoder\.encoder\.)layer\.(\d+)\.(.*)')
-  bare = {n: n.removeprefix('blip.') for n in source.names()}
+  bare = {n: n.removeprefix('blip.') for n in source.tensor_names()}
   found = [layer.fullmatch(n) for n in bare.values()]
   last = max((int(m[2]) for m in found if m), default=0)
   heads = [f'mlp.layers.{n}.' for n in HEAD]
 
-  def new(name):
+  def rename(name):
     for i, lead in enumerate(heads):
       if name.startswith(lead):
         return f'head.{i}.{name.removeprefix(lead)}'
@@ -102,44 +110,56 @@ def paired(source):
     if not match:
       return name
     number, rest = int(match[2]), match[3]
+    # self-attention of layer i belongs to pair i - 1, the rest of layer i to pair i
     if rest.startswith('attention.'):
       place = f'layer.{number - 1}' if number else 'first'
     else:
       place = 'last' if number == last else f'layer.{number}'
+    # cross-attention fuses k and v only: its queries are of another input
     if rest.startswith('crossattention.self.'):
       short = {'query': 'q', 'key': 'k', 'value': 'v'}
       rest = re.sub(r'self\.(query|key|value)', lambda m: f'self.{short[m[1]]}', rest)
     return f'{match[1]}{place}.{rest}'
 
-  back = {new(n): old for old, n in bare.items()}
+  back = {rename(n): old for old, n in bare.items()}
   header = {n: source.header[old] for n, old in back.items()}
-  renamed = dataclasses.replace(source, header=header, read=lambda name: source.get(back[name]))
-  joined = fused(fused(renamed, ('query', 'key', 'value'), 'qkv'), ('k', 'v'), 'kv')
-  return stacked(joined, 'blocks|layers?')
+  renamed = dataclasses.replace(
+    source, header=header, read=lambda name: source.read_tensor(back[name])
+  )
+  # self-attention first, so that 'k' and 'v' are left in cross-attention only
+  joined = fuse_projections(renamed, ('query', 'key', 'value'), 'qkv')
+  joined = fuse_projections(joined, ('k', 'v'), 'kv')
+  return stack_layers(joined, 'blocks|layers?')
 
 
 def config_of(source, part: str = '', **options) -> modeling.Config:
-  """The config of a checkpoint, from shapes; heads are 64 wide and norms have their published eps
-  unless the checkpoint's config.json (`vision_config`, `text_config`) or `options` (fields of
-  `Config`, and `vision_heads`, `vision_eps`) say otherwise.
+  """Reads the config of a checkpoint off its shapes.
+
+  Heads are 64 wide and norms have their published eps, unless the checkpoint's config.json
+  (`vision_config`, `text_config`) or `options` say otherwise.
+
+  Args:
+    source: `checkpoints.Source`.
+    part: not used, as the model has no parts.
+    options: fields of `Config`, and `vision_heads`, `vision_eps`.
 
   Raises:
-    ValueError: there is no BLIP in it.
+    ValueError: there is no BLIP in the checkpoint.
   """
   del part
-  s = paired(source)
-  timm = any(n.startswith('visual_encoder.') for n in s.names())
+  s = arrange_layers(source)
+  timm = any(n.startswith('visual_encoder.') for n in s.tensor_names())
   where = 'visual_encoder.' if timm else 'vision_model.embeddings.'
   block = 'visual_encoder.blocks.*.' if timm else 'vision_model.encoder.layers.*.'
   text = 'text_encoder.embeddings.'
   try:
-    patch = s.shape(where + ('patch_embed.proj.weight' if timm else 'patch_embedding.weight'))
-    tokens = s.shape(where + ('pos_embed' if timm else 'position_embedding'))[-2]
-    layers, hidden, width = s.shape(block + 'mlp.fc1.weight')
-    vocab, inner = s.shape(text + 'word_embeddings.weight')
-    positions = s.shape(text + 'position_embeddings.weight')[0]
-    pairs, outer, _ = s.shape('text_encoder.encoder.layer.*.intermediate.dense.weight')
-    head = tuple(s.shape(f'head.{i}.weight')[0] for i in range(_count(s, 'head')))
+    patch = s.shape_of(where + ('patch_embed.proj.weight' if timm else 'patch_embedding.weight'))
+    tokens = s.shape_of(where + ('pos_embed' if timm else 'position_embedding'))[-2]
+    layers, hidden, width = s.shape_of(block + 'mlp.fc1.weight')
+    vocab, inner = s.shape_of(text + 'word_embeddings.weight')
+    positions = s.shape_of(text + 'position_embeddings.weight')[0]
+    pairs, outer, _ = s.shape_of('text_encoder.encoder.layer.*.intermediate.dense.weight')
+    head = tuple(s.shape_of(f'head.{i}.weight')[0] for i in range(_count_layers(s, 'head')))
   except KeyError as error:
     raise ValueError(f'{source.where} has no BLIP with a reward head: no {error}') from error
   seen, read = (source.config.get(f'{name}_config') or {} for name in ('vision', 'text'))
@@ -157,11 +177,11 @@ def config_of(source, part: str = '', **options) -> modeling.Config:
   return modeling.Config(vision=trunk, **(found | options))
 
 
-def _count(source, lead):
-  return len({n.split('.')[1] for n in source.names() if n.startswith(lead + '.')})
+def _count_layers(source, lead):
+  return len({n.split('.')[1] for n in source.tensor_names() if n.startswith(lead + '.')})
 
 
-def load(source, config: modeling.Config, *, dtype=None, sharding=None):
-  """Parameters; errors as in `conversion.convert`."""
-  _, template = modules.abstract_module(lambda: modeling.build(config))
-  return conversion.convert(paired(source), RULES, template, dtype, sharding)
+def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Loads the parameters; errors as in `convert_weights`."""
+  _, template = modules.abstract_module(lambda: modeling.build_model(config))
+  return convert_weights(arrange_layers(source), RULES, template, dtype, sharding)

@@ -1,12 +1,12 @@
 """BLIP (Li et al. 2022, arXiv 2201.12086) as ImageReward scores with it (Xu et al., 2304.05977).
 
-A ViT reads the picture; a BERT with cross-attention to its tokens reads the text; five linear
-layers without activations turn the first token into a reward. Post-norm text layers are self-
-attention, cross-attention, feed-forward. The self-attention of layer 0 has not seen the picture
-yet, so `text` runs it once per prompt; from the last layer only the first token is read, so only
-that one goes through it. What lies between is therefore kept in pairs: cross-attention and feed-
-forward of layer i with self-attention of layer i + 1. Checked against transformers'
-`BlipForImageTextRetrieval` (tests/parity).
+A ViT reads the picture, and a BERT with cross-attention to the picture's tokens reads the text.
+Five linear layers without activations turn the first token into a reward. A text layer is self-
+attention, cross-attention and feed-forward, all post-norm. The self-attention of layer 0 has not
+seen the picture yet, so `encode_text` runs it once per prompt. Of the last layer only the first
+token is read, so only that token goes through it. The layers between are therefore stored in pairs:
+cross-attention and feed-forward of layer i with self-attention of layer i + 1. Checked against
+transformers' `BlipForImageTextRetrieval` (tests/parity).
 
 Letters: R rows · S side · P patch side · T image tokens · C image width · W text tokens · D width ·
 L text layers.
@@ -14,13 +14,12 @@ L text layers.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import vit
-from vtts_jax.models.stacked import scan, stack
+from vtts_jax.models.stacked import scan_blocks, stack_blocks
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw rewards; ImageReward.py
 
@@ -33,9 +32,11 @@ class Config:
 
   Attributes:
     vision: the picture's trunk.
-    size: side of the picture; `patch`: of a patch.
+    size: S.
+    patch: P.
     vocab, positions: rows of the two embedding tables.
-    length: text tokens, padding included; longer texts are cut.
+    width, layers, heads, hidden, eps: the text's trunk.
+    length: W, padding included; longer texts are cut.
     head: widths after each of the head's layers.
 
   Raises:
@@ -77,7 +78,7 @@ SIZES = {
 
 
 class SelfAttention(nnx.Module):
-  """norm(x + attention(x))."""
+  """Post-norm self-attention: norm(x + attention(x))."""
 
   def __init__(self, c, *, rngs):
     self.heads = c.heads
@@ -87,11 +88,11 @@ class SelfAttention(nnx.Module):
 
   def __call__(self, x, bias):  # [R, W, D], [R, 1, 1, W]
     q, k, v = jnp.split(self.qkv(x), 3, -1)
-    return self.norm(x + self.out(vit.attend(q, k, v, self.heads, bias)))
+    return self.norm(x + self.out(vit.multi_head_attention(q, k, v, self.heads, bias)))
 
 
 class CrossAttention(nnx.Module):
-  """norm(x + attention(x, image))."""
+  """Post-norm attention to the picture: norm(x + attention(x, image))."""
 
   def __init__(self, c, *, rngs):
     self.heads = c.heads
@@ -101,11 +102,11 @@ class CrossAttention(nnx.Module):
 
   def __call__(self, x, image):  # [R, W, D], [R, T, C]
     k, v = jnp.split(self.kv(image), 2, -1)
-    return self.norm(x + self.out(vit.attend(self.q(x), k, v, self.heads)))
+    return self.norm(x + self.out(vit.multi_head_attention(self.q(x), k, v, self.heads)))
 
 
 class Fusion(nnx.Module):
-  """The second half of a layer: cross-attention, feed-forward."""
+  """The second half of a layer: cross-attention, then feed-forward."""
 
   def __init__(self, c, *, rngs):
     self.cross = CrossAttention(c, rngs=rngs)
@@ -125,7 +126,7 @@ class Pair(nnx.Module):
     self.attn = SelfAttention(c, rngs=rngs)
 
   def __call__(self, x, image, bias):
-    """What the layer returns, and what the next one's self-attention makes of it."""
+    """Returns the layer's output, and that output after the next layer's self-attention."""
     done = self.fusion(x, image)
     return done, self.attn(done, bias)
 
@@ -136,23 +137,24 @@ class Vision(nnx.Module):
   def __init__(self, c: Config, *, rngs):
     self.side = c.patch
     self.embed = nnx.Linear(3 * c.patch**2, c.vision.width, rngs=rngs)
-    draw = lambda *shape: nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
-    self.token = draw(c.vision.width)
-    self.positions = draw(c.patches + 1, c.vision.width)
+    self.token = vit.random_table(rngs, c.vision.width)
+    self.positions = vit.random_table(rngs, c.patches + 1, c.vision.width)
     self.trunk = vit.Trunk(c.vision, rngs=rngs)
     self.norm = vit.LayerNorm(c.vision.width, c.vision.eps)
 
-  def tokens(self, images):
-    """What goes into the trunk, `[R, T, C]`."""
-    x = self.embed(vit.patches(images.astype(self.token.dtype), self.side))
+  def embed_patches(self, images):
+    """Images `[R, S, S, 3]` -> the trunk's input `[R, T, C]`."""
+    x = self.embed(vit.split_patches(images.astype(self.token.dtype), self.side))
     first = jnp.broadcast_to(self.token[...], (len(x), 1, x.shape[-1]))
     return jnp.concatenate([first, x], 1) + self.positions[...]
 
   def __call__(self, images):
-    return self.norm(self.trunk(self.tokens(images)))
+    return self.norm(self.trunk(self.embed_patches(images)))
 
 
 class BLIP(nnx.Module):
+  """`encode_text` once per prompt, then `fuse_image` and `predict_reward` for each picture."""
+
   def __init__(self, config: Config, *, rngs):
     c = self.config = config
     self.vision = Vision(c, rngs=rngs)
@@ -160,56 +162,74 @@ class BLIP(nnx.Module):
     self.positions = nnx.Embed(c.positions, c.width, rngs=rngs)
     self.norm = vit.LayerNorm(c.width, c.eps)
     self.first = SelfAttention(c, rngs=rngs)
-    self.pairs = stack(lambda rngs: Pair(c, rngs=rngs), c.layers - 1, rngs)
+    self.pairs = stack_blocks(lambda rngs: Pair(c, rngs=rngs), c.layers - 1, rngs)
     self.last = Fusion(c, rngs=rngs)
     widths = (c.width, *c.head)
     self.head = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths, widths[1:])])
 
-  def embed(self, ids):
-    """Ids `[R, W]` -> `[R, W, D]`, before any layer."""
+  def embed_tokens(self, ids):
+    """Ids `[R, W]` -> the first layer's input `[R, W, D]`."""
     return self.norm(self.words(ids) + self.positions.embedding[: ids.shape[1]])
 
-  def text(self, ids, mask):
-    """Ids and mask `[R, W]` -> `[R, W, D]`: all that depends on the prompt alone."""
-    return self.first(self.embed(ids), _bias(mask))
+  def encode_text(self, ids, mask):
+    """Ids and mask `[R, W]` -> `[R, W, D]`: everything that depends on the prompt alone."""
+    return self.first(self.embed_tokens(ids), _padding_bias(mask))
 
-  def fuse(self, text, mask, image):
-    """`text(...)` with the tokens of as many pictures `[R, T, C]`: the first token after the last
-    layer `[R, D]`, and what every layer before returned `[L - 1, R, W, D]`."""
-    bias = _bias(mask)
+  def fuse_image(self, text, mask, image):
+    """Lets texts see pictures.
 
-    def body(pair, x, _):
+    Args:
+      text: `[R, W, D]` of `encode_text`.
+      mask: `[R, W]`, nonzero where a token is real.
+      image: tokens of the pictures `[R, T, C]`.
+
+    Returns:
+      The first token after the last layer `[R, D]`, and the output of every earlier layer
+      `[L - 1, R, W, D]`.
+    """
+    bias = _padding_bias(mask)
+
+    def run_pair(pair, x, _):
       done, x = pair(x, image, bias)
       return x, done
 
-    x, states = scan(self.pairs, body, text)
+    x, states = scan_blocks(self.pairs, run_pair, text)
+    # the head reads the first token only
     return self.last(x[:, :1], image)[:, 0], states
 
-  def reward(self, first):
-    """`[R, D]` -> rewards `[R]` float32, about standard normal over the pictures rated."""
+  def predict_reward(self, first):
+    """First tokens `[R, D]` -> rewards `[R]` float32.
+
+    Over the pictures that people rated for ImageReward, rewards are about standard normal.
+    """
+    # float32 as the published code: five layers without activations amplify rounding
     x = first.astype(jnp.float32)
     for layer in self.head:
       x = layer(x)
     return (x[:, 0] - MEAN) / STD
 
 
-def _bias(mask):
+def _padding_bias(mask):
   return jnp.where(mask[:, None, None, :].astype(bool), 0.0, -jnp.inf)
 
 
-def build(config: Config, seed=0) -> BLIP:
-  """A random model; under `modules.abstract_module` no memory is used."""
+def build_model(config: Config, seed=0) -> BLIP:
+  """Builds a random model; inside `modules.abstract_module` it uses no memory."""
   return BLIP(config, rngs=nnx.Rngs(seed))
 
 
-def flops(c: Config, part: str) -> int:
-  """Matmul FLOPs of `text` for one prompt ('text') or of all the rest for one picture ('image')."""
+def count_flops(c: Config, part: str) -> int:
+  """Matmul FLOPs: 'text' is `encode_text` for one prompt, 'image' the rest for one picture."""
   w, d, t = c.length, c.width, c.patches + 1
   attn = w * (8 * d * d + 4 * w * d)
   if part == 'text':
     return attn
-  fusion = lambda w: 4 * w * d * (d + t + c.hidden) + 4 * t * c.vision.width * d
+
+  def fusion(w):
+    return 4 * w * d * (d + t + c.hidden) + 4 * t * c.vision.width * d
+
   widths = (d, *c.head)
   head = sum(2 * a * b for a, b in zip(widths, widths[1:]))
-  embed = 6 * c.patches * c.patch**2 * c.vision.width
-  return embed + vit.flops(c.vision, t) + (c.layers - 1) * (fusion(w) + attn) + fusion(1) + head
+  tower = 6 * c.patches * c.patch**2 * c.vision.width + vit.count_flops(c.vision, t)
+  # of the last layer only the first token is computed
+  return tower + (c.layers - 1) * (fusion(w) + attn) + fusion(1) + head

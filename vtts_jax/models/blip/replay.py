@@ -1,4 +1,4 @@
-"""Golden files of the family `blip` (tests/golden): pictures, ids and mask in, every stage out."""
+"""Replays golden files of the family `blip` (tests/golden): every stage of pictures and texts."""
 
 import jax
 import numpy as np
@@ -7,24 +7,24 @@ from vtts_jax.models import modules
 from vtts_jax.models.blip import convert, modeling
 
 
-def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """What goes into the picture's trunk and comes out of the tower, the text layers, the reward."""
+def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns the picture's trunk's input, the tower's output, the text layers and the reward."""
   sizes = convert.config_of(source, **config['options'])
-  params = convert.load(source, sizes)
+  params = convert.load_weights(source, sizes)
 
-  def run(params, inputs):
-    model = modules.bind_module(modeling.build, sizes, params)
+  def run_model(params, inputs):
+    model = modules.bind_module(modeling.build_model, sizes, params)
     image = model.vision(inputs['images'])
-    text = model.text(inputs['ids'], inputs['mask'])
-    first, states = model.fuse(text, inputs['mask'], image)
+    text = model.encode_text(inputs['ids'], inputs['mask'])
+    first, states = model.fuse_image(text, inputs['mask'], image)
     return {
-      'tokens': model.vision.tokens(inputs['images']),
+      'tokens': model.vision.embed_patches(inputs['images']),
       'image': image,
-      'embedded': model.embed(inputs['ids']),
+      'embedded': model.embed_tokens(inputs['ids']),
       'states': states,
       'first': first,
-      'reward': model.reward(first),
+      'reward': model.predict_reward(first),
     }
 
   inputs = {k: v if v.dtype.kind == 'f' else v.astype(np.int32) for k, v in inputs.items()}
-  return {name: np.asarray(value) for name, value in jax.jit(run)(params, inputs).items()}
+  return {name: np.asarray(value) for name, value in jax.jit(run_model)(params, inputs).items()}

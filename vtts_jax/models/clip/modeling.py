@@ -1,22 +1,21 @@
 """CLIP (Radford et al. 2021, arXiv 2103.00020; OpenCLIP: Cherti et al. 2022, 2212.07143).
 
-A vision transformer and a causal text transformer whose embeddings point the same way where picture
-and text agree. Either tower also stands alone. Checked against `transformers.CLIPModel` and
+A vision transformer and a causal text transformer have embeddings that point the same way where
+picture and text agree. Either tower also stands alone. Checked against `transformers.CLIPModel` and
 `open_clip.model.CLIP` (tests/parity).
 
-Letters: R rows · S side of a picture · P of a patch · T tokens · D width · E width of the joint
-space · V vocabulary.
+Letters: R rows · S side of a picture · P side of a patch · T tokens · D width · E width of the
+joint space · V vocabulary.
 """
 
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.media import preprocess as pictures
+from vtts_jax.media.preprocess import center_crop, normalize_channels, resize_shortest
 from vtts_jax.models import vit
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,11 +27,17 @@ class Config:
   """Sizes.
 
   Attributes:
-    image, text: the trunks; None for a tower that is not there.
+    image, text: the trunks; None for a tower that is left out.
     projection: E.
+    image_size: S.
+    patch: P.
+    vocab: V.
     length: most tokens that a text may have.
-    eos: the text is read at the first such id; None: at the highest id (the first of them), which
-      in CLIP's vocabulary is the end of text.
+    eos: id of the end of text, where the text is read. None reads at the first highest id, which is
+      the end of text in CLIP's vocabulary.
+
+  Raises:
+    ConfigError: a picture smaller than a patch.
   """
 
   image: vit.Config | None
@@ -50,17 +55,19 @@ class Config:
 
   @property
   def tokens(self) -> int:
-    """Tokens of a picture, the class token among them."""
+    """Tokens of a picture, with the class token."""
     return (self.image_size // self.patch) ** 2 + 1
 
 
-def _trunk(width, layers, heads, hidden=0, act='quick_gelu'):
+def _make_trunk(width, layers, heads, hidden=0, act='quick_gelu'):
   return vit.Config(width, layers, heads, hidden or 4 * width, act)
 
 
-_TINY = _trunk(width=16, layers=2, heads=2, hidden=32)
-_IMAGE_B, _TEXT_B = _trunk(width=768, layers=12, heads=12), _trunk(width=512, layers=12, heads=8)
-_IMAGE_L, _TEXT_L = _trunk(width=1024, layers=24, heads=16), _trunk(width=768, layers=12, heads=12)
+_TINY = _make_trunk(width=16, layers=2, heads=2, hidden=32)
+_IMAGE_B = _make_trunk(width=768, layers=12, heads=12)
+_TEXT_B = _make_trunk(width=512, layers=12, heads=8)
+_IMAGE_L = _make_trunk(width=1024, layers=24, heads=16)
+_TEXT_L = _make_trunk(width=768, layers=12, heads=12)
 SIZES = {
   'tiny': Config(_TINY, _TINY, projection=12, image_size=32, vocab=256, length=16),
   # OpenAI's
@@ -70,25 +77,20 @@ SIZES = {
   'l14_336': Config(_IMAGE_L, _TEXT_L, projection=768, patch=14, image_size=336),
   # OpenCLIP's
   'h14': Config(
-    _trunk(width=1280, layers=32, heads=16, act='gelu'),
-    _trunk(width=1024, layers=24, heads=16, act='gelu'), projection=1024, patch=14,
+    _make_trunk(width=1280, layers=32, heads=16, act='gelu'),
+    _make_trunk(width=1024, layers=24, heads=16, act='gelu'), projection=1024, patch=14,
   ),
   'bigg14': Config(
-    _trunk(width=1664, layers=48, heads=16, hidden=8192, act='gelu'),
-    _trunk(width=1280, layers=32, heads=20, act='gelu'), projection=1280, patch=14,
+    _make_trunk(width=1664, layers=48, heads=16, hidden=8192, act='gelu'),
+    _make_trunk(width=1280, layers=32, heads=20, act='gelu'), projection=1280, patch=14,
   ),
 }  # fmt: skip
 PARTS = ('image', 'text')
 
 
 def part_of(c: Config, part: str) -> Config:
-  """The config of one tower with its projection."""
+  """Returns the config of one tower with its projection."""
   return dataclasses.replace(c, **{'text' if part == 'image' else 'image': None})
-
-
-def random_table(rngs, *shape):
-  """A parameter of small normal numbers: class tokens, positions."""
-  return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
 
 class ImageTower(nnx.Module):
@@ -97,66 +99,67 @@ class ImageTower(nnx.Module):
   def __init__(self, c: Config, *, rngs):
     t, self.side = c.image, c.patch
     self.patch = nnx.Linear(3 * c.patch**2, t.width, use_bias=False, rngs=rngs)
-    self.cls = random_table(rngs, t.width)
-    self.position = random_table(rngs, c.tokens, t.width)
+    self.cls = vit.random_table(rngs, t.width)
+    self.position = vit.random_table(rngs, c.tokens, t.width)
     self.norm_pre, self.norm_post = (vit.LayerNorm(t.width, t.eps) for _ in range(2))
     self.trunk = vit.Trunk(t, rngs=rngs)
     self.projection = nnx.Linear(t.width, c.projection, use_bias=False, rngs=rngs)
 
-  def embed(self, pixels):
-    """What goes into the trunk, `[R, T, D]`, the class token first."""
-    x = self.patch(vit.patches(pixels, self.side).astype(self.patch.kernel.dtype))
+  def embed_patches(self, pixels):
+    """Pixels `[R, S, S, 3]` -> the trunk's input `[R, T, D]`, the class token first."""
+    x = self.patch(vit.split_patches(pixels, self.side).astype(self.patch.kernel.dtype))
     cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2]))
     return self.norm_pre(jnp.concatenate([cls, x], 1) + self.position[...])
 
-  def tokens(self, pixels):
-    """What comes out of the trunk, `[R, T, D]`."""
-    return self.trunk(self.embed(pixels))
+  def hidden_states(self, pixels):
+    """Pixels `[R, S, S, 3]` -> the trunk's output `[R, T, D]`."""
+    return self.trunk(self.embed_patches(pixels))
 
-  def pool(self, tokens):
-    """`[R, T, D] -> [R, D]`: the class token."""
+  def pool_tokens(self, tokens):
+    """Takes the class token: `[R, T, D] -> [R, D]`."""
     return self.norm_post(tokens[:, 0])
 
   def __call__(self, pixels):
-    return self.projection(self.pool(self.tokens(pixels)))
+    return self.projection(self.pool_tokens(self.hidden_states(pixels)))
 
 
 class TextTower(nnx.Module):
-  """`__call__(ids [R, T]) -> [R, E]`; no mask, as a token sees none of those after it."""
+  """`__call__(ids [R, T]) -> [R, E]`; padding needs no mask, as no token sees a later one."""
 
   def __init__(self, c: Config, *, rngs):
     t, self.eos = c.text, c.eos
     self.token = nnx.Embed(c.vocab, t.width, rngs=rngs)
-    self.position = random_table(rngs, c.length, t.width)
+    self.position = vit.random_table(rngs, c.length, t.width)
     self.trunk = vit.Trunk(t, rngs=rngs)
     self.norm = vit.LayerNorm(t.width, t.eps)
     self.projection = nnx.Linear(t.width, c.projection, use_bias=False, rngs=rngs)
 
-  def embed(self, ids):
-    """What goes into the trunk, `[R, T, D]`."""
+  def embed_tokens(self, ids):
+    """Ids `[R, T]` -> the trunk's input `[R, T, D]`."""
     return self.token(ids) + self.position[...][: ids.shape[1]]
 
-  def tokens(self, ids):
-    """What comes out of the trunk, `[R, T, D]`, normed."""
-    return self.norm(self.trunk(self.embed(ids), vit.causal(ids.shape[1])))
+  def hidden_states(self, ids):
+    """Ids `[R, T]` -> the trunk's output `[R, T, D]`, normed."""
+    return self.norm(self.trunk(self.embed_tokens(ids), vit.causal_bias(ids.shape[1])))
 
-  def pool(self, tokens, ids):
-    """`[R, T, D] -> [R, D]`: the end of the text."""
+  def pool_tokens(self, tokens, ids):
+    """Takes the token at the end of the text: `[R, T, D] -> [R, D]`."""
+    # argmax gives the first of equal values, so the first end of text where it also pads
     end = jnp.argmax(ids if self.eos is None else ids == self.eos, -1)
     return tokens[jnp.arange(len(ids)), end]
 
   def __call__(self, ids):
-    return self.projection(self.pool(self.tokens(ids), ids))
+    return self.projection(self.pool_tokens(self.hidden_states(ids), ids))
 
 
-def unit(x):
-  """Vectors `[..., D]` of length one, float32."""
+def unit_vectors(x):
+  """Scales vectors `[..., D]` to length one, float32."""
   x = x.astype(jnp.float32)
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 class CLIP(nnx.Module):
-  """The towers `image` and `text`, and the temperature if both are there."""
+  """The towers `image` and `text`, with the temperature if both are there."""
 
   def __init__(self, config: Config, *, rngs):
     c = self.config = config
@@ -166,39 +169,42 @@ class CLIP(nnx.Module):
 
   def embed_images(self, pixels):
     """`[R, S, S, 3]` -> unit vectors `[R, E]`."""
-    return unit(self.image(pixels))
+    return unit_vectors(self.image(pixels))
 
   def embed_texts(self, ids):
     """`[R, T]` -> unit vectors `[R, E]`."""
-    return unit(self.text(ids))
+    return unit_vectors(self.text(ids))
 
-  def logits(self, cosine):
-    """The scaled cosine."""
+  def pair_logits(self, cosine):
+    """Cosines of any shape -> the logits of the contrastive softmax."""
     return jnp.exp(self.scale[...].astype(jnp.float32)) * cosine
 
 
-def build(config: Config, seed=0) -> CLIP:
-  """A random model; under `modules.abstract_module` no memory is used."""
+def build_model(config: Config, seed=0) -> CLIP:
+  """Builds a random model; inside `modules.abstract_module` it uses no memory."""
   return CLIP(config, rngs=nnx.Rngs(seed))
 
 
 def picture_sides(c: Config) -> tuple[int, int]:
-  """(side of the square that is cut out, what the shorter side is resized to before)."""
+  """Returns (side of the square that is cut out, size of the shorter side before the cut)."""
   return c.image_size, c.image_size
 
 
 def preprocess(c: Config, images, fitted: bool = False):
-  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`: shorter side to S, middle, norm;
-  `fitted` ones are S x S already."""
+  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`, as CLIP's processor makes them.
+
+  The shorter side is resized to S, the middle is cut out, and channels are normalised. Pictures
+  that are `fitted` are S x S already.
+  """
   if not fitted:
-    images = pictures.resize_shortest(images, c.image_size, 'bicubic')
-    images = pictures.center_crop(images, c.image_size)
-  return pictures.normalize(images, MEAN, STD)
+    images = resize_shortest(images, c.image_size, 'bicubic')
+    images = center_crop(images, c.image_size)
+  return normalize_channels(images, MEAN, STD)
 
 
-def flops(c: Config, op: str) -> int:
+def count_flops(c: Config, op: str) -> int:
   """Matmul FLOPs of one row: 'image' (after `preprocess`) or 'text' (at full length)."""
   if op == 'text':
-    return vit.flops(c.text, c.length) + 2 * c.text.width * c.projection
+    return vit.count_flops(c.text, c.length) + 2 * c.text.width * c.projection
   ends = 3 * c.patch**2 * (c.tokens - 1) + c.projection
-  return vit.flops(c.image, c.tokens) + 2 * c.image.width * ends
+  return vit.count_flops(c.image, c.tokens) + 2 * c.image.width * ends

@@ -1,31 +1,37 @@
-"""CLIP-FlanT5 from its own names (`encoder`, `decoder`, `lm_head`, `mm_projector`, the tower under
-`vision_tower.vision_tower`), or from those of RE-N-Y/clip-t5-xxl (`t5`, `mm_projector`, `v`)."""
+"""CLIP-FlanT5, from two layouts.
+
+One has the model's own names (`encoder`, `decoder`, `lm_head`, `mm_projector`, and the tower under
+`vision_tower.vision_tower`), the other those of RE-N-Y/clip-t5-xxl (`t5`, `mm_projector`, `v`).
+"""
 
 import dataclasses
 import os
 import re
 
-from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.convert import convert_weights
+from vtts_jax.checkpoints.source import Source, open_source
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules, vit
 from vtts_jax.models.clip import convert as clip_convert
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.clip_flant5 import modeling
-from vtts_jax.models.stacked import fused, stacked
+from vtts_jax.models.stacked import fuse_projections, stack_layers
 from vtts_jax.models.t5 import convert as t5_convert
 from vtts_jax.models.t5 import decoder as t5_decoder
 
-SETTINGS = {  # of config.json, and what the port does
+# what the port does, in the words of config.json
+SETTINGS = {
   'mm_vision_select_layer': -2,
   'mm_vision_select_feature': 'patch',
   'mm_projector_type': 'mlp2x_gelu',
   'image_aspect_ratio': 'pad',
 }
-TOKENIZED = 32100  # ids of T5's tokenizer; its table has 32128
+TOKENIZED = 32100  # ids of T5's tokenizer; the embedding table has 32128 rows
 _TOWER = r'vision\.vision_model\.'
-RULES = [  # of a source made by `whole`, then `prepared`
-  (_TOWER + r'post_layernorm\..*', None, ''),  # what is behind the blocks that are read
+# for a source of `join_tower` that went through `arrange_layers`
+RULES = [
+  # the norm behind the tower's blocks is never reached: features come from the second last one
+  (_TOWER + r'post_layernorm\..*', None, ''),
   *clip_convert.image_rules(_TOWER),
   (r'mm_projector\.0\.weight', 'projector.up.kernel', 'T'),
   (r'mm_projector\.0\.bias', 'projector.up.bias', ''),
@@ -43,32 +49,35 @@ SHARDING = [
 ]
 
 
-def open_weights(weights: str, part: str = '') -> source_files.Source:
-  """A checkpoint, or 'LANGUAGE+VISION': one without its tower and the CLIP that it is to take.
+def open_weights(weights: str, part: str = '') -> Source:
+  """Opens a checkpoint, or 'LANGUAGE+VISION': one without its tower, and a CLIP for it.
 
   Raises:
-    FileNotFoundError, ValueError: as `source.open_source`; there is no tower in either.
+    FileNotFoundError, ValueError: as `open_source`; neither has a tower.
   """
   del part
+  # a path may contain a plus sign
   text, plus, vision = (weights, '', '') if os.path.exists(weights) else weights.partition('+')
-  tower = source_files.open_source(vision) if plus else None
-  return whole(source_files.open_source(text), tower)
+  tower = open_source(vision) if plus else None
+  return join_tower(open_source(text), tower)
 
 
-def _renamed(source, new, config=None):
-  """The source whose names are `new(name)`; without those of which that is ''."""
-  back = {new(n): n for n in source.names() if new(n)}
+def _rename_tensors(source, new, config=None):
+  """Returns a source whose names are `new(name)`; a tensor whose new name is '' is left out."""
+  back = {new(n): n for n in source.tensor_names() if new(n)}
   header = {n: source.header[old] for n, old in back.items()}
-  read = lambda name: source.get(back[name])
   config = source.config if config is None else config
-  return dataclasses.replace(source, header=header, read=read, config=config)
+  return dataclasses.replace(
+    source, header=header, read=lambda name: source.read_tensor(back[name]), config=config
+  )
 
 
-def whole(source, vision=None):
-  """One source of T5's names, `mm_projector.*` and `vision.vision_model.*`.
+def join_tower(source, vision=None):
+  """Returns one source with T5's names, `mm_projector.*` and `vision.vision_model.*`.
 
   Args:
-    vision: a CLIP of its own in transformers' layout; by default the tower inside `source`.
+    source: the checkpoint.
+    vision: a CLIP in transformers' layout; by default the tower inside `source`.
 
   Raises:
     ValueError: neither has a tower.
@@ -78,28 +87,32 @@ def whole(source, vision=None):
     (r'(?:vision_tower\.vision_tower|v)\.vision_model\.', 'vision.vision_model.'),
   ]
 
-  def new(name):
+  def rename(name):
     for lead, ours in leads:
       name = re.sub('^' + lead, ours, name)
     return '' if vision is not None and name.startswith('vision.') else name
 
-  text = _renamed(source, new)
-  if 'shared.weight' not in text:  # of tied names a safetensors file may keep any one
+  text = _rename_tensors(source, rename)
+  # a safetensors file keeps any one of several tied names
+  if 'shared.weight' not in text:
     tied = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', 'embed_tokens.weight')
     first = next((n for n in tied if n in text), '')
-    text = _renamed(text, lambda n: 'shared.weight' if n == first else n)
+    text = _rename_tensors(text, lambda n: 'shared.weight' if n == first else n)
   if vision is not None:
-    tower = _renamed(vision, lambda n: f'vision.{n}' if n.startswith('vision_model.') else '')
+    # of a whole CLIP only the image tower is taken
+    tower = _rename_tensors(
+      vision, lambda n: f'vision.{n}' if n.startswith('vision_model.') else ''
+    )
     options = vision.config.get('vision_config') or vision.config
     text = dataclasses.replace(
       text,
       where=f'{text.where} with {tower.where}',
       header={**text.header, **tower.header},
-      read=lambda name, text=text: (tower if name in tower else text).get(name),
+      read=lambda name, text=text: (tower if name in tower else text).read_tensor(name),
       config={**text.config, 'vision_config': options},
       identity=f'{text.identity};{tower.identity}',
     )
-  if not any(n.startswith('vision.') for n in text.names()):
+  if not any(n.startswith('vision.') for n in text.tensor_names()):
     raise ValueError(
       f'{text.where} has no vision_model: name a CLIP of its own, the published one is '
       'openai/clip-vit-large-patch14-336'
@@ -107,20 +120,20 @@ def whole(source, vision=None):
   return text
 
 
-def prepared(source):
-  """What `RULES` read: layers put together as the model has them, the tower's last left out."""
+def arrange_layers(source):
+  """Returns the source that `RULES` need: stacked layers, without the tower's last one."""
   numbers = re.compile(_TOWER + r'encoder\.layers\.(\d+)\.')
-  last = max(int(m[1]) for m in map(numbers.match, source.names()) if m)
+  last = max(int(m[1]) for m in map(numbers.match, source.tensor_names()) if m)
   unread = f'vision.vision_model.encoder.layers.{last}.'
-  kept = _renamed(source, lambda n: '' if n.startswith(unread) else n)
-  return fused(stacked(t5_decoder.layered(kept), 'layers'))
+  kept = _rename_tensors(source, lambda n: '' if n.startswith(unread) else n)
+  return fuse_projections(stack_layers(t5_decoder.arrange_layers(kept), 'layers'))
 
 
 def config_of(source, part: str = '') -> modeling.Config:
-  """The config of a source made by `whole`: sizes from shapes, the rest from its `config.json`.
+  """Reads the config of a source of `join_tower`: sizes from shapes, the rest from `config.json`.
 
   Raises:
-    ValueError: there is no CLIP-FlanT5 in it.
+    ValueError: there is no CLIP-FlanT5 in the source.
     ConfigError: an option that the port does not know.
   """
   del part
@@ -130,10 +143,10 @@ def config_of(source, part: str = '') -> modeling.Config:
   embeddings, blocks = (f'vision.vision_model.{n}' for n in ('embeddings.', 'encoder.layers'))
   options = source.config.get('vision_config') or {}
   try:
-    width, _, _, patch = source.shape(embeddings + 'patch_embedding.weight')
-    tokens = source.shape(embeddings + 'position_embedding.weight')[0]
+    width, _, _, patch = source.shape_of(embeddings + 'patch_embedding.weight')
+    tokens = source.shape_of(embeddings + 'position_embedding.weight')[0]
     trunk = clip_convert.trunk_of(source, blocks, options, 'mlp.fc1', 'quick_gelu')
-    taken, given = source.shape('mm_projector.0.weight')[::-1]
+    taken, given = source.shape_of('mm_projector.0.weight')[::-1]
   except KeyError as error:
     raise ValueError(f'{source.where} has no CLIP-FlanT5: no {error}') from error
   encoder = t5_convert.config_of(source)
@@ -142,6 +155,7 @@ def config_of(source, part: str = '') -> modeling.Config:
       f'{source.where}: the projector is {taken} to {given}, the tower {width} wide and T5 '
       f'{encoder.d_model}'
     )
+  # features come from the second last block, so the last one is not built
   trunk = dataclasses.replace(trunk, layers=trunk.layers - 1)
   side = round((tokens - 1) ** 0.5) * patch
   vision = clip.Config(trunk, None, 1, image_size=side, patch=patch)
@@ -149,7 +163,7 @@ def config_of(source, part: str = '') -> modeling.Config:
   return modeling.Config(vision, encoder, decoder, min(decoder.vocab_size, TOKENIZED))
 
 
-def load(source, config: modeling.Config, *, dtype=None, sharding=None):
-  """Parameters of a source made by `whole`; errors as in `conversion.convert`."""
-  _, template = modules.abstract_module(lambda: modeling.build(config))
-  return conversion.convert(prepared(source), RULES, template, dtype, sharding)
+def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Loads the parameters of a source of `join_tower`; errors as in `convert_weights`."""
+  _, template = modules.abstract_module(lambda: modeling.build_model(config))
+  return convert_weights(arrange_layers(source), RULES, template, dtype, sharding)

@@ -1,11 +1,11 @@
 """CLIP-FlanT5 (Lin et al. 2024, arXiv 2404.01291): LLaVA-1.5 (2310.03744) on FLAN-T5.
 
-What CLIP's second last block makes of the patches, through an MLP, stands among the words that T5's
-encoder reads; the decoder says how likely an answer is. Checked against the classes of transformers
+The patches of CLIP's second last block go through an MLP and stand among the words that T5's
+encoder reads. The decoder says how likely an answer is. Checked against the classes of transformers
 put together as in the published code (linzhiqiu/t2v_metrics before 3.1, tests/parity).
 
-Letters: R rows · S side of a picture · P patches · B, F words before and after the picture · W = B
-+ P + F · A tokens of an answer · D width of T5 · V words of the tokenizer.
+Letters: R rows · S side of a picture · P patches · C width of CLIP · B, F words before and after
+the picture · W = B + P + F · A tokens of an answer · D width of T5.
 """
 
 import dataclasses
@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vtts_jax.media import preprocess as pictures
+from vtts_jax.media.preprocess import normalize_channels, resize_images
 from vtts_jax.models import vit
 from vtts_jax.models.clip import modeling as clip
 from vtts_jax.models.t5 import decoder as t5_decoder
 from vtts_jax.models.t5 import modeling as t5
 
-PAD = tuple(int(255 * m) / 255 for m in clip.MEAN)  # what makes a picture square
+# the colour of the bands that make a picture square: CLIP's mean in 8 bits, cut off as published
+PAD = tuple(int(255 * m) / 255 for m in clip.MEAN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Config:
   """Sizes.
 
   Attributes:
-    vision: of CLIP's image tower as far as it is read: one block less than it has, no projection.
-    encoder, decoder: of the two halves of T5.
-    words: ids that the tokenizer knows. T5's table has a few more, of which nothing is ever said:
-      the published code cuts them off before the softmax.
+    vision: CLIP's image tower as far as it is read: without its last block and projection.
+    encoder, decoder: the two halves of T5.
+    words: number of ids that the tokenizer knows. T5's table has a few more; the published code
+      cuts their logits off before the softmax.
   """
 
   vision: clip.Config
@@ -65,18 +66,18 @@ SIZES = {
 
 
 class Patches(clip.ImageTower):
-  """`__call__(pixels [R, S, S, 3])`: patches as they leave the last block, `[R, P, C]`."""
+  """`__call__(pixels [R, S, S, 3])` -> patches `[R, P, C]` as they leave the last block."""
 
   def __init__(self, c: clip.Config, *, rngs):
     super().__init__(c, rngs=rngs)
     del self.norm_post, self.projection
 
   def __call__(self, pixels):
-    return self.tokens(pixels)[:, 1:]
+    return self.hidden_states(pixels)[:, 1:]
 
 
 class Projector(nnx.Module):
-  """`[R, P, C] -> [R, P, D]`."""
+  """The MLP from CLIP's width to T5's, `[R, P, C] -> [R, P, D]`."""
 
   def __init__(self, inner, outer, *, rngs):
     self.up, self.down = nnx.Linear(inner, outer, rngs=rngs), nnx.Linear(outer, outer, rngs=rngs)
@@ -96,49 +97,66 @@ class ClipFlanT5(nnx.Module):
     self.decoder = t5_decoder.T5Decoder(c.decoder, rngs=rngs)
 
   def embed_images(self, pixels):
-    """`[R, S, S, 3]` as `preprocess` makes them -> what T5 reads of them, `[R, P, D]`."""
+    """Pixels `[R, S, S, 3]` of `preprocess` -> embeddings `[R, P, D]` for T5."""
     return self.projector(self.image(pixels))
 
-  def read(self, before, image, after, mask):
-    """Embedded words `[R, B, D]`, a picture, words `[R, F, D]`, of which `mask [R, F]` are real ->
-    the encoder's states `[R, W, D]` and their mask `[R, W]`."""
+  def encode_question(self, before, image, after, mask):
+    """Encodes a question about a picture.
+
+    Args:
+      before: embedded words before the picture `[R, B, D]`.
+      image: the picture's embeddings `[R, P, D]`.
+      after: embedded words after it `[R, F, D]`.
+      mask: `[R, F]`, nonzero where a word after the picture is real.
+
+    Returns:
+      The encoder's states `[R, W, D]` and their mask `[R, W]`.
+    """
     x = jnp.concatenate([before, image, after], 1)
     real = jnp.ones((len(x), before.shape[1] + image.shape[1]), bool)
     mask = jnp.concatenate([real, mask.astype(bool)], 1)
-    bias = self.encoder.bias(x.shape[1], mask)
+    bias = self.encoder.position_bias(x.shape[1], mask)
     for block in self.encoder.blocks:
       x = block(x, bias)
     return self.encoder.norm(x), mask
 
-  def log_probs(self, states, mask, answer):
-    """Log-probability of each token of `answer [R, A]` after those before it, `[R, A]` float32."""
-    x = self.encoder.embed(t5_decoder.shifted(answer))
+  def answer_log_probs(self, states, mask, answer):
+    """Returns the log-probability of each token of `answer [R, A]`, `[R, A]` float32."""
+    x = self.encoder.embed(t5_decoder.shift_right(answer))
+    # cut before the softmax, else rows without a word would take probability
     logits = self.decoder(x, states, mask)[..., : self.config.words]
     return jnp.take_along_axis(jax.nn.log_softmax(logits, -1), answer[..., None], -1)[..., 0]
 
-  def likelihood(self, before, image, after, mask, answer):
-    """The published score `[R]`: exp of the mean log-probability of the answer's tokens, its end
-    among them (for "Yes", the root of P(Yes) P(end | Yes))."""
-    states, mask = self.read(before, image, after, mask)
-    return jnp.exp(self.log_probs(states, mask, answer).mean(-1))
+  def answer_likelihood(self, before, image, after, mask, answer):
+    """Returns the published score `[R]`; arguments as in `encode_question`, and `answer [R, A]`.
+
+    It is exp of the mean log-probability of the answer's tokens with its end: for "Yes" this is the
+    root of P(Yes) P(end | Yes).
+    """
+    states, mask = self.encode_question(before, image, after, mask)
+    return jnp.exp(self.answer_log_probs(states, mask, answer).mean(-1))
 
 
-def build(config: Config, seed=0) -> ClipFlanT5:
-  """A random model; under `modules.abstract_module` no memory is used."""
+def build_model(config: Config, seed=0) -> ClipFlanT5:
+  """Builds a random model; inside `modules.abstract_module` it uses no memory."""
   return ClipFlanT5(config, rngs=nnx.Rngs(seed))
 
 
 def preprocess(c: Config, images):
-  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`: made square by bands of CLIP's mean
-  colour, resized, normalised."""
+  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`.
+
+  Bands of CLIP's mean colour make pictures square; then they are resized and normalised.
+  """
   size = c.vision.image_size
-  x = pictures.resize(square(images), (size, size), 'bicubic')
-  return pictures.normalize(x, clip.MEAN, clip.STD)
+  x = resize_images(pad_to_square(images), (size, size), 'bicubic')
+  return normalize_channels(x, clip.MEAN, clip.STD)
 
 
-def square(images):
-  """`[R, H, W, 3] -> [R, max(H, W), max(H, W), 3]`, the picture in the middle, rounded to the
-  top and left."""
+def pad_to_square(images):
+  """Pads pictures to a square: `[R, H, W, 3] -> [R, max(H, W), max(H, W), 3]`.
+
+  The picture lies in the middle, rounded to the top and the left.
+  """
   rows, height, width, _ = images.shape
   side = max(height, width)
   canvas = jnp.broadcast_to(jnp.array(PAD, images.dtype), (rows, side, side, 3))
@@ -146,11 +164,14 @@ def square(images):
   return jax.lax.dynamic_update_slice(canvas, images, corner)
 
 
-def flops(c: Config, before: int, after: int, answer: int) -> int:
-  """Matmul FLOPs of one picture (after `preprocess`) with so many words and answer tokens."""
+def count_flops(c: Config, before: int, after: int, answer: int) -> int:
+  """Matmul FLOPs of one picture (after `preprocess`).
+
+  `before` and `after` are the words around the picture, `answer` is the number of its tokens.
+  """
   v, width = c.vision, c.encoder.d_model
-  tower = vit.flops(v.image, v.tokens) + 6 * v.patch**2 * c.patches * v.image.width
+  tower = vit.count_flops(v.image, v.tokens) + 6 * v.patch**2 * c.patches * v.image.width
   mlp = 2 * c.patches * width * (v.image.width + width)
   words = before + c.patches + after
-  text = t5.flops(c.encoder, words) + t5_decoder.flops(c.decoder, answer, words)
+  text = t5.count_flops(c.encoder, words) + t5_decoder.count_flops(c.decoder, answer, words)
   return tower + mlp + text

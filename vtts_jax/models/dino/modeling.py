@@ -1,13 +1,14 @@
-"""DINO (Caron et al. 2021, arXiv 2104.14294) and DINOv2 (Oquab et al. 2023, 2304.07193; registers:
-Darcet et al. 2023, 2309.16588): pictures to a class token and patch tokens.
+"""DINO and DINOv2: image encoders that turn pictures into a class token and patch tokens.
 
-One vision transformer: patches, a class token, learned positions resized to the grid at hand, after
-those the registers, pre-norm blocks (DINOv2: layer scale; the giant: SwiGLU), a final norm. The
-linear ImageNet head reads the class token and the mean of the patches. Checked against
-`transformers` (`ViTModel`, `Dinov2Model`, `Dinov2WithRegistersModel` and their classifiers) and,
-for the positions of the original code, `torch.nn.functional.interpolate` (tests/parity).
+DINO is of Caron et al. (2021, arXiv 2104.14294), DINOv2 of Oquab et al. (2023, 2304.07193), its
+registers of Darcet et al. (2023, 2309.16588). All are one vision transformer: patches, a class
+token, learned positions resized to the grid at hand, then the registers, pre-norm blocks (DINOv2
+has layer scale, the giant SwiGLU) and a final norm. The linear ImageNet head reads the class token
+and the mean of the patches. Checked against `transformers` (`ViTModel`, `Dinov2Model`,
+`Dinov2WithRegistersModel` and their classifiers) and, for the positions of the original code,
+against `torch.nn.functional.interpolate` (tests/parity).
 
-Letters: R pictures · H W their sides · P side of a patch · G side of the grid of the positions ·
+Letters: R pictures · H W their sides · P side of a patch · G side of the grid of positions ·
 N patches · T tokens, the class first, then registers, then patches · D width · C classes.
 """
 
@@ -19,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.media import preprocess as pictures
+from vtts_jax.media.preprocess import center_crop, normalize_channels, resize_shortest
 from vtts_jax.models import vit
 
-SIDE, RESIZED = 224, 256  # of the published evaluation: the shorter side to 256, the middle 224
+# the published evaluation resizes the shorter side to 256 and cuts out the middle 224
+SIDE, RESIZED = 224, 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -31,17 +33,17 @@ class Config:
   """Sizes and options.
 
   Attributes:
-    hidden: inner width of the feed-forward layer (of SwiGLU: of each half).
-    patch: P. grid: G.
-    act, eps, layer_scale: of the blocks (`vit.Config`).
-    registers: how many.
-    antialias: whether positions are resized with antialiasing (the models with registers).
-    offset: what the original code adds to the size of the grid before it resizes the positions,
-      0.1 (an old guard against rounding, which shifts them a little); transformers adds nothing.
-    embed_norm: a norm after the positions, and
-    project: the width of a projection of the class token, 0 for none: CLIP's tower as DreamSim
-      holds it.
-    classes: C of the linear head; 0 without.
+    hidden: inner width of the feed-forward layer; with SwiGLU that of each half.
+    patch: P.
+    grid: G.
+    act, eps, layer_scale: options of the blocks (`vit.Config`).
+    registers: number of registers.
+    antialias: whether positions are resized with antialiasing (in the models with registers).
+    offset: added to the size of the grid before positions are resized. The original code adds 0.1,
+      an old guard against rounding that shifts positions a little; transformers adds nothing.
+    embed_norm: whether a norm follows the positions, as in CLIP's tower.
+    project: width of a projection of the class token, as in CLIP's tower; 0 for none.
+    classes: C of the linear head; 0 for none.
   """
 
   width: int = 768
@@ -61,7 +63,7 @@ class Config:
   classes: int = 0
 
   def __post_init__(self):
-    _ = self.trunk  # refuses what the blocks do not know
+    _ = self.trunk  # `vit.Config` refuses what the blocks do not know
 
   @property
   def trunk(self) -> vit.Config:
@@ -70,15 +72,15 @@ class Config:
     )
 
 
-def _small(**options):
+def _small_config(**options):
   return Config(width=384, layers=12, heads=6, hidden=1536, **options)
 
 
-def _sizes():
-  """The released models by their names on the hub, under facebook/, with - for _."""
+def _released_sizes():
+  """Returns the released models by their names on the hub under facebook/, with _ for -."""
   second = {'patch': 14, 'grid': 37, 'layer_scale': True}
   second = {
-    'small': _small(**second),
+    'small': _small_config(**second),
     'base': Config(width=768, layers=12, heads=12, hidden=3072, **second),
     'large': Config(width=1024, layers=24, heads=16, hidden=4096, **second),
     'giant': Config(width=1536, layers=40, heads=24, hidden=4096, act='swiglu', **second),
@@ -91,8 +93,8 @@ def _sizes():
     f'{name}_imagenet1k_1_layer': dataclasses.replace(c, classes=1000) for name, c in found.items()
   }
   return {
-    'dino_vits16': _small(patch=16, grid=14, eps=1e-12),
-    'dino_vits8': _small(patch=8, grid=28, eps=1e-12),
+    'dino_vits16': _small_config(patch=16, grid=14, eps=1e-12),
+    'dino_vits8': _small_config(patch=8, grid=28, eps=1e-12),
     'dino_vitb16': Config(patch=16, grid=14, eps=1e-12),
     'dino_vitb8': Config(patch=8, grid=28, eps=1e-12),
     **found,
@@ -101,13 +103,13 @@ def _sizes():
 
 SIZES = {
   'tiny': Config(width=16, layers=2, heads=2, hidden=32, patch=32, grid=5, classes=10),
-  **_sizes(),
+  **_released_sizes(),
 }
 PARTS = ('encoder',)
 
 
 def part_of(c: Config, part: str) -> Config:
-  """The config of the encoder alone, without the linear head."""
+  """Returns the config of the encoder alone, without the linear head."""
   del part
   return dataclasses.replace(c, classes=0)
 
@@ -115,7 +117,7 @@ def part_of(c: Config, part: str) -> Config:
 # ------------------------------------------------------------------------------------ the positions
 
 
-def _cubic(x, a):
+def _cubic_kernel(x, a):
   x = abs(x)
   if x < 1:
     return ((a + 2) * x - (a + 3)) * x * x + 1
@@ -123,18 +125,19 @@ def _cubic(x, a):
 
 
 @functools.cache
-def resizing(old: int, new: int, offset: float = 0.0, antialias: bool = False) -> np.ndarray:
-  """The matrix `[old, new]` by which torch's bicubic `interpolate` resizes one axis.
+def resize_matrix(old: int, new: int, offset: float = 0.0, antialias: bool = False) -> np.ndarray:
+  """Returns the matrix `[old, new]` by which torch's bicubic `interpolate` resizes one axis.
 
-  Without antialiasing the cubic has a = -0.75 and what is past the border is the border; with it,
-  a = -0.5, the filter widens where the axis shrinks, and what is past the border is left out.
+  Without antialiasing the cubic has a = -0.75, and the border value continues past the border. With
+  antialiasing it has a = -0.5, the filter widens where the axis shrinks, and nothing past the
+  border counts.
   """
   scale, table = old / (new + offset), np.zeros((old, new))
   stretch = max(scale, 1.0) if antialias else 1.0
   for i in range(new):
     centre = (i + 0.5) * scale - 0.5
     for j in range(math.ceil(centre - 2 * stretch), math.floor(centre + 2 * stretch) + 1):
-      weight = _cubic((j - centre) / stretch, -0.5 if antialias else -0.75)
+      weight = _cubic_kernel((j - centre) / stretch, -0.5 if antialias else -0.75)
       if not antialias or 0 <= j < old:
         table[min(max(j, 0), old - 1), i] += weight
   return (table / table.sum(0)).astype(np.float32)
@@ -144,12 +147,13 @@ def resizing(old: int, new: int, offset: float = 0.0, antialias: bool = False) -
 
 
 class Dino(nnx.Module):
-  """`__call__(images [R, H, W, 3], normalised)` -> tokens `[R, T, D]` after the last norm."""
+  """`__call__(images [R, H, W, 3])`, normalised -> tokens `[R, T, D]` after the last norm."""
 
   def __init__(self, config: Config, *, rngs):
     c = self.config = config
-    table = lambda *shape: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape))
+    table = functools.partial(vit.random_table, rngs)
     self.patch = nnx.Linear(3 * c.patch**2, c.width, rngs=rngs)
+    # the released checkpoints keep a leading axis of one for the batch
     self.cls, self.positions = table(1, 1, c.width), table(1, 1 + c.grid**2, c.width)
     self.registers = table(1, c.registers, c.width) if c.registers else None
     self.embed_norm = vit.LayerNorm(c.width, c.eps) if c.embed_norm else None
@@ -159,73 +163,79 @@ class Dino(nnx.Module):
     self.head = nnx.Linear(2 * c.width, c.classes, rngs=rngs) if c.classes else None
 
   def __call__(self, images):
-    return self.norm(self.trunk(self.embed(images)))
+    return self.norm(self.trunk(self.embed_patches(images)))
 
-  def embed(self, images):
-    """Tokens `[R, T, D]` before the first block."""
+  def embed_patches(self, images):
+    """Images `[R, H, W, 3]` -> the first block's input `[R, T, D]`."""
     c = self.config
     rows, columns = images.shape[1] // c.patch, images.shape[2] // c.patch
-    x = self.patch(vit.patches(images.astype(self.cls.dtype), c.patch))
+    x = self.patch(vit.split_patches(images.astype(self.cls.dtype), c.patch))
     cls = jnp.broadcast_to(self.cls[...], (len(x), 1, c.width))
-    x = jnp.concatenate([cls, x], 1) + self.position(rows, columns).astype(x.dtype)
+    x = jnp.concatenate([cls, x], 1) + self.resized_positions(rows, columns).astype(x.dtype)
     if self.embed_norm is not None:
       x = self.embed_norm(x)
     if self.registers is None:
       return x
+    # registers come after the positions are added: they have none
     registers = jnp.broadcast_to(self.registers[...], (len(x), c.registers, c.width))
     return jnp.concatenate([x[:, :1], registers, x[:, 1:]], 1)
 
-  def position(self, rows, columns):
-    """Positions `[1, 1 + rows columns, D]` float32 of a grid."""
+  def resized_positions(self, rows, columns):
+    """Returns the positions `[1, 1 + rows columns, D]` float32 of a grid."""
+    # float32 even in a bfloat16 model, as the reference
     c, known = self.config, self.positions[...].astype(jnp.float32)
     if rows == columns == c.grid:
       return known
     table = known[:, 1:].reshape(c.grid, c.grid, c.width)
-    by = [resizing(c.grid, new, c.offset, c.antialias) for new in (rows, columns)]
+    by = [resize_matrix(c.grid, new, c.offset, c.antialias) for new in (rows, columns)]
     table = jnp.einsum('ghd,gr,hc->rcd', table, *by)
     return jnp.concatenate([known[:, :1], table.reshape(1, -1, c.width)], 1)
 
-  def features(self, images):
-    """The class token, `[R, D]` or as wide as `project`, float32."""
-    x = self.norm(self.trunk(self.embed(images))[:, 0])
+  def image_features(self, images):
+    """Images -> the class token, float32 `[R, D]` or as wide as `project`."""
+    # norm and projection act on each token alone, so only the class token goes through them
+    x = self.norm(self.trunk(self.embed_patches(images))[:, 0])
     return (x if self.project is None else x @ self.project[...]).astype(jnp.float32)
 
   def embed_images(self, images):
-    """Unit vectors `[R, D]` float32: `features` of length 1."""
-    x = self.features(images)
+    """Images -> unit vectors `[R, D]` float32: `image_features` scaled to length 1."""
+    x = self.image_features(images)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
-  def logits(self, images):
-    """Of the linear head, `[R, C]` float32."""
+  def class_logits(self, images):
+    """Images -> logits of the linear head, `[R, C]` float32."""
     x = self(images)
+    # the mean over patches is summed in float32: bfloat16 sums of 256 lose their last digits
     patches = x[:, 1 + self.config.registers :].astype(jnp.float32).mean(1).astype(x.dtype)
     return self.head(jnp.concatenate([x[:, 0], patches], -1)).astype(jnp.float32)
 
 
-def build(config: Config, seed=0) -> Dino:
-  """A random encoder; under `modules.abstract_module` no memory is used."""
+def build_model(config: Config, seed=0) -> Dino:
+  """Builds a random encoder; inside `modules.abstract_module` it uses no memory."""
   return Dino(config, rngs=nnx.Rngs(seed))
 
 
 def picture_sides(c: Config) -> tuple[int, int]:
-  """(side of the square that is cut out, what the shorter side is resized to before)."""
+  """Returns (side of the square that is cut out, size of the shorter side before the cut)."""
   del c
   return SIDE, RESIZED
 
 
 def preprocess(c: Config, images, fitted: bool = False):
-  """Pictures `[..., H, W, 3]` in [0, 1] as the published evaluations of both families make them,
-  `[..., 224, 224, 3]` normalised: PIL's bicubic to 256 and the middle 224, for every size;
-  `fitted` ones are 224 x 224 already."""
+  """Pictures `[..., H, W, 3]` in [0, 1] -> `[..., 224, 224, 3]`, as both published evaluations.
+
+  PIL's bicubic resizes the shorter side to 256, the middle 224 is cut out, and channels are
+  normalised, for models of every size. Pictures that are `fitted` are 224 x 224 already.
+  """
   del c
   if not fitted:
-    images = pictures.center_crop(pictures.resize_shortest(images, RESIZED), SIDE)
-  return pictures.normalize(images, MEAN, STD)
+    images = center_crop(resize_shortest(images, RESIZED), SIDE)
+  return normalize_channels(images, MEAN, STD)
 
 
-def flops(c: Config, op: str = 'image', side: int = SIDE) -> int:
-  """Matmul FLOPs of the encoder, with projection or head, for one picture of so many pixels."""
-  del op  # there is nothing else to do than 'image'
+def count_flops(c: Config, op: str = 'image', side: int = SIDE) -> int:
+  """Matmul FLOPs of the encoder, with projection or head, for one picture of side `side`."""
+  del op  # the only one is 'image'
   patches = (side // c.patch) ** 2
   own = 2 * patches * 3 * c.patch**2 * c.width + 2 * c.width * c.project
-  return own + vit.flops(c.trunk, 1 + c.registers + patches) + 4 * c.width * c.classes
+  return own + vit.count_flops(c.trunk, 1 + c.registers + patches) + 4 * c.width * c.classes

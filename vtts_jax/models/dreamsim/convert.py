@@ -1,10 +1,11 @@
-"""DreamSim: base weights of the branches, and the adapters that are merged into them.
+"""DreamSim: base weights of the branches, with the adapters merged into them.
 
-The tensors of branch i are read as `<i>.<name>`. A released model is (a) a folder with the
-safetensors of each branch, `<branch>_pretrain.safetensors` in any layout that `models/dino` reads,
-and the adapters in
-`ensemble_lora/` (of a single model, `<branch>_single_lora/`) as PEFT writes them, or (b) one file
-of the model with the adapters merged already, its names those of `PerceptualModel`.
+The tensors of branch i are read as `<i>.<name>`. A released model is one of two things:
+
+- a folder with the safetensors of each branch, `<branch>_pretrain.safetensors` in any layout that
+  `models/dino` reads, and with the adapters as PEFT writes them, in `ensemble_lora/` or, for a
+  single model, `<branch>_single_lora/`;
+- one file whose adapters are merged already, with the names of `PerceptualModel`.
 """
 
 import dataclasses
@@ -14,8 +15,8 @@ import re
 
 import numpy as np
 
-from vtts_jax.checkpoints import convert as conversion
-from vtts_jax.checkpoints import source as checkpoints
+from vtts_jax.checkpoints.convert import convert_weights
+from vtts_jax.checkpoints.source import Source, open_source
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.dino import convert as dino
@@ -28,53 +29,54 @@ ADAPTER = re.compile(
 )
 
 
-def open_weights(weights: str, part: str = '') -> checkpoints.Source:
-  """The branches of the released model `part` ('' for the ensemble), adapters merged (when read).
+def open_weights(weights: str, part: str = '') -> Source:
+  """Opens the branches of the released model `part` ('' for the ensemble).
+
+  Adapters are merged when a tensor is read.
 
   Raises:
-    FileNotFoundError: no such folder or file.
-    ValueError: an adapter or a branch is missing, or is none of this model.
+    FileNotFoundError: there is no such folder or file.
+    ValueError: an adapter or a branch is missing, or is not of this model.
   """
   name = part or 'ensemble'
   members = modeling.MEMBERS[name]
   if not os.path.isdir(weights):
-    source = checkpoints.open_source(weights)
-    return joined([_branch(source, i) for i in range(len(members))])
+    source = open_source(weights)
+    return join_branches([_branch_of(source, i) for i in range(len(members))])
   folder = f'{name}_lora' if name == 'ensemble' else f'{name}_single_lora'
-  open_file = checkpoints.open_source
-  adapters = open_file(weights, subfolder=folder, file='adapter_model.safetensors')
-  bases = [open_file(weights, file=f'{member}_pretrain.safetensors') for member in members]
-  return joined(merged(bases, adapters, scale_of(weights, folder)))
+  adapters = open_source(weights, subfolder=folder, file='adapter_model.safetensors')
+  bases = [open_source(weights, file=f'{member}_pretrain.safetensors') for member in members]
+  return join_branches(merge_adapters(bases, adapters, scale_of(weights, folder)))
 
 
-def joined(branches) -> checkpoints.Source:
-  """One source of all branches, the names of branch i under `<i>.`."""
+def join_branches(branches) -> Source:
+  """Joins the branches to one source, with the names of branch i under `<i>.`."""
 
-  def read(name):
+  def read_tensor(name):
     i, _, own = name.partition('.')
-    return branches[int(i)].get(own)
+    return branches[int(i)].read_tensor(own)
 
   return dataclasses.replace(
     branches[0],
     where=' and '.join(dict.fromkeys(branch.where for branch in branches)),
     header={f'{i}.{n}': v for i, branch in enumerate(branches) for n, v in branch.header.items()},
-    read=read,
+    read=read_tensor,
     identity=';'.join(branch.identity for branch in branches),
   )
 
 
-def _branches(source):
-  """The sources that `joined` put together."""
-  count = 1 + max(int(name.partition('.')[0]) for name in source.names())
-  return [source.part(f'{i}.', source.config) for i in range(count)]
+def _split_branches(source):
+  """Returns the sources that `join_branches` put together."""
+  count = 1 + max(int(name.partition('.')[0]) for name in source.tensor_names())
+  return [source.select_prefix(f'{i}.', source.config) for i in range(count)]
 
 
 def scale_of(place: str, folder: str) -> float:
-  """alpha / r of the adapters, from `adapter_config.json` beside them.
+  """Returns alpha / r of the adapters, from `adapter_config.json` beside them.
 
   Raises:
-    FileNotFoundError: there is none.
-    ConfigError: adapters of another kind.
+    FileNotFoundError: there is no such file.
+    ConfigError: the adapters are not plain LoRA.
   """
   path = os.path.join(place, folder, 'adapter_config.json')
   if not os.path.isfile(path):
@@ -87,11 +89,13 @@ def scale_of(place: str, folder: str) -> float:
   return config['lora_alpha'] / config['r']
 
 
-def _branch(source, i):
-  """Branch i of a file of the whole model; DINO's training head is left."""
+def _branch_of(source, i):
+  """Returns branch i of a file of the whole model; DINO's training head is left out."""
   lead = f'extractor_list.{i}.'
-  names = {n[len(lead) :].removeprefix('model.'): n for n in source.names() if n.startswith(lead)}
+  inside = [n for n in source.tensor_names() if n.startswith(lead)]
+  names = {n[len(lead) :].removeprefix('model.'): n for n in inside}
   names = {own: n for own, n in names.items() if not own.startswith('proj.')}
+  # unmerged adapters beside base weights would be ignored silently
   if not names or any('lora' in n for n in names):
     what = 'no tensor' if not names else 'adapters that are not merged'
     raise ValueError(f'{source.where} has {what} under {lead}; see models/dreamsim/README.md')
@@ -99,68 +103,82 @@ def _branch(source, i):
     source,
     where=f'{source.where} ({lead}*)',
     header={own: source.header[n] for own, n in names.items()},
-    read=lambda own: source.get(names[own]),
+    read=lambda own: source.read_tensor(names[own]),
   )
 
 
-def merged(bases, adapters, scale: float) -> list[checkpoints.Source]:
-  """The bases, `joined`, with scale B A of the adapters added to queries, keys and values.
+def merge_adapters(bases, adapters, scale: float) -> list[Source]:
+  """Adds scale B A of the adapters to the queries, keys and values of the bases.
+
+  Returns:
+    The merged sources, after dino's `arrange_layers`.
 
   Raises:
-    ValueError: a name that is no adapter, blocks without one, a rank or width that does not fit.
+    ValueError: a name is no adapter, a block has none, or a rank or width does not fit.
   """
   found = {}
-  for name in adapters.names():
+  for name in adapters.tensor_names():
     match = ADAPTER.fullmatch(name)
     if not match or int(match[1]) >= len(bases):
       raise ValueError(f'{adapters.where}: {name} is no adapter of queries, keys and values here')
     found[int(match[1]), int(match[2]), match[3]] = name
-  return [_merged(dino.joined(base), adapters, found, i, scale) for i, base in enumerate(bases)]
+  return [
+    _merge_branch(dino.arrange_layers(base), adapters, found, i, scale)
+    for i, base in enumerate(bases)
+  ]
 
 
-def _merged(base, adapters, found, i, scale):
-  (target,) = [n for n in base.names() if n.endswith('qkv.weight')]
-  layers, rows, width = base.shape(target)
+def _merge_branch(base, adapters, found, i, scale):
+  (target,) = [n for n in base.tensor_names() if n.endswith('qkv.weight')]
+  layers, rows, width = base.shape_of(target)
   pairs = [(found.get((i, n, 'A')), found.get((i, n, 'B'))) for n in range(layers)]
   own = sum(branch == i for branch, _, _ in found)
   if own != 2 * layers or any(None in pair for pair in pairs):
     raise ValueError(f'{adapters.where} has {own} matrices for the {layers} blocks of {base.where}')
   for a, b in pairs:
-    (rank, inner), outer = adapters.shape(a), adapters.shape(b)
+    (rank, inner), outer = adapters.shape_of(a), adapters.shape_of(b)
     if inner != width or outer != (rows, rank):
       raise ValueError(f'{adapters.where}: {b} {outer} after {a} {(rank, inner)} does not fit')
 
-  def read(name):
-    value = base.get(name)
+  def read_float32(name):
+    return adapters.read_tensor(name).astype(np.float32)
+
+  def read_merged(name):
+    value = base.read_tensor(name)
     if name != target:
       return value
-    as32 = lambda n: adapters.get(n).astype(np.float32)
-    return value.astype(np.float32) + scale * np.stack([as32(b) @ as32(a) for a, b in pairs])
+    # in float32 whatever the file's dtype: small updates would vanish in half precision
+    updates = np.stack([read_float32(b) @ read_float32(a) for a, b in pairs])
+    return value.astype(np.float32) + scale * updates
 
   identity = f'{base.identity};{adapters.identity};{scale}'
-  return dataclasses.replace(base, read=read, identity=identity)
+  return dataclasses.replace(base, read=read_merged, identity=identity)
 
 
 def config_of(source, part: str = '', **options) -> modeling.Config:
-  """Read off the branches; what names and shapes do not tell is that of the released `part`."""
+  """Reads the config off the branches.
+
+  What names and shapes do not tell is that of the released model `part`. `options` are fields of
+  dino's `Config` that override what is read.
+  """
   known = [modeling.BRANCHES[member] for member in modeling.MEMBERS[part or 'ensemble']]
   return modeling.Config(
     tuple(
       dino.config_of(branch, **{'act': c.act, 'eps': c.eps, 'offset': c.offset, **options})
-      for branch, c in zip(_branches(source), known)
+      for branch, c in zip(_split_branches(source), known)
     )
   )
 
 
-def load(source, config: modeling.Config, *, dtype=None, sharding=None):
-  """Parameters; errors as in `conversion.convert`."""
-  template = modules.abstract_module(lambda: modeling.build(config))[1]['branches']
+def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Loads the parameters; errors as in `convert_weights`."""
+  template = modules.abstract_module(lambda: modeling.build_model(config))[1]['branches']
   if isinstance(sharding, dict):
     places = sharding['branches']
   else:
     places = dict.fromkeys(template, sharding)
   found = {}
-  for i, branch in zip(template, _branches(source)):
-    branch = dino.joined(branch)
-    found[i] = conversion.convert(branch, dino.RULES, template[i], dtype, places[i])
+  for i, branch in zip(template, _split_branches(source)):
+    branch = dino.arrange_layers(branch)
+    found[i] = convert_weights(branch, dino.RULES, template[i], dtype, places[i])
   return {'branches': found}

@@ -1,11 +1,10 @@
-"""DreamSim (Fu, Tamir et al. 2023, arXiv 2306.09344): a distance between pictures that agrees with
-people; one minus the cosine of two embeddings.
+"""DreamSim (Fu, Tamir et al. 2023, arXiv 2306.09344): how different people find two pictures.
 
-The embedding puts together what several vision transformers say of a picture, each tuned by low
-rank adapters: DINO's class token as the last block leaves it (before the norm), and CLIP's and
-OpenCLIP's projected class token; its mean over the dimensions is taken off and its length made 1.
-Written from dreamsim 0.2.1 (github.com/ssundaram21/dreamsim); the branches are checked against
-`transformers` (tests/parity).
+The distance is one minus the cosine of two embeddings. An embedding joins the outputs of several
+vision transformers, each tuned by low rank adapters: DINO's class token as the last block leaves it
+(before the norm), and the projected class tokens of CLIP and OpenCLIP. Its mean over the dimensions
+is subtracted, and it is scaled to length 1. Written from dreamsim 0.2.1
+(github.com/ssundaram21/dreamsim); the branches are checked against `transformers` (tests/parity).
 
 Letters: R pictures · D width of a branch · E width of the embedding.
 """
@@ -15,14 +14,15 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from vtts_jax.media import preprocess as pictures
+from vtts_jax.media.preprocess import normalize_channels, resize_images
 from vtts_jax.models.dino import modeling as dino
 
 SIDE = 224
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 _CLIP = {'eps': 1e-5, 'embed_norm': True, 'project': 512}
-BRANCHES = {  # in the original names
+# named as in the original code, whose position offset they all have
+BRANCHES = {
   'dino_vitb16': dino.Config(offset=0.1),
   'dinov2_vitb14': dino.Config(patch=14, grid=37, layer_scale=True, offset=0.1),
   'clip_vitb16': dino.Config(**_CLIP, act='quick_gelu', offset=0.1),
@@ -34,13 +34,13 @@ BRANCHES = {  # in the original names
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The branches, `dino.Config` each, in the order of the embedding."""
+  """The branches, a `dino.Config` each, in the order of the embedding."""
 
   branches: tuple[dino.Config, ...]
 
   @property
   def width(self) -> int:
-    """E."""
+    """E: the branches' features lie one after the other."""
     return sum(c.project or c.width for c in self.branches)
 
 
@@ -53,55 +53,59 @@ SIZES = {
   'tiny': Config((_TINY, dataclasses.replace(_TINY_CLIP, act='quick_gelu'), _TINY_CLIP)),
   **{name: Config(tuple(BRANCHES[m] for m in members)) for name, members in MEMBERS.items()},
 }
-PARTS = tuple(MEMBERS)  # which of the released models a checkpoint holds
+# a part is one of the released models
+PARTS = tuple(MEMBERS)
 
 
 def part_of(c: Config, part: str) -> Config:
-  """A random size says itself which branches it has."""
+  """Returns the config as it is: a random size says itself which branches it has."""
   del part
   return c
 
 
 class DreamSim(nnx.Module):
-  """`embed_images(images [R, 224, 224, 3] in [0, 1])` -> embeddings `[R, E]` float32 of length
-  1."""
+  """`embed_images(images [R, 224, 224, 3] in [0, 1])` -> unit embeddings `[R, E]` float32."""
 
   def __init__(self, config: Config, *, rngs):
     self.config = config
     self.branches = nnx.List([dino.Dino(c, rngs=rngs) for c in config.branches])
 
   def embed_images(self, images):
-    x = jnp.concatenate([feature(branch, images) for branch in self.branches], -1)
+    x = jnp.concatenate([branch_features(branch, images) for branch in self.branches], -1)
+    # over all branches at once, as published
     x = x - x.mean(-1, keepdims=True)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def feature(branch, images):
-  """What a branch adds, `[R, D]` (of CLIP as wide as its projection) float32."""
+def branch_features(branch, images):
+  """Returns a branch's part of the embedding, float32 `[R, D]`; with CLIP D is the projection's."""
+  # each branch was trained under its own mean and deviation
   if branch.project is not None:
-    return branch.features(pictures.normalize(images, CLIP_MEAN, CLIP_STD))
-  tokens = branch.trunk(branch.embed(pictures.normalize(images, dino.MEAN, dino.STD)))
+    return branch.image_features(normalize_channels(images, CLIP_MEAN, CLIP_STD))
+  tokens = branch.trunk(branch.embed_patches(normalize_channels(images, dino.MEAN, dino.STD)))
   return tokens[:, 0].astype(jnp.float32)
 
 
-def build(config: Config, seed=0) -> DreamSim:
-  """A random model; under `modules.abstract_module` no memory is used."""
+def build_model(config: Config, seed=0) -> DreamSim:
+  """Builds a random model; inside `modules.abstract_module` it uses no memory."""
   return DreamSim(config, rngs=nnx.Rngs(seed))
 
 
 def picture_sides(c: Config) -> tuple[int, int]:
-  """(side of the picture, 0: it is squeezed to a square and not cut)."""
+  """Returns (side of the picture, 0): pictures are squeezed to a square, not cut."""
   del c
   return SIDE, 0
 
 
 def preprocess(c: Config, images, fitted: bool = False):
-  """Pictures `[..., H, W, 3]` -> `[..., 224, 224, 3]` by PIL's bicubic, proportions lost; `fitted`
-  ones are of that size already."""
+  """Pictures `[..., H, W, 3]` -> `[..., 224, 224, 3]` by PIL's bicubic; proportions are lost.
+
+  Pictures that are `fitted` have that size already.
+  """
   del c
-  return images if fitted else pictures.resize(images, (SIDE, SIDE))
+  return images if fitted else resize_images(images, (SIDE, SIDE))
 
 
-def flops(c: Config, op: str = 'image') -> int:
-  """Matmul FLOPs of an embedding."""
-  return sum(dino.flops(branch, op, SIDE) for branch in c.branches)
+def count_flops(c: Config, op: str = 'image') -> int:
+  """Matmul FLOPs of the embedding of one picture."""
+  return sum(dino.count_flops(branch, op, SIDE) for branch in c.branches)

@@ -1,4 +1,4 @@
-"""Golden files of the family `owlvit` (tests/golden): pictures and queries in, every stage out."""
+"""Replays golden files of the family `owlvit` (tests/golden): stages of pictures and queries."""
 
 import jax
 import numpy as np
@@ -7,22 +7,22 @@ from vtts_jax.models import modules
 from vtts_jax.models.owlvit import convert, modeling
 
 
-def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Stages of the normalised `images [R, S, S, 3]` under the queries `ids [R, Q, W]`."""
+def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns the stages of normalised `images [R, S, S, 3]` and queries `ids [R, Q, W]`."""
   settings = convert.config_of(source, **config['params'])
-  params = convert.load(source, settings)
+  params = convert.load_weights(source, settings)
 
   @jax.jit
-  def run(params, images, ids):
-    model = modules.bind_module(modeling.build, settings, params)
-    features = model.features(images)
+  def run_model(params, images, ids):
+    model = modules.bind_module(modeling.build_model, settings, params)
+    features = model.patch_features(images)
     queries = model.text(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape[:2], -1)
     out = {
       'features': features,
       'queries': queries,
-      'logits': model.logits(features, queries),
-      'boxes': model.boxes(features),
+      'logits': model.query_logits(features, queries),
+      'boxes': model.predict_boxes(features),
     }
-    return out | ({'objectness': model.objectness(features)} if settings.v2 else {})
+    return out | ({'objectness': model.objectness_logits(features)} if settings.v2 else {})
 
-  return {k: np.asarray(v) for k, v in run(params, inputs['images'], inputs['ids']).items()}
+  return {k: np.asarray(v) for k, v in run_model(params, inputs['images'], inputs['ids']).items()}

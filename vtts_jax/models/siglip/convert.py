@@ -1,46 +1,46 @@
-"""SigLIP: from the layout of transformers' `SiglipModel`, which is that of both versions' fixed
-resolutions on the hub."""
+"""SigLIP, from transformers' `SiglipModel`: the layout of both versions with fixed resolutions."""
 
 import numpy as np
 
-from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints.convert import convert_weights
 from vtts_jax.models import modules, vit
 from vtts_jax.models.clip.convert import BLOCK, read_exactly, trunk_of
 from vtts_jax.models.siglip import modeling
-from vtts_jax.models.stacked import fused, stacked, transposed
+from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
 
-HEAD_WIDTHS = {1152: 72, 1536: 96}  # so400m and giant; all others 64
-SECOND = 256000  # words of version 2
+HEAD_WIDTHS = {1152: 72, 1536: 96}  # so400m and giant; all others have 64
+SECOND = 256000  # words of version 2, by which it is known
 
 
-def _tower(name, target):
+def _tower_rules(name, target):
   lead = name + r'\.'
   return [
     (lead + r'embeddings\.position_embedding\.weight', target + 'position', ''),
     (lead + r'(?:post_layernorm|final_layer_norm)\.(weight|bias)', target + r'norm.\1', ''),
     (lead + r'embeddings\.position_ids', None, ''),  # a buffer of old files
-    *vit.rules(lead + r'encoder\.layers\.\*\.', target + 'trunk.', BLOCK),
+    *vit.trunk_rules(lead + r'encoder\.layers\.\*\.', target + 'trunk.', BLOCK),
   ]
 
 
 HEAD = r'vision_model\.head\.'
-RULES = [  # after `fused` and `stacked`
-  *_tower('vision_model', 'image.'),
-  *_tower('text_model', 'text.'),
+# for a source that went through `stack_layers` and `fuse_projections`
+RULES = [
+  *_tower_rules('vision_model', 'image.'),
+  *_tower_rules('text_model', 'text.'),
   (r'vision_model\.embeddings\.patch_embedding\.weight', 'image.patch.kernel', vit.patch_kernel),
   (r'vision_model\.embeddings\.patch_embedding\.bias', 'image.patch.bias', ''),
   (HEAD + 'probe', 'image.pool.probe', np.ravel),
-  (HEAD + r'attention\.in_proj_weight', 'image.pool.qkv.kernel', transposed),
+  (HEAD + r'attention\.in_proj_weight', 'image.pool.qkv.kernel', transpose_kernel),
   (HEAD + r'attention\.in_proj_bias', 'image.pool.qkv.bias', ''),
-  (HEAD + r'attention\.out_proj\.weight', 'image.pool.out.kernel', transposed),
+  (HEAD + r'attention\.out_proj\.weight', 'image.pool.out.kernel', transpose_kernel),
   (HEAD + r'attention\.out_proj\.bias', 'image.pool.out.bias', ''),
   (HEAD + r'layernorm\.(weight|bias)', r'image.pool.norm.\1', ''),
-  (HEAD + r'mlp\.fc1\.weight', 'image.pool.ffn.up.kernel', transposed),
+  (HEAD + r'mlp\.fc1\.weight', 'image.pool.ffn.up.kernel', transpose_kernel),
   (HEAD + r'mlp\.fc1\.bias', 'image.pool.ffn.up.bias', ''),
-  (HEAD + r'mlp\.fc2\.weight', 'image.pool.ffn.down.kernel', transposed),
+  (HEAD + r'mlp\.fc2\.weight', 'image.pool.ffn.down.kernel', transpose_kernel),
   (HEAD + r'mlp\.fc2\.bias', 'image.pool.ffn.down.bias', ''),
   (r'text_model\.embeddings\.token_embedding\.weight', 'text.token.embedding', ''),
-  (r'text_model\.head\.weight', 'text.projection.kernel', transposed),
+  (r'text_model\.head\.weight', 'text.projection.kernel', transpose_kernel),
   (r'text_model\.head\.bias', 'text.projection.bias', ''),
   (r'logit_(scale|bias)', r'\1', ''),
 ]
@@ -48,22 +48,23 @@ SHARDING = vit.SHARDING
 
 
 def config_of(source, part: str = '') -> modeling.Config:
-  """The config of a checkpoint.
+  """Reads the config of a checkpoint.
 
-  Sizes are read off the shapes; heads, activation, epsilon and the picture's size are those of its
+  Sizes are read off the shapes. Heads, activation, epsilon and the picture's size are those of its
   `config.json`, which on the hub holds what differs from transformers' defaults. Pictures are
-  resized as the released processors do: version 2, known by its vocabulary, bilinearly.
+  resized as the released processors do: bilinearly in version 2, which its vocabulary tells.
 
   Raises:
     ValueError: there is no SigLIP.
     ConfigError: an option that the port does not know.
   """
-  del part  # the two towers are always loaded together
+  # the two towers are always loaded together
+  del part
   try:
-    width, _, _, patch = source.shape('vision_model.embeddings.patch_embedding.weight')
-    tokens = source.shape('vision_model.embeddings.position_embedding.weight')[0]
-    vocab, words = source.shape('text_model.embeddings.token_embedding.weight')
-    length = source.shape('text_model.embeddings.position_embedding.weight')[0]
+    width, _, _, patch = source.shape_of('vision_model.embeddings.patch_embedding.weight')
+    tokens = source.shape_of('vision_model.embeddings.position_embedding.weight')[0]
+    vocab, words = source.shape_of('text_model.embeddings.token_embedding.weight')
+    length = source.shape_of('text_model.embeddings.position_embedding.weight')[0]
     sides = {
       side: trunk_of(
         source, f'{name}_model.encoder.layers', source.config.get(f'{name}_config') or {},
@@ -71,7 +72,8 @@ def config_of(source, part: str = '') -> modeling.Config:
       )
       for side, name, width in (('image', 'vision', width), ('text', 'text', words))
     }  # fmt: skip
-    source.shape('vision_model.head.probe')
+    # a CLIP passes all of the above, but has no probe
+    source.shape_of('vision_model.head.probe')
   except KeyError as error:
     raise ValueError(f'{source.where} has no SigLIP: no {error}') from error
   side = round(tokens**0.5)
@@ -85,13 +87,12 @@ def config_of(source, part: str = '') -> modeling.Config:
                          resample=resample)  # fmt: skip
 
 
-def load(source, config: modeling.Config, *, dtype=None, sharding=None):
-  """Parameters; errors as in `conversion.convert`.
+def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Loads the parameters; errors as in `convert_weights`.
 
-  Args:
-    dtype: of all but the temperature and the bias, which keep their 24 bits.
+  `dtype` is that of all parameters but the temperature and the bias, which stay float32.
   """
-  _, template = modules.abstract_module(lambda: modeling.build(config))
-  source = fused(stacked(source, 'layers'))
-  params = conversion.convert(source, RULES, template, dtype, sharding)
+  _, template = modules.abstract_module(lambda: modeling.build_model(config))
+  source = fuse_projections(stack_layers(source, 'layers'))
+  params = convert_weights(source, RULES, template, dtype, sharding)
   return params | read_exactly(source, template, sharding, ('scale', 'bias'))

@@ -1,12 +1,13 @@
 """SigLIP (Zhai et al. 2023, arXiv 2303.15343) and SigLIP 2 (Tschannen et al. 2025, 2502.14786).
 
-CLIP trained with a sigmoid for each pair: no class token but a probe that attends to the patches,
-no causal mask, the text read at its last token (which is padding, so texts have full length), a
-logit with a bias. Version 2 is the same network with another vocabulary; its naflex variant is not
-ported. Checked against `transformers.SiglipModel` (tests/parity).
+SigLIP is a CLIP trained with a sigmoid for each pair. A probe that attends to the patches replaces
+the class token, there is no causal mask, and the logit has a bias. A text is read at its last
+token, which is padding, so texts have full length. Version 2 is the same network with another
+vocabulary; its naflex variant is not ported. Checked against `transformers.SiglipModel`
+(tests/parity).
 
-Letters: R rows · S side of a picture · P of a patch · T tokens · D width · E width of the joint
-space · V vocabulary.
+Letters: R rows · S side of a picture · P side of a patch · T tokens · D width · E width of the
+joint space · V vocabulary.
 """
 
 import dataclasses
@@ -16,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.media import preprocess as pictures
+from vtts_jax.media.preprocess import FILTERS, normalize_channels, resize_images
 from vtts_jax.models import vit
-from vtts_jax.models.clip.modeling import random_table, unit
+from vtts_jax.models.clip.modeling import unit_vectors
 
 EPS = 1e-6
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -30,8 +31,14 @@ class Config:
 
   Attributes:
     image, text: the trunks.
+    image_size: S.
+    patch: P.
+    vocab: V.
     length: tokens of every text, padding included.
     resample: filter by which pictures are resized.
+
+  Raises:
+    ConfigError: a picture smaller than a patch, or an unknown filter.
   """
 
   image: vit.Config
@@ -45,8 +52,8 @@ class Config:
   def __post_init__(self):
     if self.image_size < self.patch:
       raise ConfigError(f'image_size={self.image_size}: must be at least patch={self.patch}')
-    if self.resample not in pictures.FILTERS:
-      allowed = ', '.join(pictures.FILTERS)
+    if self.resample not in FILTERS:
+      allowed = ', '.join(FILTERS)
       raise ConfigError(f'resample={self.resample!r}: must be one of {allowed}')
 
   @property
@@ -56,20 +63,20 @@ class Config:
 
   @property
   def tokens(self) -> int:
-    """Patches of a picture."""
+    """Number of patches of a picture."""
     return (self.image_size // self.patch) ** 2
 
 
-def _trunk(width, layers, heads, hidden):
+def _make_trunk(width, layers, heads, hidden):
   return vit.Config(width, layers, heads, hidden, 'gelu_tanh', EPS)
 
 
-def _released():
-  """Every released model by the name it has on the hub, 'v2_' for the second version."""
-  base = _trunk(width=768, layers=12, heads=12, hidden=3072)
-  large = _trunk(width=1024, layers=24, heads=16, hidden=4096)
-  so400m = _trunk(width=1152, layers=27, heads=16, hidden=4304)
-  giant = _trunk(width=1536, layers=40, heads=16, hidden=6144)
+def _released_sizes():
+  """Returns every released model by its name on the hub; the second version has 'v2_' before it."""
+  base = _make_trunk(width=768, layers=12, heads=12, hidden=3072)
+  large = _make_trunk(width=1024, layers=24, heads=16, hidden=4096)
+  so400m = _make_trunk(width=1152, layers=27, heads=16, hidden=4304)
+  giant = _make_trunk(width=1536, layers=40, heads=16, hidden=6144)
   first = {
     'b16': (base, (224, 256, 384, 512)), 'l16': (large, (256, 384)), 'so400m14': (so400m, (384,)),
   }  # fmt: skip
@@ -88,6 +95,7 @@ def _released():
     ('v2_', second, {'vocab': 256000, 'resample': 'bilinear'}),
   ):
     for name, (image, sides) in table.items():
+      # the giant has the text tower of so400m
       text, patch = so400m if image is giant else image, int(name[-2:])
       found |= {
         f'{lead}{name}_{side}': Config(image, text, image_size=side, patch=patch, **more)
@@ -96,19 +104,20 @@ def _released():
   return found
 
 
-_TINY = _trunk(width=16, layers=2, heads=2, hidden=32)
-SIZES = {  # named so that a verifier on CLIP or SigLIP can tell the two apart
+_TINY = _make_trunk(width=16, layers=2, heads=2, hidden=32)
+# the names start with siglip, so that a verifier on CLIP or SigLIP can tell the two apart
+SIZES = {
   'siglip_tiny': Config(_TINY, _TINY, image_size=32, vocab=256, length=16),
-  **{f'siglip_{name}': config for name, config in _released().items()},
+  **{f'siglip_{name}': config for name, config in _released_sizes().items()},
 }
 
 
 class Pool(nnx.Module):
-  """`__call__(tokens [R, T, D]) -> [R, D]`: what one learned query finds, and a feed-forward."""
+  """`__call__(tokens [R, T, D]) -> [R, D]`: one learned query attends, then a feed-forward."""
 
   def __init__(self, t: vit.Config, *, rngs):
     self.heads = t.heads
-    self.probe = random_table(rngs, t.width)
+    self.probe = vit.random_table(rngs, t.width)
     self.qkv = nnx.Linear(t.width, 3 * t.width, rngs=rngs)
     self.out = nnx.Linear(t.width, t.width, rngs=rngs)
     self.norm = vit.LayerNorm(t.width, t.eps)
@@ -117,10 +126,11 @@ class Pool(nnx.Module):
   def __call__(self, tokens):
     d = tokens.shape[-1]
     kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
-    query = self.probe[...] @ kernel[:, :d] + bias[:d]  # [D], the same for all
+    # the query is the same for all pictures: it is projected once, not R times
+    query = self.probe[...] @ kernel[:, :d] + bias[:d]  # [D]
     key, value = jnp.split(tokens @ kernel[:, d:] + bias[d:], 2, -1)
     query = jnp.broadcast_to(query, (len(tokens), 1, d))
-    x = self.out(vit.attend(query, key, value, self.heads))[:, 0]
+    x = self.out(vit.multi_head_attention(query, key, value, self.heads))[:, 0]
     return x + self.ffn(self.norm(x))
 
 
@@ -130,22 +140,22 @@ class ImageTower(nnx.Module):
   def __init__(self, c: Config, *, rngs):
     t, self.side = c.image, c.patch
     self.patch = nnx.Linear(3 * c.patch**2, t.width, rngs=rngs)
-    self.position = random_table(rngs, c.tokens, t.width)
+    self.position = vit.random_table(rngs, c.tokens, t.width)
     self.trunk = vit.Trunk(t, rngs=rngs)
     self.norm = vit.LayerNorm(t.width, t.eps)
     self.pool = Pool(t, rngs=rngs)
 
-  def embed(self, pixels):
-    """What goes into the trunk, `[R, T, D]`."""
-    x = vit.patches(pixels, self.side).astype(self.patch.kernel.dtype)
+  def embed_patches(self, pixels):
+    """Pixels `[R, S, S, 3]` -> the trunk's input `[R, T, D]`."""
+    x = vit.split_patches(pixels, self.side).astype(self.patch.kernel.dtype)
     return self.patch(x) + self.position[...]
 
-  def tokens(self, pixels):
-    """What comes out of the trunk, `[R, T, D]`, normed."""
-    return self.norm(self.trunk(self.embed(pixels)))
+  def hidden_states(self, pixels):
+    """Pixels `[R, S, S, 3]` -> the trunk's output `[R, T, D]`, normed."""
+    return self.norm(self.trunk(self.embed_patches(pixels)))
 
   def __call__(self, pixels):
-    return self.pool(self.tokens(pixels))
+    return self.pool(self.hidden_states(pixels))
 
 
 class TextTower(nnx.Module):
@@ -154,21 +164,21 @@ class TextTower(nnx.Module):
   def __init__(self, c: Config, *, rngs):
     t = c.text
     self.token = nnx.Embed(c.vocab, t.width, rngs=rngs)
-    self.position = random_table(rngs, c.length, t.width)
+    self.position = vit.random_table(rngs, c.length, t.width)
     self.trunk = vit.Trunk(t, rngs=rngs)
     self.norm = vit.LayerNorm(t.width, t.eps)
     self.projection = nnx.Linear(t.width, c.projection, rngs=rngs)
 
-  def tokens(self, ids):
-    """What comes out of the trunk, `[R, T, D]`, normed."""
+  def hidden_states(self, ids):
+    """Ids `[R, T]` -> the trunk's output `[R, T, D]`, normed."""
     return self.norm(self.trunk(self.token(ids) + self.position[...]))
 
   def __call__(self, ids):
-    return self.projection(self.tokens(ids)[:, -1])
+    return self.projection(self.hidden_states(ids)[:, -1])
 
 
 class SigLIP(nnx.Module):
-  """The towers `image` and `text`, the temperature and the bias of the logit."""
+  """The towers `image` and `text`, with the temperature and the bias of the logit."""
 
   def __init__(self, config: Config, *, rngs):
     c = self.config = config
@@ -178,33 +188,34 @@ class SigLIP(nnx.Module):
 
   def embed_images(self, pixels):
     """`[R, S, S, 3]` -> unit vectors `[R, E]`."""
-    return unit(self.image(pixels))
+    return unit_vectors(self.image(pixels))
 
   def embed_texts(self, ids):
     """`[R, T]` -> unit vectors `[R, E]`."""
-    return unit(self.text(ids))
+    return unit_vectors(self.text(ids))
 
-  def logits(self, cosine):
-    """The logit of the sigmoid."""
+  def pair_logits(self, cosine):
+    """Cosines of any shape -> the logits of the sigmoid."""
     scale, bias = (x[...][0].astype(jnp.float32) for x in (self.scale, self.bias))
     return jnp.exp(scale) * cosine + bias
 
 
-def build(config: Config, seed=0) -> SigLIP:
-  """A random model; under `modules.abstract_module` no memory is used."""
+def build_model(config: Config, seed=0) -> SigLIP:
+  """Builds a random model; inside `modules.abstract_module` it uses no memory."""
   return SigLIP(config, rngs=nnx.Rngs(seed))
 
 
 def preprocess(c: Config, images):
-  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`: proportions are not kept."""
-  x = pictures.resize(images, (c.image_size, c.image_size), c.resample)
-  return pictures.normalize(x, MEAN, STD)
+  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`; proportions are lost."""
+  x = resize_images(images, (c.image_size, c.image_size), c.resample)
+  return normalize_channels(x, MEAN, STD)
 
 
-def flops(c: Config, op: str) -> int:
+def count_flops(c: Config, op: str) -> int:
   """Matmul FLOPs of one row: 'image' (after `preprocess`) or 'text'."""
   if op == 'text':
-    return vit.flops(c.text, c.length) + 2 * c.text.width * c.projection
+    return vit.count_flops(c.text, c.length) + 2 * c.text.width * c.projection
   d, t = c.image.width, c.tokens
-  pool = 4 * t * d * d + 4 * t * d + 4 * d * d + 4 * d * c.image.hidden  # keys, values; one query
-  return vit.flops(c.image, t) + 2 * t * 3 * c.patch**2 * d + pool
+  # keys and values of all tokens, one query, and the feed-forward of its result
+  pool = 4 * t * d * d + 4 * t * d + 4 * d * d + 4 * d * c.image.hidden
+  return vit.count_flops(c.image, t) + 2 * t * 3 * c.patch**2 * d + pool

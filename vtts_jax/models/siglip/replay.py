@@ -1,4 +1,4 @@
-"""Golden files of the family `siglip` (tests/golden): pixels and ids in, every stage out."""
+"""Replays golden files of the family `siglip` (tests/golden): every stage of pixels and ids."""
 
 import jax
 import numpy as np
@@ -7,22 +7,22 @@ from vtts_jax.models import modules
 from vtts_jax.models.siglip import convert, modeling
 
 
-def replay(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Stages of the two towers for `pixels` and `ids`, and the logits."""
+def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns the stages of both towers for `pixels` and `ids`, and the logits."""
   config = convert.config_of(source)
-  params = convert.load(source, config)
+  params = convert.load_weights(source, config)
 
-  def stages(params, pixels, ids):
-    model = modules.bind_module(modeling.build, config, params)
-    embedded = model.image.embed(pixels)
+  def run_stages(params, pixels, ids):
+    model = modules.bind_module(modeling.build_model, config, params)
+    embedded = model.image.embed_patches(pixels)
     return {
       'image_embedded': embedded,
       'image_tokens': model.image.trunk(embedded),
       'image_pooled': model.image(pixels),
-      'text_tokens': model.text.tokens(ids),
+      'text_tokens': model.text.hidden_states(ids),
       'text_pooled': model.text(ids),
-      'logits': model.logits(model.embed_images(pixels) @ model.embed_texts(ids).T),
+      'logits': model.pair_logits(model.embed_images(pixels) @ model.embed_texts(ids).T),
     }
 
-  found = jax.jit(stages)(params, inputs['pixels'], inputs['ids'])
+  found = jax.jit(run_stages)(params, inputs['pixels'], inputs['ids'])
   return {name: np.asarray(value) for name, value in found.items()}

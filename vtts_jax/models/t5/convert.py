@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-from vtts_jax.checkpoints import convert as conversion
+from vtts_jax.checkpoints.convert import convert_weights
 from vtts_jax.models import modules
 from vtts_jax.models.t5 import modeling
 
 ATTENTION = r'encoder\.block\.(\d+)\.layer\.0\.SelfAttention'
 FEED = r'encoder\.block\.(\d+)\.layer\.1\.DenseReluDense'
 RULES = [
-  # tied: a file has one of the two names or both
+  # tied weights: a file has one of the two names or both
   (r'shared\.weight', 'embed.embedding', ''),
   (r'encoder\.embed_tokens\.weight', 'embed.embedding', ''),
   (r'encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight',
@@ -23,32 +23,38 @@ RULES = [
   (r'encoder\.final_layer_norm\.weight', 'norm.scale', ''),
   (r'(decoder\..*|lm_head\.weight)', None, ''),  # the other half of a whole T5
 ]  # fmt: skip
-SHARDING = [  # heads and hidden channels over 'model', as Megatron splits a block
+# Megatron's split of a block: heads and hidden channels lie on 'model'
+SHARDING = [
   (r'blocks/\d+/(attention/[qkv]|feed/wi(_[01])?)/kernel', PartitionSpec(None, 'model')),
   (r'blocks/\d+/(attention/o|feed/wo)/kernel', PartitionSpec('model', None)),
 ]
 
 
 def config_of(source, part: str = '', options: Mapping | None = None) -> modeling.Config:
-  """The config of the encoder in a checkpoint: `options` (its `config.json` by default) decide, the
-  rest is read off the shapes.
+  """Reads the config of the encoder in a checkpoint.
+
+  Args:
+    source: `checkpoints.Source`.
+    part: not used, as the encoder has no parts.
+    options: the checkpoint's `config.json` by default; they decide, and shapes tell the rest.
 
   Raises:
     ValueError: there is no T5 encoder.
     ConfigError: an option that the port does not know.
   """
-  del part  # the encoder is all that is here
+  del part
   options = source.config if options is None else options
-  names = source.names()
+  names = source.tensor_names()
   lead = 'encoder.block.'
   attention = f'{lead}0.layer.0.SelfAttention.'
   try:
     table = next(n for n in ('shared.weight', 'encoder.embed_tokens.weight') if n in source)
-    vocab, width = source.shape(table)
-    count, heads = source.shape(attention + 'relative_attention_bias.weight')
-    gated = f'{lead}0.layer.1.DenseReluDense.wi_0.weight' in source
-    hidden = source.shape(f'{lead}0.layer.1.DenseReluDense.{"wi_0" if gated else "wi"}.weight')[0]
-    inner = source.shape(attention + 'q.weight')[0]
+    vocab, width = source.shape_of(table)
+    count, heads = source.shape_of(attention + 'relative_attention_bias.weight')
+    feed = f'{lead}0.layer.1.DenseReluDense.'
+    gated = f'{feed}wi_0.weight' in source
+    hidden = source.shape_of(f'{feed}{"wi_0" if gated else "wi"}.weight')[0]
+    inner = source.shape_of(attention + 'q.weight')[0]
   except (StopIteration, KeyError) as error:
     raise ValueError(f'{source.where} has no T5 encoder: no {error}') from error
   found = {
@@ -65,8 +71,10 @@ def config_of(source, part: str = '', options: Mapping | None = None) -> modelin
   return modeling.Config(**(found | {k: v for k, v in options.items() if k in known}))
 
 
-def load(source, config: modeling.Config, *, dtype=None, sharding=None):
-  """Parameters of the encoder (`source.part(prefix)` cuts it out of a larger model); errors as in
-  `conversion.convert`."""
-  _, template = modules.abstract_module(lambda: modeling.build(config))
-  return conversion.convert(source, RULES, template, dtype, sharding)
+def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
+  """Loads the parameters of the encoder; errors as in `convert_weights`.
+
+  `source.select_prefix(prefix)` cuts the encoder out of a larger model.
+  """
+  _, template = modules.abstract_module(lambda: modeling.build_model(config))
+  return convert_weights(source, RULES, template, dtype, sharding)

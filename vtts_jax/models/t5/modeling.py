@@ -1,8 +1,9 @@
 """T5 encoder (Raffel et al. 2020, arXiv 1910.10683; v1.1 and FLAN: Chung et al. 2022, 2210.11416).
 
-Text in, one vector per token out: RMS norms, no attention scaling, relative position bias held by
-the first block and used by all, gated tanh-GELU (v1.1, FLAN) or relu (v1.0) feed-forward. Checked
-against `transformers.T5EncoderModel` (tests/parity) and the T5 inside the flexar golden files.
+The encoder turns a text into one vector per token. It has RMS norms, attention without a scale, one
+relative position bias that all blocks use, and a gated tanh-GELU (v1.1, FLAN) or relu (v1.0)
+feed-forward. Checked against `transformers.T5EncoderModel` (tests/parity) and the T5 inside the
+flexar golden files.
 
 Letters: R texts · W tokens of a text · L blocks · H heads · K width of a head · D width · F hidden.
 """
@@ -62,7 +63,7 @@ SIZES = {
 
 
 class RMSNorm(nnx.Module):
-  """No mean, no bias; the mean square in float32, the result in the weight's dtype."""
+  """Norm by the root mean square in float32, without mean and bias; gives the weight's dtype."""
 
   def __init__(self, width, eps):
     self.eps = eps
@@ -74,31 +75,37 @@ class RMSNorm(nnx.Module):
     return x.astype(self.scale.dtype) * self.scale[...]
 
 
-def linear(inner, outer, rngs):
+def linear_layer(inner, outer, rngs):
+  """Returns a linear layer without bias; T5 has no biases at all."""
   return nnx.Linear(inner, outer, use_bias=False, rngs=rngs)
 
 
 class Attention(nnx.Module):
+  """Self-attention whose scores are not scaled; the bias carries positions and the mask."""
+
   def __init__(self, c, *, rngs):
     self.heads = c.num_heads
-    self.q, self.k, self.v = (linear(c.d_model, c.num_heads * c.d_kv, rngs) for _ in range(3))
-    self.o = linear(c.num_heads * c.d_kv, c.d_model, rngs)
+    self.q, self.k, self.v = (linear_layer(c.d_model, c.num_heads * c.d_kv, rngs) for _ in range(3))
+    self.o = linear_layer(c.num_heads * c.d_kv, c.d_model, rngs)
 
   def __call__(self, x, bias):  # [R, W, D], [R or 1, H, W, W] -> [R, W, D]
     q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-    scores = jnp.einsum('rqhk,rwhk->rhqw', q, k).astype(jnp.float32) + bias  # no 1 / sqrt(K)
+    # no 1 / sqrt(K): T5's initialisation absorbs it
+    scores = jnp.einsum('rqhk,rwhk->rhqw', q, k).astype(jnp.float32) + bias
     weights = jax.nn.softmax(scores, -1).astype(v.dtype)
     return self.o(jnp.einsum('rhqw,rwhk->rqhk', weights, v).reshape(*x.shape[:2], -1))
 
 
 class FeedForward(nnx.Module):
+  """Two layers with relu (v1.0), or gated by tanh-GELU (v1.1, FLAN)."""
+
   def __init__(self, c, *, rngs):
     self.gated = c.feed_forward_proj == 'gated-gelu'
     if self.gated:
-      self.wi_0, self.wi_1 = (linear(c.d_model, c.d_ff, rngs) for _ in range(2))
+      self.wi_0, self.wi_1 = (linear_layer(c.d_model, c.d_ff, rngs) for _ in range(2))
     else:
-      self.wi = linear(c.d_model, c.d_ff, rngs)
-    self.wo = linear(c.d_ff, c.d_model, rngs)
+      self.wi = linear_layer(c.d_model, c.d_ff, rngs)
+    self.wo = linear_layer(c.d_ff, c.d_model, rngs)
 
   def __call__(self, x):  # [R, W, D]
     if self.gated:
@@ -107,6 +114,8 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
+  """One pre-norm layer: self-attention, then feed-forward, both residual."""
+
   def __init__(self, c, *, rngs):
     self.attention_norm = RMSNorm(c.d_model, c.layer_norm_epsilon)
     self.attention = Attention(c, rngs=rngs)
@@ -118,16 +127,17 @@ class Block(nnx.Module):
     return x + self.feed(self.feed_norm(x))
 
 
-def buckets(width, count, farthest) -> np.ndarray:
-  """Bucket of every (query, key) pair, `[W, W]` in 0..count-1.
+def relative_buckets(width, count, farthest) -> np.ndarray:
+  """Returns the bucket of every (query, key) pair, `[W, W]` in 0 .. count - 1.
 
-  Half of the buckets for keys after the query; of each half, the first half is exact and the rest
-  is logarithmic up to `farthest`. In float32 and in this order of operations, as the reference
-  truncates the logarithm.
+  Half of the buckets are for keys after the query. In each half, half of the buckets hold one
+  distance each, and the rest is logarithmic up to `farthest`.
   """
   near = count // 4
   offset = np.arange(width)[None, :] - np.arange(width)[:, None]
   distance = np.abs(offset)
+  # float32 and this order of operations: the reference truncates the logarithm, so a last bit moves
+  # a distance to another bucket
   ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(near)
   far = np.log(ratio) / np.float32(math.log(farthest / near)) * np.float32(count // 2 - near)
   far = np.minimum(near + far.astype(np.int64), count // 2 - 1)
@@ -137,8 +147,8 @@ def buckets(width, count, farthest) -> np.ndarray:
 class T5Encoder(nnx.Module):
   """`__call__(ids [R, W], mask [R, W] or None) -> [R, W, D]`.
 
-  `mask` is true (or nonzero) where a token is real; masked tokens are no keys, and their own
-  outputs are computed all the same, as the reference does. None attends to everything.
+  `mask` is true (or nonzero) where a token is real; None attends to everything. Masked tokens are
+  no keys, but their own outputs are computed, as the reference does.
   """
 
   def __init__(self, config: Config, *, rngs):
@@ -150,28 +160,29 @@ class T5Encoder(nnx.Module):
 
   def __call__(self, ids, mask=None):
     x = self.embed(ids)  # [R, W, D]
-    bias = self.bias(ids.shape[1], mask)
+    bias = self.position_bias(ids.shape[1], mask)
     for block in self.blocks:
       x = block(x, bias)
     return self.norm(x)
 
-  def bias(self, width, mask=None):
-    """What is added to the scores, float32 `[R or 1, H, W, W]`; the lowest float where masked."""
+  def position_bias(self, width, mask=None):
+    """Returns the bias of the scores, `[R or 1, H, W, W]` float32; masked keys have the lowest."""
     c = self.config
-    index = buckets(width, c.relative_attention_num_buckets, c.relative_attention_max_distance)
+    count, farthest = c.relative_attention_num_buckets, c.relative_attention_max_distance
+    index = relative_buckets(width, count, farthest)
     bias = self.position.embedding[...].astype(jnp.float32)[index].transpose(2, 0, 1)[None]
     if mask is None:
       return bias
     return jnp.where(mask[:, None, None, :].astype(bool), bias, jnp.finfo(jnp.float32).min)
 
 
-def build(config: Config, seed=0) -> T5Encoder:
-  """A random encoder; under `modules.abstract_module` no memory is used."""
+def build_model(config: Config, seed=0) -> T5Encoder:
+  """Builds a random encoder; inside `modules.abstract_module` it uses no memory."""
   return T5Encoder(config, rngs=nnx.Rngs(seed))
 
 
-def flops(c: Config, words: int) -> int:
-  """Matmul FLOPs of the encoder for one text of so many words."""
+def count_flops(c: Config, words: int) -> int:
+  """Matmul FLOPs of the encoder for one text of `words` tokens."""
   inner, gated = c.num_heads * c.d_kv, 3 if c.feed_forward_proj == 'gated-gelu' else 2
   layer = 8 * c.d_model * inner + 4 * words * inner + 2 * gated * c.d_model * c.d_ff
   return c.num_layers * words * layer

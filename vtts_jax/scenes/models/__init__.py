@@ -1,7 +1,8 @@
 """The embedded scene models: trained by `scenes/train`, shipped in `scenes/assets`.
 
-A weights file names its module (`kind`), the module's `Config`, and its card, so there is no
-registry: `load_model('prior_1d')` reads `prior_1d.safetensors` and calls `prior.build(Config(..))`.
+A weights file names its module (`kind`) and contains the module's `Config` and a card. So there is
+no registry: `load_model('prior_1d')` reads `prior_1d.safetensors` and calls
+`prior.build_model(Config(..))`.
 """
 
 import dataclasses
@@ -12,57 +13,58 @@ import json
 import jax
 from etils import epath
 
-from vtts_jax.checkpoints import files as weight_files
+from vtts_jax.checkpoints.files import read_metadata, read_weights
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 
 ASSETS = epath.resource_path('vtts_jax') / 'scenes' / 'assets'
-PLAIN_FIELDS = ('kind', 'command', 'tokenizer', 'verifier')  # of a card: text; the rest is JSON
+PLAIN_FIELDS = ('kind', 'command', 'tokenizer', 'verifier')  # text; other fields of a card are JSON
 
 
 def model_names():
-  """The shipped models, sorted."""
+  """Sorted names of the shipped models."""
   return sorted(p.name.removesuffix('.safetensors') for p in ASSETS.glob('*.safetensors'))
 
 
 @functools.cache
 def read_card(name):
-  """What the file of model `name` says of itself: kind, config, metrics, seed, command, defaults.
+  """The card in the file of model `name`: kind, config, metrics, seed, command, defaults.
 
   Raises:
-    ConfigError: no such model; the shipped ones are listed.
+    ConfigError: an unknown model; the message lists the shipped ones.
   """
   if name not in model_names():
     raise ConfigError(
       f'name={name!r} is no shipped scene model; allowed are {", ".join(model_names())}'
     )
-  text = weight_files.metadata(ASSETS / f'{name}.safetensors')
+  text = read_metadata(ASSETS / f'{name}.safetensors')
   return {k: v if k in PLAIN_FIELDS else json.loads(v) for k, v in text.items()}
 
 
 def model_module(name):
-  """The module below `scenes.models` that model `name` is of."""
+  """The module in `scenes.models` that defines model `name`."""
   return importlib.import_module(f'vtts_jax.scenes.models.{read_card(name)["kind"]}')
 
 
 @functools.cache
 def read_config(name):
   """The `Config` of model `name`."""
+  # JSON has lists only; a config must be hashable, so they become tuples
   sizes = read_card(name)['config'].items()
   return model_module(name).Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes})
 
 
 @functools.cache
 def load_model(name):
-  """(graphdef, params) of model `name`, float32, cached per process; do not modify the arrays."""
-  build, config = model_module(name).build, read_config(name)
+  """(graphdef, float32 params) of model `name`, cached per process; do not modify the arrays."""
+  build, config = model_module(name).build_model, read_config(name)
   graphdef, template = modules.abstract_module(lambda: build(config))
-  return graphdef, weight_files.load(ASSETS / f'{name}.safetensors', template)
+  return graphdef, read_weights(ASSETS / f'{name}.safetensors', template)
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneModel:
-  """A shipped model as a part of a generator or verifier, in the manner of `models.pretrained`."""
+  """A shipped model as a part of a generator or verifier; same interface as `Pretrained`."""
 
   name: str
 
@@ -74,10 +76,10 @@ class SceneModel:
     return load_model(self.name)[1]
 
   def bind(self, params):
-    """The module with these parameters; free inside `jax.jit`."""
-    return modules.bind(load_model(self.name)[0], params)
+    """The module with these parameters inserted; costs nothing inside `jax.jit`."""
+    return modules.bind_graph(load_model(self.name)[0], params)
 
   def shardings(self, mesh: jax.sharding.Mesh):
-    """A tree of `NamedSharding`, by the SHARDING table of the model's module where it has one."""
+    """A tree of `NamedSharding`, from the SHARDING table of the model's module if it has one."""
     rules = getattr(model_module(self.name), 'SHARDING', ())
     return modules.shardings_by_rule(self.load(), mesh, rules)

@@ -1,8 +1,8 @@
-"""A dense detector on the scene lattice; its one use is the tokenizers' perceptual loss.
+"""A dense detector on the scene lattice, used only for the tokenizers' perceptual loss.
 
-Convolutions to an 8 x 8 grid of 4-pixel cells; the centre of an object lies in the middle of a
-cell. A cell says: object here (1), shape (5), colour (8), size (2). The detector used as verifier
-is another model with another seed, and the oracle (`scenes/oracle.py`) learns nothing.
+Convolutions lead to an 8 x 8 grid of 4-pixel cells; the centre of an object lies in the middle of a
+cell. A cell predicts: object here (1), shape (5), colour (8), size (2). The verifier's detector is
+another model with another seed, and the oracle (`scenes/oracle.py`) learns nothing.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Config:
 
 
 class Detector(nnx.Module):
-  """`features` for the perceptual loss, `read` and `__call__` for its verdicts."""
+  """`feature_maps` serves the perceptual loss, `read_heads` and `__call__` give predictions."""
 
   def __init__(self, config, *, rngs):
     self.config = config
@@ -34,32 +34,34 @@ class Detector(nnx.Module):
     self.third = conv(b, c, 3, 1)
     self.heads = nnx.Linear(c, 16, rngs=rngs)
 
-  def features(self, images):
-    """`[R, 32, 32, 3]` -> activations `[R, 16, 16, a]`, `[R, 8, 8, b]`, `[R, 8, 8, c]`."""
+  def feature_maps(self, images):
+    """Images `[R, 32, 32, 3]` to activations `[R, 16, 16, a]`, `[R, 8, 8, b]`, `[R, 8, 8, c]`."""
     x = jax.nn.relu(self.stem(2 * images - 1))
     y = jax.nn.relu(self.second(x))
     return x, y, jax.nn.relu(self.third(y))
 
   def __call__(self, images):
     """Logits: object `[R, 8, 8]`, shape `[..., 5]`, colour `[..., 8]`, size `[..., 2]`."""
-    return self.read(self.features(images)[-1])
+    return self.read_heads(self.feature_maps(images)[-1])
 
-  def read(self, x):
+  def read_heads(self, x):
+    """Logits of `__call__` from the last activations `[R, 8, 8, c]`."""
     out = self.heads(x)
     return {'object': out[..., 0], 'shape': out[..., 1:6], 'colour': out[..., 6:14],
             'size': out[..., 14:]}
 
 
-def build(config, seed=0):
+def build_model(config, seed=0):
   """A `Detector` with random parameters."""
   return Detector(config, rngs=nnx.Rngs(seed))
 
 
 def grid_targets(scenes):
-  """Truth on the grid, numpy int32 `[R, 8, 8]` each: object (0, 1), shape, colour, size."""
+  """True values on the grid, numpy int32 `[R, 8, 8]` each: object (0, 1), shape, colour, size."""
   r = len(scenes.count)
   out = {k: np.zeros((r, 8, 8), np.int32) for k in ('object', 'shape', 'colour', 'size')}
   row, slot = np.nonzero(np.arange(world.SLOTS) < scenes.count[:, None])
+  # lattice place (0, 0) is cell (1, 1): the outermost cells hold no centre
   y, x = (1 + i for i in np.divmod(scenes.place[row, slot], 6))
   out['object'][row, y, x] = 1
   for name in ('shape', 'colour', 'size'):
@@ -68,7 +70,8 @@ def grid_targets(scenes):
 
 
 def detection_loss(logits, truth):
-  """Mean cross-entropies: object everywhere (weight 4), the rest where objects are."""
+  """Sum of mean cross-entropies, and each of them by name: object in all cells (weight 4), shape,
+  colour and size only in cells with an object."""
   at = truth['object'].astype(jnp.float32)
   sign = jnp.where(truth['object'] == 1, 1.0, -1.0)
   terms = {'object': 4 * jnp.mean(jax.nn.softplus(-sign * logits['object']))}

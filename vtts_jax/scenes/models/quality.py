@@ -1,4 +1,4 @@
-"""How clean a picture is, whatever the prompt: convolutions, mean and largest activation, an MLP.
+"""A quality scorer, independent of the prompt: convolutions, mean and max pooling, an MLP.
 
 Letters: R rows (images).
 """
@@ -14,7 +14,7 @@ from vtts_jax.scenes.models.layers import MLP
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Channels of the three convolutions (4 x 4 by 2, 4 x 4 by 2, 3 x 3) and of the MLP."""
+  """Channels of the three convolutions (4 x 4 with stride 2 twice, 3 x 3) and of the MLP."""
 
   widths: tuple = (24, 48, 48)
   hidden: int = 64
@@ -33,15 +33,17 @@ class Quality(nnx.Module):
     x = 2 * images - 1
     for layer in (self.first, self.second, self.third):
       x = jax.nn.relu(layer(x))
+    # the mean sees blur everywhere, the maximum a small defect
     return self.out(jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], -1))[:, 0]
 
 
-def build(config, seed=0):
+def build_model(config, seed=0):
+  """A `Quality` with random parameters."""
   return Quality(config, rngs=nnx.Rngs(seed))
 
 
-def flops(config):
-  """FLOPs for one image, a multiply-add counted as 2; taps on the padding do not count.
+def count_flops(config):
+  """FLOPs of one image, a multiply-add is 2; taps that fall on the padding do not count.
 
   Along an axis, 16 places of 4 taps with stride 2 see 62 of 64, 8 places 30 of 32, and 8 places of
   3 taps see 22 of 24.

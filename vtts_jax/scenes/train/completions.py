@@ -1,10 +1,10 @@
-"""What a search sees, as training data: completions drawn by a prior at its shipped guidance, their
-scores by `clip_a`, and the guided distribution that each token was drawn from.
+"""Training data for value heads and rollout models: completions that a prior draws with its stored
+guidance, their scores by `clip_a`, and the guided distribution of each token.
 
-Of each training prompt FIRST samples are drawn; the best two of these are then cut at a random
-stage and completed twice more each, so that good prefixes, which is what a search keeps, are met
-more often than the prior meets them. Such a completion says nothing of prefixes shorter than its
-cut (they were chosen by how they went on), which is what `begin` records.
+FIRST samples are drawn for each training prompt. The best two are then cut at a random stage and
+completed twice more each. So good prefixes, which a search keeps, are more frequent in the data
+than in samples of the prior. Such a completion is a biased sample for prefixes shorter than its
+cut, because the prefix was chosen by how it went on; `begin` records the cut.
 
 Letters: P prompts · N = FIRST + MORE completions of a prompt · T tokens · V codes · D embedding.
 """
@@ -24,8 +24,8 @@ from vtts_jax.scenes.models import ASSETS, load_model, read_card
 
 FIRST, MORE = 8, 4
 VERIFIER = 'clip_a'
-TOGETHER = 12  # prompts of a call: 96 pictures, the fastest number on a CPU
-PART = 240  # prompts of a file
+TOGETHER = 12  # prompts of one call: 96 pictures, the fastest number on a CPU
+PART = 240  # prompts of one file
 
 
 class Completions(NamedTuple):
@@ -33,8 +33,8 @@ class Completions(NamedTuple):
 
   Attributes:
     text: word ids `[P, Tt]` uint8. tokens: `[P, N, T]` uint8.
-    begin: `[P, N]` uint8; prefixes of fewer tokens must not learn from this completion.
-    score: `[P, N]` float32, the total that a search by `clip_a` maximises.
+    begin: `[P, N]` uint8; shorter prefixes must not learn from this completion.
+    score: `[P, N]` float32, the score that a search with `clip_a` maximises.
     embedding: unit image embeddings `[P, N, D]` float16; the score is linear in them.
     root: guided distributions `[P, N, T, V]` as uint8, 255 times the square root of a probability.
   """
@@ -51,16 +51,19 @@ def sample_tokens(model, scale, text_ids, given, begin, key, greedy=False):
   """Guided sampling: tokens `[P, N, T]` and logits `[P, N, T, V]`.
 
   The first `begin [P, N]` tokens are those of `given [P, N, T]`, the others are drawn; text ids
-  are `[P, Tt]`. At `scale` 1 a single stream runs.
+  are `[P, Tt]`.
   """
   p = len(text_ids)
+  # at scale 1 the unconditional stream cancels and is not run
   one = scale == 1
-  text = model.text(text_ids if one else jnp.concatenate([text_ids, jnp.zeros_like(text_ids)]))
+  double = lambda rows, null: rows if one else jnp.concatenate([rows, null])
+  text = model.encode_text(double(text_ids, jnp.zeros_like(text_ids)))
 
   def body(carry, t):
     cache, last = carry
-    logits, cache = model.step(text, cache, last if one else jnp.concatenate([last, last]), t)
+    logits, cache = model.feed_tokens(text, cache, double(last, last), t)
     logits = logits if one else logits[p:] + scale * (logits[:p] - logits[p:])
+    # argmax of logits plus Gumbel noise is a sample
     noise = 0 if greedy else jax.random.gumbel(jax.random.fold_in(key, t), logits.shape)
     drawn = jnp.argmax(logits + noise, -1).astype(jnp.int32)
     token = jnp.where(t < begin, given[:, :, t], drawn)
@@ -74,8 +77,8 @@ def sample_tokens(model, scale, text_ids, given, begin, key, greedy=False):
 
 @functools.partial(jax.jit, static_argnums=0)
 def draw_completions(order, params, text_ids, key):
-  """Everything of a few prompts, text ids `[P, Tt]`: a `Completions` of arrays."""
-  models = (modules.bind(load_model(name)[0], params[name]) for name in data_models(order))
+  """`Completions` of a few prompts with text ids `[P, Tt]`."""
+  models = (modules.bind_graph(load_model(name)[0], params[name]) for name in data_models(order))
   prior, decoder, verifier = models
   scale = read_card(f'prior_{order}')['guidance']
   keys = jax.random.split(key, 3)
@@ -83,14 +86,16 @@ def draw_completions(order, params, text_ids, key):
 
   def scored(given, begin, key):
     tokens, logits = sample_tokens(prior, scale, text_ids, given, begin, key)
-    seen = verifier.image(decoder.decode(tokens.reshape(-1, length)))
+    seen = verifier.embed_images(decoder.decode(tokens.reshape(-1, length)))
     seen = seen.reshape(*begin.shape, -1)
-    score = verifier.logits(seen, verifier.text(text_ids)[:, None])
+    score = verifier.pair_logits(seen, verifier.embed_texts(text_ids)[:, None])
+    # square roots in 8 bits keep small probabilities better than probabilities would
     root = jnp.round(255 * jnp.sqrt(jax.nn.softmax(logits)))
     return Completions(text_ids, tokens, begin, score, seen, root.astype(jnp.uint8))
 
   none = jnp.zeros((p, FIRST), jnp.int32)
   a = scored(jnp.zeros((p, FIRST, length), jnp.int32), none, keys[0])
+  # the cut leaves at least two tokens before it and two after it
   good = jax.lax.top_k(a.score, 2)[1].repeat(MORE // 2, 1)  # [P, MORE]
   given = jnp.take_along_axis(a.tokens, good[..., None], 1)
   cut = jax.random.randint(keys[1], (p, 2), 2, length - 1).repeat(MORE // 2, 1)
@@ -100,18 +105,23 @@ def draw_completions(order, params, text_ids, key):
 
 
 def data_models(order):
-  """Names of the weights that the data of `order` come from."""
+  """Names of the models that make the data of `order`: prior, tokenizer, verifier."""
   return f'prior_{order}', f'tokenizer_{order}', VERIFIER
+
+
+def bind_decoder_and_verifier(order):
+  """The tokenizer and the verifier of `order`, with their shipped weights."""
+  return [modules.bind_graph(*load_model(name)) for name in data_models(order)[1:]]
 
 
 def load_completions(order, seed, prompts, folder, split='train'):
   """`Completions` of prompts 0 .. `prompts` - 1 of the endless list (seed, split).
 
-  Drawn once and kept in files below `folder`, by the content of the weights; files that are
-  already there are read, so a killed run goes on where it was.
+  They are drawn once and stored below `folder`, under a hash of the weights. Existing files are
+  read, so a run that was killed continues.
 
   Raises:
-    ValueError: `prompts` is no multiple of 240.
+    ValueError: `prompts` is not a positive multiple of 240.
   """
   if prompts < 1 or prompts % PART:
     raise ValueError(f'prompts={prompts}: must be a positive multiple of {PART}')
@@ -134,6 +144,7 @@ def load_completions(order, seed, prompts, folder, split='train'):
       whole = Completions(*map(np.concatenate, zip(*drawn)))
       kinds = Completions(np.uint8, np.uint8, np.uint8, np.float32, np.float16, np.uint8)
       arrays = {k: x.astype(t) for k, x, t in zip(whole._fields, whole, kinds)}
+      # written under another name first: a file with the final name is complete
       np.savez(path + '.tmp.npz', **arrays)
       os.replace(path + '.tmp.npz', path)
       print(f'drew {path}', flush=True)

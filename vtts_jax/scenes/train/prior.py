@@ -1,8 +1,9 @@
 """Trains the AR prior on a tokenizer's tokens: `python -m vtts_jax.scenes.train.prior --order=1d`.
 
-Scenes are tokenized once (kept beside the checkpoints, by the tokenizer's content hash). Captions
-are dropped with probability 0.1 (for guidance). At the end: nats per token on held-out captions,
-and pass@1 by the oracle for several guidance scales, the best of which becomes the shipped default.
+Scenes are tokenized once and stored beside the checkpoints, under a hash of the tokenizer. Captions
+are dropped with probability 0.1, for guidance. At the end it reports nats per token on held-out
+captions, and pass@1 by the oracle for several guidance scales; the best scale becomes the stored
+default.
 """
 
 import dataclasses
@@ -22,14 +23,15 @@ from vtts_jax.train import loop
 
 
 def tokenize_scenes(name, seed, count, split, folder, chunk=256):
-  """(text ids `[count, Tt]` uint8, image ids `[count, K]` uint16) of a data set, cached."""
+  """(text ids `[count, Tt]` uint8, image ids `[count, K]` uint16) of a data set; cached on disk."""
+  # the hash in the name makes a new tokenizer miss the cache
   tag = hashlib.sha256((ASSETS / f'{name}.safetensors').read_bytes()).hexdigest()[:12]
   path = os.path.join(folder, f'tokens_{name}_{split}_{seed}_{count}_{tag}.npz')
   if os.path.exists(path):
     with np.load(path) as file:
       return file['text'], file['image']
   graphdef, params = load_model(name)
-  encode = jax.jit(lambda p, x: modules.bind(graphdef, p).encode(x))
+  encode = jax.jit(lambda p, x: modules.bind_graph(graphdef, p).encode(x))
   text, image = [], []
   for start in range(0, count, chunk):
     scenes = world.sample_scenes(seed, np.arange(start, start + chunk), split)
@@ -43,13 +45,14 @@ def tokenize_scenes(name, seed, count, split, folder, chunk=256):
 
 @functools.partial(jax.jit, static_argnums=0)
 def sample_tokens(graphdef, params, text_ids, key, scale, temperature):
-  """`[B, Tt]` -> `[B, T]`, one sequence per prompt, logits `uncond + scale * (cond - uncond)`."""
-  model = modules.bind(graphdef, params)
+  """Text ids `[B, Tt]` to tokens `[B, T]`, one guided sample per prompt."""
+  model = modules.bind_graph(graphdef, params)
   B = len(text_ids)
-  text = model.text(jnp.concatenate([text_ids, jnp.zeros_like(text_ids)]))
+  # both guidance streams in one batch: prompts first, then null prompts
+  text = model.encode_text(jnp.concatenate([text_ids, jnp.zeros_like(text_ids)]))
   def body(carry, position):
     cache, last = carry
-    logits, cache = model.step(text, cache, jnp.concatenate([last, last]), position)
+    logits, cache = model.feed_tokens(text, cache, jnp.concatenate([last, last]), position)
     logits = logits[B:] + scale * (logits[:B] - logits[B:])
     token = jax.random.categorical(jax.random.fold_in(key, position), logits / temperature)
     return (cache, token.astype(jnp.int32)), token[:, 0]
@@ -58,10 +61,10 @@ def sample_tokens(graphdef, params, text_ids, key, scale, temperature):
 
 
 def pass_at_1(graphdef, params, name, prompts, scale, temperature=1.0, seed=0):
-  """GenEval-style scores (`geneval.summarize_by_tag`) of one sample per prompt."""
+  """Grades one sample per prompt; returns `oracle.report_grades`."""
   text = world.tokenize_texts([p['text'] for p in prompts])
   graph, decoder = load_model(name)
-  decode = jax.jit(lambda p, ids: modules.bind(graph, p).decode(ids))
+  decode = jax.jit(lambda p, ids: modules.bind_graph(graph, p).decode(ids))
   images = []
   for start in range(0, len(text), 120):
     ids = sample_tokens(graphdef, params, text[start:start + 120], jax.random.key(seed + start),
@@ -78,21 +81,23 @@ def main():
   config = prior.Config(codes=tokens.codes, tokens=tokens.tokens, width=args.width,
                         layers=args.layers)
   seed = args.seed + (21 if args.order == '1d' else 22)
-  graphdef, params = modules.split_module(prior.build(config, seed))
+  graphdef, params = modules.split_module(prior.build_model(config, seed))
   print(f'{modules.count_parameters(params):,} parameters', flush=True)
   text, image = tokenize_scenes(name, seed, args.scenes, 'train', args.workdir)
   val_text, val_image = tokenize_scenes(name, seed, 1024, 'held', args.workdir)
 
-  def batches(step):
+  def draw_batch(step):
+    # seeded by the step: a resumed run draws the same batches
     rows = np.random.default_rng((seed, step)).integers(len(text), size=args.batch)
     return text[rows].astype(np.int32), image[rows].astype(np.int32)
 
   def nats(params, text_ids, ids):
-    logits = modules.bind(graphdef, params)(text_ids, ids)
+    logits = modules.bind_graph(graphdef, params)(text_ids, ids)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], -1)[..., 0]
 
   def loss(params, batch, key, progress):
     text_ids, ids = batch
+    # dropped captions train the unconditional stream of guidance
     kept = jax.random.bernoulli(key, 1 - args.drop, (len(ids), 1))
     value = nats(params, jnp.where(kept, text_ids, world.PAD), ids).mean()
     return value, {}
@@ -122,7 +127,7 @@ def main():
       command=f'python -m vtts_jax.scenes.train.prior --order={args.order} --steps={args.steps} '
               f'--width={args.width} --layers={args.layers}')
 
-  loop.train_model(loss, params, batches, steps=args.steps, rate=args.rate, seed=seed,
+  loop.train_model(loss, params, draw_batch, steps=args.steps, rate=args.rate, seed=seed,
                    folder=f'{args.workdir}/prior_{args.order}', every=1000, evaluate=evaluate)
 
 

@@ -1,9 +1,9 @@
 """Trains the quality scorer: `python -m vtts_jax.scenes.train.quality`.
 
-About two minutes on one core. A picture is clean (a third), or mildly blurred, faded and noisy, or
-smeared, unfinished, cut into or mixed with another. The target is exp(-4 d), d the root mean square
-difference to the clean picture over the inked pixels of both: 1 for clean, about 0.5 for a blur of
-one pixel.
+It takes about two minutes on one core. A third of the pictures are clean. Each of the others has
+one corruption: mild degradation, heavy blur, an unfinished part, holes, or a second scene mixed in.
+The target is exp(-4 d), where d is the root mean square difference to the clean picture over the
+inked pixels of both: 1 for a clean picture, about 0.5 for a blur of one pixel.
 """
 
 import dataclasses
@@ -20,36 +20,38 @@ from vtts_jax.scenes.train import build_parser, corruptions
 from vtts_jax.train import loop
 
 NAME = 'quality'
-WAYS = (
-  corruptions.mild,
-  corruptions.smear,
-  corruptions.unfinished,
-  corruptions.holes,
-  corruptions.mixture,
-)
+WAYS = {  # by their names in the card
+  'mild': corruptions.degrade_mildly,
+  'smear': corruptions.smear_images,
+  'unfinished': corruptions.leave_unfinished,
+  'holes': corruptions.cut_holes,
+  'mixture': corruptions.mix_neighbours,
+}
 
 
-def goodness(images, clean):
-  """exp(-4 d) in (0, 1], `[R]`."""
+def cleanness(images, clean):
+  """The target exp(-4 d) in (0, 1], `[R]`."""
+  # only inked pixels count: a missing object weighs the same in a picture of one or of four
   inked = lambda x: jnp.abs(x - world.GROUND).max(-1) > 0.05
   at = jnp.maximum((inked(images) | inked(clean)).sum((1, 2)), 1)
   gap = ((images - clean) ** 2).mean(-1).sum((1, 2)) / at
   return jnp.exp(-4 * jnp.sqrt(gap + 1e-12))
 
 
-def measure(graphdef, params, count=1024, chunk=64):
-  """On held-out scenes: pairwise accuracy clean > corrupted by way, correlation with the target."""
+def measure_scorer(graphdef, params, count=1024, chunk=64):
+  """On held-out scenes: accuracy of clean > corrupted by corruption, correlation with target."""
   clean = world.render_scenes(world.sample_scenes(71, np.arange(count), 'held'))
-  score = jax.jit(lambda p, x: jax.nn.sigmoid(modules.bind(graphdef, p)(x)))
+  score = jax.jit(lambda p, x: jax.nn.sigmoid(modules.bind_graph(graphdef, p)(x)))
   run = lambda x: np.concatenate([score(params, x[i:i + chunk]) for i in range(0, count, chunk)])
   good = run(clean)
   metrics, scores, targets = {'clean': float(good.mean())}, [good], [np.ones(count)]
-  for i, way in enumerate(WAYS):
+  for i, (label, way) in enumerate(WAYS.items()):
     images = jax.jit(way)(clean, jax.random.key(72 + i))
     scores.append(run(images))
-    targets.append(np.asarray(goodness(images, clean)))
-    worse = targets[-1] < 0.8  # some rectangles miss every object
-    metrics[f'pairs_{way.__name__}'] = float((good > scores[-1])[worse].mean())
+    targets.append(np.asarray(cleanness(images, clean)))
+    # some rectangles miss every object and leave the picture nearly clean
+    worse = targets[-1] < 0.8
+    metrics[f'pairs_{label}'] = float((good > scores[-1])[worse].mean())
   metrics['correlation'] = float(np.corrcoef(np.concatenate(scores), np.concatenate(targets))[0, 1])
   return metrics
 
@@ -57,25 +59,26 @@ def measure(graphdef, params, count=1024, chunk=64):
 def main():
   args = build_parser(steps=2500, batch=64, rate=2e-3, seed=71).parse_args()
   config = quality.Config()
-  graphdef, params = modules.split_module(quality.build(config, args.seed))
+  graphdef, params = modules.split_module(quality.build_model(config, args.seed))
 
   def loss(params, clean, key, progress):
     k = jax.random.split(key)
     keep = jax.random.bernoulli(k[0], 1 / 3, (len(clean), 1, 1, 1))
-    images = jnp.where(keep, clean, corruptions.one_of(clean, k[1], WAYS))
-    target = goodness(images, clean)
-    logit = modules.bind(graphdef, params)(images)
+    images = jnp.where(keep, clean, corruptions.corrupt_rows(clean, k[1], WAYS.values()))
+    target = cleanness(images, clean)
+    logit = modules.bind_graph(graphdef, params)(images)
+    # binary cross-entropy with a soft target
     value = (jax.nn.softplus(logit) - target * logit).mean()
     return value, {'loss': value, 'error': jnp.abs(jax.nn.sigmoid(logit) - target).mean()}
 
-  def batches(step):
+  def draw_batch(step):
     rows = np.arange(step * args.batch, (step + 1) * args.batch)
     return world.render_scenes(world.sample_scenes(args.seed, rows))
 
   params = loop.round_weights(loop.train_model(
-    loss, params, batches, steps=args.steps, rate=args.rate, seed=args.seed, ema=0.99,
+    loss, params, draw_batch, steps=args.steps, rate=args.rate, seed=args.seed, ema=0.99,
     folder=os.path.join(args.workdir, NAME)))
-  metrics = measure(graphdef, params)
+  metrics = measure_scorer(graphdef, params)
   print(metrics)
   loop.export_weights(os.path.join(args.out, f'{NAME}.safetensors'), params, kind='quality',
                       config=dataclasses.asdict(config), metrics=metrics, seed=args.seed,

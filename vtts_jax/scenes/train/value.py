@@ -1,15 +1,16 @@
 """Trains a value head for a scenes prior: `python -m vtts_jax.scenes.train.value --order=1d`.
 
-What `clip_a` will say of the finished picture, from the tokens so far: regression to the score of
-the completions that the prior drew (Monte-Carlo returns, the value network of AlphaGo, Silver et
-al. 2016), at every prefix; `completions.py` makes the data, `scenes/models/value.py` the head. The
-trunk starts from the rollout model of the same order (`rollout.py`, so train that first), whose
-text tower and codes know the prior's language.
+The head predicts the `clip_a` score of the finished picture from the tokens drawn so far. It is
+trained by regression on the scores of completions that the prior drew (Monte-Carlo returns, as the
+value network of AlphaGo, Silver et al. 2016), at every prefix. `completions.py` makes the data,
+`scenes/models/value.py` defines the head. The trunk starts from the rollout model of the same order
+(train `rollout.py` first), which already knows the words and codes.
 
-Loss: squared error of the score in standard deviations, the same again after the mean over a
-prompt's completions is taken off (a search compares candidates of one prompt), and squared error of
-the picture's embedding. At the end, on held-out prompts: how value, the picture of the prefix, and
-finished ones (greedily, by the small model, by the prior) correlate with the prior's own outcome.
+The loss has three terms: the squared error of the score in standard deviations; the same after
+subtracting the mean over a prompt's completions, because a search compares candidates of one
+prompt; and the squared error of the picture's embedding. At the end it reports, on held-out
+prompts, how well several estimates correlate with the prior's own outcome: the value, the picture
+of the prefix, and pictures completed greedily, by the small model, and by the prior.
 """
 
 import dataclasses
@@ -28,20 +29,22 @@ from vtts_jax.scenes.train.rollout import SEEDS, correlate_within, map_prompts, 
 from vtts_jax.train import loop
 
 STAGES = (0, 4, 8, 16, 24, 31)
-FROZEN = ('captions', 'scale', 'bias')  # the verifier's, not trained
+FROZEN = ('captions', 'scale', 'bias')  # copied from the verifier, not trained
 
 
-def start(order, config, seed):
-  """(graphdef, trained parameters, frozen ones): trunk of the rollout model, `clip_a`'s
-  captions."""
-  graphdef, params = modules.split_module(value.build(config, seed))
+def start_from_rollout(order, config, seed):
+  """(graphdef, parameters to train, frozen parameters): the trunk of the rollout model and the
+  captions' encoder of `clip_a`."""
+  graphdef, params = modules.split_module(value.build_model(config, seed))
   known = load_model(f'rollout_{order}')[1]
   for name in params.keys() & known.keys() - {'head', 'place'}:
     fits = jax.tree.map(jnp.shape, params[name]) == jax.tree.map(jnp.shape, known[name])
     params[name] = known[name] if fits else params[name]
+  # the trunk has one position more than the rollout model
   if params['place'].shape[1:] == known['place'].shape[1:]:
     params['place'] = params['place'].at[: len(known['place'])].set(known['place'])
-  params['head'] = jax.tree.map(jnp.zeros_like, params['head'])  # embeddings are of length 1
+  # a mean of unit embeddings is short: start from 0, not from random directions
+  params['head'] = jax.tree.map(jnp.zeros_like, params['head'])
   verifier = load_model(data.VERIFIER)[1]
   params |= {
     'captions': verifier['words'],
@@ -52,11 +55,12 @@ def start(order, config, seed):
   return graphdef, params, frozen
 
 
-def loss(model, std, text, tokens, begin, score, embedding):
-  """(scalar, {name: scalar}) of P prompts with n completions each."""
-  context = model.context(text)
-  seen = model.embeddings(context, tokens)  # [P, n, T + 1, E]
-  off = (model.scores(context, seen) - score[..., None]) / std
+def value_loss(model, std, text, tokens, begin, score, embedding):
+  """The loss of P prompts with n completions each, and its terms: (scalar, {name: scalar})."""
+  context = model.encode_context(text)
+  seen = model.completion_embeddings(context, tokens)  # [P, n, T + 1, E]
+  off = (model.embedding_scores(context, seen) - score[..., None]) / std
+  # prefixes before the cut are biased, see `completions`
   mask = (jnp.arange(seen.shape[2]) >= begin[..., None]).astype(jnp.float32)
   mean = lambda x: (mask * x).sum() / mask.sum()
   middle = (mask * off).sum(1, keepdims=True) / jnp.maximum(mask.sum(1, keepdims=True), 1)
@@ -71,46 +75,52 @@ def loss(model, std, text, tokens, begin, score, embedding):
 @functools.partial(jax.jit, static_argnums=0)
 def score_prefix(order, text, tokens, cut):
   """Scores `[P, N]` of the pictures of the first `cut` tokens."""
-  decoder, verifier = (modules.bind(*load_model(name)) for name in data.data_models(order)[1:])
-  seen = verifier.image(decoder.decode(tokens.reshape(-1, tokens.shape[-1]), cut))
-  return verifier.logits(seen.reshape(*tokens.shape[:2], -1), verifier.text(text)[:, None])
+  decoder, verifier = data.bind_decoder_and_verifier(order)
+  seen = verifier.embed_images(decoder.decode(tokens.reshape(-1, tokens.shape[-1]), cut))
+  seen, captions = seen.reshape(*tokens.shape[:2], -1), verifier.embed_texts(text)
+  return verifier.pair_logits(seen, captions[:, None])
 
 
-def fit(guess, truth):
-  """R^2, correlation, and correlation within prompts."""
+def summarize_fit(guess, truth):
+  """R^2, correlation, and correlation within prompts, rounded for the card."""
   left = ((guess - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
   whole = np.corrcoef(guess.ravel(), truth.ravel())[0, 1]
   out = {'r2': 1 - left, 'correlation': whole, 'within_prompt': correlate_within(guess, truth)}
   return {k: round(float(v), 3) for k, v in out.items()}
 
 
-def measure(order, graphdef, params, held):
-  """{stage: {what: {measure: number}}} on completions of held-out prompts; completions are
-  expensive: half of the prompts only."""
+def measure_value(order, graphdef, params, held):
+  """{stage: {estimate: {measure: number}}} on held-out prompts."""
+  # estimates that complete the candidate are expensive: they see half of the prompts only
   truth, half = held.score[:, : data.FIRST], data.Completions(*(x[: len(x) // 2] for x in held))
-  ask = jax.jit(
-    lambda *a: (lambda m: m.value(m.context(a[1]), *a[2:]))(modules.bind(graphdef, a[0]))
-  )
+
+  @jax.jit
+  def predict_value(params, text, tokens, stage):
+    model = modules.bind_graph(graphdef, params)
+    return model.predict_value(model.encode_context(text), tokens, stage)
+
   big, small = load_model(f'prior_{order}'), load_model(f'rollout_{order}')
   scale, out = read_card(f'prior_{order}')['guidance'], {}
   for cut in STAGES:
     at = np.int32(cut)
-    go = lambda model, scale, greedy=False, at=at: (
-      lambda text, tokens, key: score_completed(
-        order, model[0], scale, greedy, model[1], text, tokens, at, key
+
+    def complete_with(model, scale, greedy=False, at=at):
+      graph, weights = model
+      return lambda text, tokens, key: score_completed(
+        order, graph, scale, greedy, weights, text, tokens, at, key
       )
-    )
+
     ways = {
-      'value': lambda text, tokens, key, at=at: ask(params, text, tokens, at),
+      'value': lambda text, tokens, key, at=at: predict_value(params, text, tokens, at),
       'picture': lambda text, tokens, key, at=at: score_prefix(order, text, tokens, at),
-      'greedy': go(big, scale, True),
-      'rollout': go(small, 1.0),
-      'prior': go(big, scale),
+      'greedy': complete_with(big, scale, True),
+      'rollout': complete_with(small, 1.0),
+      'prior': complete_with(big, scale),
     }
     out[cut] = {}
     for name, way in ways.items():
       guess = map_prompts(way, held if name in ('value', 'picture') else half, 7)
-      out[cut][name] = fit(guess, truth[: len(guess)])
+      out[cut][name] = summarize_fit(guess, truth[: len(guess)])
     print(cut, {k: tuple(v.values()) for k, v in out[cut].items()}, flush=True)
   return out
 
@@ -137,14 +147,15 @@ def main():
     expand=args.expand,
   )
   seed = args.seed + SEEDS[args.order]
-  graphdef, params, frozen = start(args.order, config, seed)
+  graphdef, params, frozen = start_from_rollout(args.order, config, seed)
   drawn = data.load_completions(args.order, seed, args.prompts, args.workdir)
   held = data.load_completions(args.order, seed, 240, args.workdir, 'held')
   std = float(drawn.score.std())
 
-  def batches(step):
+  def draw_batch(step):
     rng = np.random.default_rng((seed, 1, step))
     rows = rng.integers(len(drawn.text), size=args.batch)
+    # other completions of a prompt in each epoch, none of them twice in a batch
     cols = rng.permuted(np.tile(np.arange(drawn.tokens.shape[1]), (args.batch, 1)), axis=1)
     pick = (rows[:, None], cols[:, : args.each])
     return (
@@ -156,13 +167,13 @@ def main():
     )
 
   def objective(params, batch, key, progress):
-    return loss(modules.bind(graphdef, params | frozen), std, *batch)
+    return value_loss(modules.bind_graph(graphdef, params | frozen), std, *batch)
 
   params = loop.round_weights(
     loop.train_model(
       objective,
       params,
-      batches,
+      draw_batch,
       steps=args.steps,
       rate=args.rate,
       seed=seed,
@@ -172,7 +183,7 @@ def main():
     )
     | frozen
   )
-  found = measure(args.order, graphdef, params, held)
+  found = measure_value(args.order, graphdef, params, held)
   loop.export_weights(
     os.path.join(args.out, f'value_{args.order}.safetensors'),
     params,
@@ -184,8 +195,8 @@ def main():
     verifier='scenes_clip_a',
     score={'mean': float(drawn.score.mean()), 'std': std},
     flops={
-      'value': value.flops_value(config),
-      'rollout_token': prior.flops_step(read_config(f'rollout_{args.order}')),
+      'value': value.count_value_flops(config),
+      'rollout_token': prior.count_step_flops(read_config(f'rollout_{args.order}')),
     },
     command=f'python -m vtts_jax.scenes.train.value --order={args.order}',
   )

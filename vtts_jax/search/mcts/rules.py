@@ -79,6 +79,7 @@ class PUCT(Rule):
     return cls(**given)
 
   def choose_slot(self, row):
+    # a descent under way counts as lost games, so that the next one goes elsewhere
     tried = row.visits + self.virtual_loss * row.pending
     n = row.node_visits + self.virtual_loss * row.pending.sum(-1)
     c = self.init + (0.0 if math.isinf(self.base) else jnp.log((n + self.base + 1) / self.base))
@@ -93,6 +94,7 @@ class PUCT(Rule):
       dirichlet = lambda k, shape: jax.random.dirichlet(k, alpha, shape[:-1])
       noise = draw_per_prompt(key, dirichlet, logits.shape)
       prior = (1 - self.fraction) * jax.nn.softmax(logits) + self.fraction * noise
+      # noise gives an illegal slot some mass too: it stays illegal
       legal = logits > NEVER
       logits = jnp.where(legal, jnp.log(jnp.maximum(prior, TINY)), -jnp.inf)
     return super().draw_noise(key, logits, invalid)
@@ -134,7 +136,7 @@ class Gumbel(Rule):
   The root considers all legal slots: the widening holds below it only.
 
   Attributes:
-    simulations: budget per root, which the halving is planned for; `tree.run` fills it in.
+    simulations: budget per root, which the halving is planned for; `run_search` fills it in.
     considered: slots that the root starts with.
     scale: of the Gumbel noise; 0 for none.
     value_scale, visit_offset: q is scaled to [0, 1] and then by
@@ -174,6 +176,7 @@ class Gumbel(Rule):
       raise ConfigError(
         f'search.simulations={self.simulations!r}: Gumbel plans its root, set simulations >= 1'
       )
+    # how often the slot that is due must have been tried before: the plan of sequential halving
     table = jnp.asarray(halving_table(self.considered, self.simulations), jnp.float32)
     start = jnp.minimum(self.considered, (row.logits > NEVER).sum(-1))
     tried = root.since + row.pending
@@ -193,6 +196,7 @@ class Gumbel(Rule):
 
   def _leader(self, row, root, tried, wanted):
     """The best by noise, prior and q among the slots with the wanted number of visits `[B]`."""
+    # as mctx does it: shifted and cut off, so that a masked slot cannot overflow
     logits = row.logits - row.logits.max(-1, keepdims=True)
     score = jnp.maximum(-1e9, root.noise + logits + self.completed_q(row))
     considered = tried == wanted[:, None]
@@ -203,6 +207,7 @@ class Gumbel(Rule):
     seen = row.visits > 0
     total = row.visits.sum(-1)
     prior = jnp.maximum(TINY, jax.nn.softmax(row.logits))
+    # the mean q of what was visited, weighed by the prior, mixed with the node's own value
     mass = jnp.where(seen, prior, 0).sum(-1, keepdims=True)
     mean = jnp.where(seen, prior * row.q / jnp.where(seen, mass, 1), 0).sum(-1)
     mixed = (row.raw + total * mean) / (total + 1)
@@ -246,15 +251,18 @@ class DTS(Rule):
   def choose_slot(self, row):
     score = self.sharpness * row.q
     if self.random:
+      # an argmax over Gumbel noise draws in proportion to exp(score)
       flat = row.keys.reshape(-1)
       noise = jax.vmap(lambda k: jax.random.gumbel(k, row.q.shape[-1:]))(flat)
       score = score + noise.reshape(row.q.shape)
+    # what only other descents are trying comes last, what nobody has tried comes first
     score = jnp.where(row.visits > 0, score, NEVER * (1 + row.pending))
     return first_maximum(jnp.where(row.visits + row.pending > 0, score, -NEVER), row.open)
 
   def soft_value(self, row):
     seen = row.visits > 0
     score = jnp.where(seen, self.sharpness * row.q, -jnp.inf)
+    # the maximum is taken out, as in any log-sum-exp
     top = jnp.max(score, -1, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0)
     mean = jnp.exp(score - top).sum(-1) / jnp.maximum(seen.sum(-1), 1)
@@ -276,6 +284,7 @@ def halving_table(considered: int, simulations: int) -> tuple[tuple[int, ...], .
 def _halving(considered, simulations):
   if considered < 2:
     return tuple(range(simulations))
+  # every phase has an equal share of the budget and drops the worse half
   phases = math.ceil(math.log2(considered))
   plan, visits = [], [0] * considered
   while len(plan) < simulations:

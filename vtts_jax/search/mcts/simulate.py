@@ -71,6 +71,7 @@ def run_search(
     )
   rule = rule.for_simulations(simulations)
   b = start.value.shape[0]
+  # mctx's own use of the key, so that both find the same tree
   drawn, noise, loop = rule.split_key(key)
   keys = core.prompt_keys(loop, jnp.arange(b)) if rule.random else None
   tree = trees.init_tree(start.embedding, start.prior_logits, start.value, simulations + 1, keys)
@@ -80,6 +81,7 @@ def run_search(
     tree, key = carry
     key, _, evaluate = jax.random.split(key, 3)
     tree, paths = trees.select_leaves(tree, rule, leaves, depth)
+    # all leaves of all prompts are one batch of the recurrent function
     flat = lambda x: x.reshape(b * leaves, *x.shape[2:])
     wide = lambda x: x.reshape(b, leaves, *x.shape[1:])
     reply, embedding = recurrent(

@@ -191,9 +191,11 @@ def select_leaves(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = N
       raise ConfigError(f'search.{name}={value!r}: must be an integer >= 1')
   if rule.random and tree.keys is None:
     raise ConfigError(f'search.keys=None: {type(rule).__name__} draws; give `init_tree` keys [B]')
+  # paths are padded to whole blocks of levels, as `back_up` reads them
   size = -(-(limit + 1) // LEVELS) * LEVELS
 
   def descend(tree):
+    # the root's slot is chosen anew: its noise and its plan are not in `best`
     row, root = root_statistics(tree, rule)
     slot = rule.choose_root(row, root)
     first = _next_step(tree.child[rows, tree.root, slot], slot)
@@ -211,15 +213,18 @@ def select_leaves(tree: Tree, rule: Rule, leaves: int = 1, depth: int | None = N
       node = jnp.where(down, step, node)
       return node, jnp.where(down, at_nodes(tree.best, node), step), d + 1, path, length + down
 
+    # n is no node: writes to it are dropped, so the padding of a path changes nothing
     path = jnp.full((b, size), n, jnp.int32).at[:, 0].set(tree.root)
     state = tree.root, first, 0, path, jnp.zeros_like(tree.root)
     node, step, _, path, length = jax.lax.while_loop(going, level, state)
+    # a step below 0 that is not CLOSED names a slot without a child: the leaf will be a new node
     slot = -1 - step
     fresh = (step < 0) & (step > CLOSED) & (length < limit) & (tree.used < n)
     leaf = jnp.where(fresh, tree.used, node)
     length = length + fresh
     path = path.at[rows, jnp.where(fresh, length, size)].set(leaf, mode='drop')
     new, under = jnp.where(fresh, leaf, n), jnp.where(fresh, node, n)
+    # hung up at once, so that the next descent of this step finds it; closed until it is expanded
     tree = tree._replace(
       used=tree.used + fresh,
       parent=tree.parent.at[rows, new].set(node, mode='drop'),
@@ -288,6 +293,7 @@ def back_up(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
     nodes = jax.lax.dynamic_slice_in_dim(paths.nodes, c * size, size, axis=2)
     depth = c * size + jnp.arange(size)
     inside = depth <= paths.length[..., None]
+    # returns of a block of levels, from its deepest one up; `above` goes on into the next block
     reward, discount = at_nodes(tree.reward, nodes), at_nodes(tree.discount, nodes)
     returns = []
     for i in reversed(range(size)):
@@ -309,6 +315,7 @@ def back_up(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
     tree = tree._replace(
       visits=_put_nodes(tree.visits, nodes, visits), value=_put_nodes(tree.value, nodes, value)
     )
+    # what the parent knows of the edge to each node; the virtual loss is taken back
     edge = _edges_to(tree, nodes, inside & (depth > 0))
     tree = tree._replace(
       counts=tree.counts.at[edge].set(visits, mode='drop'),
@@ -317,6 +324,7 @@ def back_up(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
     )
     return refresh_choices(tree, rule, nodes), above, c - 1
 
+  # the deepest block first; a soft value needs its children's, so it goes level by level
   state = tree, jnp.zeros_like(values), paths.length.max() // size
   return jax.lax.while_loop(lambda s: s[2] >= 0, levels, state)[0]
 

@@ -1,7 +1,7 @@
-"""Detectors by checkpoint: pictures to boxes in pixels and to scores of the classes a prompt names.
+"""Detectors: pictures to boxes in pixels and to scores of the classes that a prompt names.
 
-`OwlDetector` reads any class, in words; `YolosDetector` knows COCO's eighty. Which of the two a
-checkpoint is, its tensors say.
+`OwlDetector` reads any class in words; `YolosDetector` knows COCO's eighty. The tensors of a
+checkpoint tell which of the two it is.
 
 Letters: B prompts · M pictures · H W their sides · E classes of a prompt · T detections ·
 C = 10 colours · Q queries of a prompt · W words of a query · D width of an embedding.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax.checkpoints import source as source_files
+from vtts_jax.checkpoints.source import open_source
 from vtts_jax.data import geneval, tokenizers
 from vtts_jax.errors import ConfigError
 from vtts_jax.metrics.geneval_arrays import OFFICIAL_LIMITS, Limits
@@ -31,15 +31,15 @@ RELEASED = {  # checkpoint -> its name in scores and in `SIZES` of its family
   'hustvl/yolos-small': 'yolos_small',
   'hustvl/yolos-base': 'yolos_base',
 }
-COCO = 92  # classes of a closed-set detector, the gaps and no object among them
+COCO = 92  # outputs of a COCO detector: 80 classes, the gaps of their numbering, no object
 
 
 class Detector(Pretrained):
-  """What both have.
+  """The interface of both detectors.
 
   Attributes:
-    limits: what a detection must exceed to be an object.
-    reads_colours: whether it can be asked for colours.
+    limits: confidences that a detection must exceed to count as an object.
+    reads_colours: whether its queries may contain colours.
   """
 
   limits: Limits
@@ -51,14 +51,15 @@ class Detector(Pretrained):
 
 
 class OwlDetector(Detector):
-  """OWL-ViT or OWLv2. Its limits: the threshold of its processor; stricter when counting, where
-  GenEval is too; half-overlapping boxes of a class are one object."""
+  """OWL-ViT or OWLv2. Its limits: the threshold of its processor; a higher one when counting, as in
+  GenEval; boxes of a class that overlap by half are one object."""
 
   limits = Limits(0.1, 0.3, 0.5)
   reads_colours = True
 
   def tokenize(self, names, with_colours: bool):
-    """Classes, B lists of E -> `{'ids': [B, Q, W]}`: each class, and then each in ten colours."""
+    """Class names, B lists of E, to `{'ids': [B, Q, W]}`: first each class, then each class in
+    each of ten colours."""
     hues = [f'{hue} ' for hue in geneval.COLOURS] if with_colours else []
     words = [hue + name for row in names for hue in ['', *hues] for name in row]
     queries = [f'a photo of {geneval.with_article(w)}' for w in words]
@@ -71,31 +72,38 @@ class OwlDetector(Detector):
     ids = prompt['ids']
     return self.bind(params).text(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape[:2], -1)
 
-  def detect(self, params, queries, images, entries: int):
-    """Boxes `[B, M, T, 4]` (left, top, right, bottom in pixels), scores `[B, M, E, T]`, and
-    colours' log-probabilities `[B, M, E, T, C]` or None."""
+  def detect_objects(self, params, queries, images, entries: int):
+    """Detects in images `[B, M, H, W, 3]`; queries are those of `encode`.
+
+    Returns:
+      Boxes `[B, M, T, 4]` (left, top, right, bottom in pixels), scores `[B, M, E, T]`, and
+      log-probabilities of colours `[B, M, E, T, C]` or None.
+    """
     model, (b, m, height, width) = self.bind(params), images.shape[:4]
-    x = model.features(owl.preprocess(self.config, images.reshape(b * m, *images.shape[2:])))
-    logits = model.logits(x.reshape(b, -1, x.shape[-1]), queries)  # [B, M T, Q]
+    x = model.patch_features(owl.preprocess(self.config, images.reshape(b * m, *images.shape[2:])))
+    # candidates of a prompt share its queries, so their patches are compared in one product
+    logits = model.query_logits(x.reshape(b, -1, x.shape[-1]), queries)  # [B, M T, Q]
     # Q = (1 + colours) E, and [B, M, T, 1 + colours, E] -> [B, M, E, T, 1 + colours]
     logits = logits.reshape(b, m, x.shape[1], -1, entries).transpose(0, 1, 4, 2, 3)
-    boxes = corners_of(model.boxes(x), owl.extent(self.config, height, width))
+    boxes = corners_of(model.predict_boxes(x), owl.box_extent(self.config, height, width))
+    # a colour's probability is its share among the ten coloured queries of the class
     hues = jax.nn.log_softmax(logits[..., 1:], -1) if logits.shape[-1] > 1 else None
     return boxes.reshape(b, m, -1, 4), jax.nn.sigmoid(logits[..., 0]), hues
 
-  def flops(self, op: str, queries: int) -> int:
-    """Of 'text' (all queries of a prompt) or 'image' (one picture against them)."""
-    return owl.flops(self.config, op, queries)
+  def count_flops(self, op: str, queries: int) -> int:
+    """FLOPs of 'text' (all queries of a prompt) or 'image' (one picture against them)."""
+    return owl.count_flops(self.config, op, queries)
 
 
 class YolosDetector(Detector):
-  """YOLOS. Its limits are GenEval's own."""
+  """YOLOS, with GenEval's own limits."""
 
   limits = OFFICIAL_LIMITS
 
   @property
   def config(self):
     found = super().config
+    # class numbers are COCO's; another head would name wrong classes
     if found.classes != COCO:
       raise ConfigError(
         f"{self.setting}={self.weights!r}: has {found.classes} classes; must be COCO's {COCO}"
@@ -103,10 +111,10 @@ class YolosDetector(Detector):
     return found
 
   def tokenize(self, names, with_colours: bool):
-    """Classes, B lists of E -> `{'index': [B, E]}` in COCO's numbering.
+    """Class names, B lists of E, to `{'index': [B, E]}` in COCO's numbering.
 
     Raises:
-      ConfigError: a class that is none of COCO's.
+      ConfigError: a class that COCO does not have.
     """
     unknown = sorted({name for row in names for name in row} - set(geneval.CLASSES))
     if unknown:
@@ -119,8 +127,8 @@ class YolosDetector(Detector):
   def encode(self, params, prompt):
     return prompt['index']
 
-  def detect(self, params, index, images, entries: int):
-    """As in `OwlDetector`; a score is the softmax's share of the class."""
+  def detect_objects(self, params, index, images, entries: int):
+    """As in `OwlDetector`; a score is the softmax probability of the class."""
     b, m, height, width = images.shape[:4]
     x = yolos.preprocess(self.config, images.reshape(b * m, *images.shape[2:]))
     logits, boxes = self.bind(params)(x)
@@ -128,9 +136,9 @@ class YolosDetector(Detector):
     scores = jnp.take_along_axis(share, index[:, None, None], 3).swapaxes(2, 3)
     return corners_of(boxes, (width, height)).reshape(b, m, -1, 4), scores, None
 
-  def flops(self, op: str, queries: int) -> int:
-    """Of a square picture; its classes are no text."""
-    return yolos.flops(self.config, 1, 1) if op == 'image' else 0
+  def count_flops(self, op: str, queries: int) -> int:
+    """FLOPs of one square picture; 'text' is 0, because no text is encoded."""
+    return yolos.count_flops(self.config, 1, 1) if op == 'image' else 0
 
 
 FAMILIES = {'owlvit': OwlDetector, 'yolos': YolosDetector}
@@ -138,39 +146,40 @@ SIZES = {'owlvit': owl.SIZES, 'yolos': yolos.SIZES}
 
 
 def make_detector(weights: str, backbone: str, dtype: str) -> Detector:
-  """The detector of a verifier's settings; `backbone` is a key of `FAMILIES`, or '' for what the
-  weights are.
+  """The detector of a verifier's settings; `backbone` is a key of `FAMILIES`, or '' to find it from
+  the weights.
 
   Raises:
-    ConfigError: no such checkpoint, an unknown size or dtype.
+    ConfigError: a missing checkpoint, an unknown size or dtype.
   """
   backbone = backbone or known_backbone(weights) or _read_backbone(weights)
   return FAMILIES[backbone](backbone, weights, dtype)
 
 
 def known_backbone(weights: str) -> str:
-  """What weights are, as far as their name says it; '' where a file must be read."""
+  """The family of `weights` if their name tells it; '' if a file must be read."""
   if weights.startswith(RANDOM):
     name = weights.removeprefix(RANDOM)
   else:
     name = RELEASED.get(weights.partition('@')[0], '')
     if weights and not name:
       return ''
-  # a size that both or none have stands for an OWL-ViT, which refuses what it does not know
+  # a size of both families or of none counts as OWL-ViT, which raises on an unknown size
   return next((family for family, sizes in SIZES.items() if name in sizes), 'owlvit')
 
 
 @functools.cache
 def _read_backbone(weights):
   try:
-    source = source_files.open_source(weights)
+    source = open_source(weights)
   except (FileNotFoundError, ValueError) as error:
     raise ConfigError(f'verifier.weights={weights!r}: {error}') from error
+  # only YOLOS has detection tokens
   return 'yolos' if 'vit.embeddings.detection_tokens' in source else 'owlvit'
 
 
 def corners_of(boxes, extent):
-  """Centre and sides as shares `[..., 4]` -> left, top, right, bottom in pixels, for an extent of
+  """Relative boxes `[..., 4]` (centre, sides) to left, top, right, bottom in pixels; `extent` is
   (width, height)."""
   centre, half = boxes[..., :2], boxes[..., 2:] / 2
   return jnp.concatenate([centre - half, centre + half], -1) * jnp.array([*extent, *extent], float)

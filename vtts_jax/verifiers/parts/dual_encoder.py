@@ -1,4 +1,4 @@
-"""What the verifiers on dual encoders share: CLIP or SigLIP, its weights, words and embeddings.
+"""The base of verifiers on dual encoders: CLIP or SigLIP, its weights, tokens and embeddings.
 
 Letters: B prompts · M pictures of a prompt · R = B M · H W their sides · T tokens · E width of the
 joint space.
@@ -19,7 +19,7 @@ from vtts_jax.models.siglip import modeling as siglip
 from vtts_jax.verifiers.parts.image_encoder import map_images
 
 H14 = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
-KNOWN = {  # what a checkpoint is called in the name of a score; any other by its own name
+KNOWN = {  # names of checkpoints within the names of scores; others use their own name
   'openai/clip-vit-base-patch32': 'clip_b32',
   'openai/clip-vit-base-patch16': 'clip_b16',
   'openai/clip-vit-large-patch14': 'clip_l14',
@@ -31,16 +31,16 @@ KNOWN = {  # what a checkpoint is called in the name of a score; any other by it
 
 @dataclasses.dataclass(frozen=True)
 class DualEncoder(core.Verifier):
-  """A verifier on CLIP or SigLIP; `names` and `score` are the subclass's.
+  """A verifier on CLIP or SigLIP; a subclass defines `names` and `score`.
 
   Attributes:
-    weights: a safetensors file, a folder or a repository `owner/name@revision` of the hub; or
-      'random:' before 'tiny', 'siglip_tiny' or a released size ('b16', 'siglip_b16_224') makes
+    weights: a safetensors file, a folder, or a repository `owner/name@revision` of the hub. Or
+      'random:SIZE', with 'tiny', 'siglip_tiny' or a released size ('b16', 'siglip_b16_224'):
       random weights, which read no file and hash the words.
-    tokenizer: folder or repository with the tokenizer; '' for `weights`.
-    dtype: of the parameters, 'float32' or 'bfloat16'; cosines are taken in float32.
-    part: '' for both towers, 'image' where no text is read (not a setting).
-    size: the released CLIP that a checkpoint must be, '' for any (not a setting).
+    tokenizer: folder or repository with the tokenizer; '' takes it from `weights`.
+    dtype: dtype of the parameters, 'float32' or 'bfloat16'; cosines are always float32.
+    part: '' to load both towers, 'image' for the image tower only (not a setting).
+    size: the released CLIP that a checkpoint must have; '' allows any (not a setting).
   """
 
   weights: str = ''
@@ -52,6 +52,7 @@ class DualEncoder(core.Verifier):
   size = ''
 
   def __post_init__(self):
+    # a subclass with a fixed size or one tower is made for CLIP
     sizes = {**clip.SIZES, **({} if self.size or self.part else siglip.SIZES)}
     size = self.weights.removeprefix(RANDOM)
     if size != self.weights and size not in sizes:
@@ -60,19 +61,19 @@ class DualEncoder(core.Verifier):
         f'verifier.weights={self.weights!r}: must be a checkpoint or one of {allowed}'
       )
     if size == self.weights:
-      Pretrained('clip', self.weights, self.dtype)  # refuses what is unknown, without reading
+      Pretrained('clip', self.weights, self.dtype)  # raises on unknown settings, reads no file
 
   @property
-  def pretrained(self) -> Pretrained:
-    """The model; of a checkpoint, its headers are read."""
+  def model_part(self) -> Pretrained:
+    """The model; reads the header of a checkpoint to tell CLIP from SigLIP."""
     family = 'clip' if self.size or self.part else _family_of(self.weights)
     return Pretrained(family, self.weights, self.dtype, self.part)
 
   @property
-  def backbone(self) -> str:
-    """For the name of a score: 'clip_b16'."""
+  def backbone_name(self) -> str:
+    """The backbone's part of a score name, such as 'clip_b16'."""
     if self._is_random:
-      name = self.pretrained.name
+      name = self.model_part.name
     else:
       known = KNOWN.get(self.weights.partition('@')[0])
       name = known or pretrained.short_name(self.weights).lower()
@@ -82,13 +83,14 @@ class DualEncoder(core.Verifier):
   def _is_random(self):
     return self.weights.startswith(RANDOM)
 
-  def published(self, name: str) -> str:
-    """The name of a score that is published for one checkpoint; random weights say so."""
-    return f'{name}_{self.pretrained.name}' if self._is_random else name
+  def published_name(self, name: str) -> str:
+    """The name of a score that belongs to one published checkpoint; random weights are marked."""
+    return f'{name}_{self.model_part.name}' if self._is_random else name
 
   def check(self):
-    config = self.pretrained.config
+    config = self.model_part.config
     wanted = clip.SIZES[self.size] if self.size and not self._is_random else None
+    # the end token differs between repackaged copies of one checkpoint
     if wanted and dataclasses.replace(config, eos=None) != wanted:
       raise ConfigError(
         f'verifier.weights={self.weights!r}: must be CLIP {self.size}; it is {config}'
@@ -96,57 +98,63 @@ class DualEncoder(core.Verifier):
 
   def load(self):
     self.check()
-    return self.pretrained.load()
+    return self.model_part.load()
 
   def shardings(self, mesh):
-    return self.pretrained.shardings(mesh)
+    return self.model_part.shardings(mesh)
 
   def tokenize(self, prompts):
     return {'ids': self.token_ids(core.texts_of(prompts))}
 
   def token_ids(self, texts):
-    """Ids `[B, T]` int32 of texts."""
+    """Token ids `[B, T]` int32 of texts.
+
+    Raises:
+      ConfigError: `weights` is a single file and no tokenizer is given.
+    """
+    # a single safetensors file has no tokenizer beside it
     place = '' if self._is_random else self.tokenizer or self.weights
     if place.endswith('.safetensors'):
       raise ConfigError(
         f'verifier.tokenizer={self.tokenizer!r}: must be a folder or a repository with a '
         f'tokenizer; there is none in {place}'
       )
-    config = self.pretrained.config
+    config = self.model_part.config
     return tokenizers.tokenize_texts(texts, place, config.length, config.vocab)[0]
 
   def encode(self, params, prompt):
     """Ids `[B, T]` -> unit embeddings `[B, E]`."""
-    return self.pretrained.bind(params).embed_texts(prompt['ids'])
+    return self.model_part.bind(params).embed_texts(prompt['ids'])
 
   def preprocess(self, images):
-    """Pictures `[R, H, W, 3]` in [0, 1] as the model takes them."""
-    model = self.pretrained
+    """Pictures `[R, H, W, 3]` in [0, 1] to network inputs."""
+    model = self.model_part
     return model.modeling.preprocess(model.config, images)
 
   def embed_images(self, params, images):
-    """Images `[B, M, H, W, 3]` -> unit embeddings `[B, M, E]`; NaN for one with a NaN anywhere,
-    even where the crop leaves it out."""
-    model = self.pretrained.bind(params)
+    """Images `[B, M, H, W, 3]` to unit embeddings `[B, M, E]`; NaN for an image with any NaN."""
+    model = self.model_part.bind(params)
     found = map_images(lambda x: model.embed_images(self.preprocess(x)), images)
+    # a NaN outside the center crop would go unnoticed
     broken = jnp.isnan(images).any((2, 3, 4))
     return jnp.where(broken[..., None], jnp.nan, found)
 
-  def cosine(self, params, vctx, images):
+  def cosine_scores(self, params, vctx, images):
     """Cosines `[B, M]` of texts `[B, E]` and images `[B, M, H, W, 3]`."""
     return jnp.sum(self.embed_images(params, images) * vctx[:, None], -1)
 
   def cost(self, op):
-    """Matmuls of the networks; what `preprocess` spends depends on the pictures' size and is
-    small."""
-    model = self.pretrained
+    """Matrix products of the networks. `preprocess` is left out: its cost is small and depends on
+    the pictures' size."""
+    model = self.model_part
     if op == 'encode':
-      return core.Cost(flops=model.modeling.flops(model.config, 'text'))
-    return core.Cost(verify=1, flops=model.modeling.flops(model.config, 'image'))
+      return core.Cost(flops=model.modeling.count_flops(model.config, 'text'))
+    return core.Cost(verify=1, flops=model.modeling.count_flops(model.config, 'image'))
 
 
 @functools.cache
 def _family_of(weights):
+  """'clip' or 'siglip', by the size's name or by a tensor that only SigLIP has."""
   if weights.startswith(RANDOM):
     return 'siglip' if weights.removeprefix(RANDOM) in siglip.SIZES else 'clip'
   try:

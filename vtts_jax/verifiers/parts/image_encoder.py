@@ -1,4 +1,4 @@
-"""What the verifiers on image encoders share: pictures to unit embeddings, by DINO, CLIP, DreamSim.
+"""The base of verifiers on image encoders: unit embeddings of pictures by DINO, CLIP, DreamSim.
 
 Letters: B prompts · M candidates of a prompt · R = B M · H W sides of a picture · S side that the
 encoder reads · K references of a prompt · D width of an embedding.
@@ -13,36 +13,38 @@ from vtts_jax.data import references
 from vtts_jax.errors import ConfigError
 from vtts_jax.models.pretrained import Pretrained
 
-PARTS = {'dino': 'encoder', 'clip': 'image'}  # what is loaded of a backbone
+PARTS = {'dino': 'encoder', 'clip': 'image'}  # the part of each backbone that is loaded
 
 
 class ImageEncoder(Pretrained):
-  """A model with `embed_images`, `preprocess` and `picture_sides`: of DINO, CLIP or DreamSim."""
+  """A DINO, CLIP or DreamSim; its module has `embed_images`, `preprocess`, `picture_sides`."""
 
-  def embed(self, params, images, fitted: bool = False):
-    """Images `[B, M, H, W, 3]` in [0, 1] -> unit embeddings `[B, M, D]` float32; `fitted` ones are
-    resized and cut already."""
+  def embed_images(self, params, images, fitted: bool = False):
+    """Images `[B, M, H, W, 3]` in [0, 1] to unit embeddings `[B, M, D]` float32; `fitted` images
+    are already resized and cropped."""
     model, config = self.bind(params), self.config
-    return map_images(
-      lambda x: model.embed_images(self.modeling.preprocess(config, x, fitted=fitted)), images
-    )
+
+    def embed_rows(rows):
+      return model.embed_images(self.modeling.preprocess(config, rows, fitted=fitted))
+
+    return map_images(embed_rows, images)
 
   @property
-  def sides(self) -> tuple[int, int]:
-    """(S, what the shorter side of a picture is resized to before it is cut)."""
+  def picture_sides(self) -> tuple[int, int]:
+    """(S, length that the shorter side is resized to before the crop)."""
     return self.modeling.picture_sides(self.config)
 
   @property
-  def flops(self) -> int:
-    """Of one embedding."""
-    return self.modeling.flops(self.config, 'image')
+  def embedding_flops(self) -> int:
+    """FLOPs of one embedding."""
+    return self.modeling.count_flops(self.config, 'image')
 
 
 def backbone_encoder(backbone: str, weights: str, dtype: str) -> ImageEncoder:
   """The encoder of a verifier's settings.
 
   Raises:
-    ConfigError: an unknown backbone, size or dtype, no weights.
+    ConfigError: an unknown backbone, size or dtype, or no weights.
   """
   if backbone not in PARTS:
     allowed = ', '.join(map(repr, PARTS))
@@ -51,62 +53,63 @@ def backbone_encoder(backbone: str, weights: str, dtype: str) -> ImageEncoder:
 
 
 def map_images(call, images):
-  """`call` of `[B, M, H, W, 3]` as `[B M, H, W, 3]`, its result `[B, M, ...]` again."""
+  """Applies `call` to images `[B, M, H, W, 3]` as rows `[B M, H, W, 3]`; returns `[B, M, ...]`."""
   out = call(images.reshape(-1, *images.shape[2:]))
   return out.reshape(*images.shape[:2], *out.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderVerifier(core.Verifier):
-  """A verifier on an image encoder; `encoder`, `names` and `score` are the subclass's.
+  """A verifier on an image encoder; a subclass defines `model_part`, `names` and `score`.
 
   Attributes:
-    weights: checkpoint: file, folder or `owner/name@revision`; 'random:tiny' or 'random:' before a
-      released size makes random weights.
-    dtype: of the parameters, 'float32' or 'bfloat16'.
+    weights: a file, a folder or a repository `owner/name@revision`; 'random:SIZE' makes random
+      weights of size 'tiny' or of a released size.
+    dtype: dtype of the parameters, 'float32' or 'bfloat16'.
   """
 
   weights: str = ''
   dtype: str = 'float32'
 
   gives = frozenset({'features', 'gradient'})
-  images_read = 1  # for one score
+  images_read = 1  # embeddings that one score needs
 
   def __post_init__(self):
-    _ = self.encoder  # refuses what is unknown
+    _ = self.model_part  # raises on unknown settings
 
   @property
-  def encoder(self) -> ImageEncoder:
+  def model_part(self) -> ImageEncoder:
+    """The encoder of the settings."""
     raise NotImplementedError
 
   def check(self):
-    _ = self.encoder.config
+    _ = self.model_part.config
 
   def load(self):
-    return self.encoder.load()
+    return self.model_part.load()
 
   def shardings(self, mesh):
-    return self.encoder.shardings(mesh)
+    return self.model_part.shardings(mesh)
 
   def embed_images(self, params, images):
     """Images `[B, M, H, W, 3]` -> unit embeddings `[B, M, D]`."""
-    return self.encoder.embed(params, images)
+    return self.model_part.embed_images(params, images)
 
   def cost(self, op):
     if op == 'encode':
       return core.Cost()
-    return core.Cost(verify=1, flops=self.images_read * self.encoder.flops)
+    return core.Cost(verify=1, flops=self.images_read * self.model_part.embedding_flops)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceVerifier(EncoderVerifier):
-  """Likeness to the reference pictures of a prompt: the mean cosine of their embeddings.
+  """Similarity to the reference pictures of a prompt: the mean cosine of their embeddings.
 
   Attributes:
-    references: a picture or a folder of pictures for the prompts that name none; a prompt row names
+    references: a picture or a folder of pictures, for prompts without their own; a prompt row names
       its own under 'reference' (`data.references`).
-    max_references: most references that a prompt brings; all are padded to so many, which is what
-      the bill counts.
+    max_references: largest number of references of a prompt. Every prompt is padded to it, and the
+      bill counts it.
   """
 
   references: str = ''
@@ -118,28 +121,32 @@ class ReferenceVerifier(EncoderVerifier):
       raise ConfigError(f'verifier.max_references={self.max_references!r}: must be an integer >= 1')
 
   @property
-  def _count(self):
+  def _reference_count(self):
     return references.count_references(self.references, self.max_references)
 
   def check(self):
     super().check()
-    _ = self._count
+    _ = self._reference_count  # raises if the folder cannot be read
 
   def tokenize(self, prompts):
-    """The pictures, `{'pictures': [B, K, S, S, 3] uint8, 'mask': [B, K]}`."""
-    return references.read_references(prompts, self.references, self._count, *self.encoder.sides)
+    """The reference pictures, `{'pictures': [B, K, S, S, 3] uint8, 'mask': [B, K]}`."""
+    # resized on the host, so that pictures of any size fit one array
+    sides = self.model_part.picture_sides
+    return references.read_references(prompts, self.references, self._reference_count, *sides)
 
   def encode(self, params, prompt):
-    """Pictures `[B, K, S, S, 3]` -> the mean of their unit embeddings `[B, D]`."""
+    """Pictures `[B, K, S, S, 3]` to the mean of their unit embeddings `[B, D]`."""
     images = prompt['pictures'].astype(jnp.float32) / 255
-    return references.mean_embedding(self.encoder.embed(params, images, True), prompt['mask'])
+    embeddings = self.model_part.embed_images(params, images, fitted=True)
+    return references.mean_embedding(embeddings, prompt['mask'])
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
+    # the mean cosine over references equals the product with the mean embedding
     found = self.embed_images(params, observed['image'])
     return {self.names[0]: jnp.einsum('bmd,bd->bm', found, vctx)}
 
   def cost(self, op):
     if op == 'encode':
-      return core.Cost(flops=self._count * self.encoder.flops)
+      return core.Cost(flops=self._reference_count * self.model_part.embedding_flops)
     return super().cost(op)

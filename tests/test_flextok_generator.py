@@ -82,12 +82,13 @@ class Plain:
       return prior.text_context(models['text'](ids, mask)[None], mask[None])
 
     def picture(ids, keep, noise):
-      latent = flow.sample(decoder, decoder.condition(ids[None], keep), noise[None], 2, 7.5)
-      return jnp.clip((vae.decode(vae.unscale(latent))[0] + 1) / 2, 0, 1)
+      registers = decoder.embed_registers(ids[None], keep)
+      latent = flow.sample_latents(decoder, registers, noise[None], 2, 7.5)
+      return jnp.clip((vae.decode(vae.unscale_latents(latent))[0] + 1) / 2, 0, 1)
 
     self._text_context, self._class_context = jax.jit(text_context), prior.class_context
     self._picture = jax.jit(picture)
-    self._logits = jax.jit(lambda ctx, ids: prior.logits(prior.prefill(ctx, ids)[0])[0, 0])
+    self._logits = jax.jit(lambda ctx, ids: prior.token_logits(prior.prefill(ctx, ids)[0])[0, 0])
 
   def read(self, text):
     """Takes the prompt of what follows."""
@@ -207,8 +208,8 @@ def test_cost_follows_streams_and_decoder_steps():
   assert decode() - decode(decode_steps=1) == 2 * (
     decode(decode_guidance=1.0) - decode(decode_guidance=1.0, decode_steps=1)
   )
-  words, null = (t5.flops(tiny().part_config('text'), width) for width in (6, 1))
-  text = flexar.flops_text(tiny().part_config('prior'), 6)
+  words, null = (t5.count_flops(tiny().part_config('text'), width) for width in (6, 1))
+  text = flexar.count_text_flops(tiny().part_config('prior'), 6)
   assert tiny().cost('encode').flops == words + null + 2 * text
 
 
@@ -218,7 +219,7 @@ def test_flops_of_the_vae_are_those_of_the_compiled_program():
   latent = jnp.zeros((1, sizes.size, sizes.size, sizes.channels))
   counted = decode.lower(vae.load(), latent).compile().cost_analysis()['flops']
   # fewer: XLA does not count what falls on the padding; more: norms at 4 channels
-  assert 0.85 < counted / autoencoder_kl.flops_decode(vae.config, sizes.size) < 1.3
+  assert 0.85 < counted / autoencoder_kl.count_decode_flops(vae.config, sizes.size) < 1.3
 
 
 def test_published_settings_and_sizes_by_name():

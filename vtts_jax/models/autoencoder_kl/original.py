@@ -1,0 +1,46 @@
+"""The layout of CompVis' latent diffusion, as in FLUX's `ae.safetensors`: the same network as
+diffusers' `AutoencoderKL`, under other names."""
+
+import dataclasses
+import re
+
+MARK = 'decoder.mid.block_1.conv1.weight'
+FLUX = {'scaling_factor': 0.3611, 'shift_factor': 0.1159}  # constants of its code, in no file
+_SIDE = r'((?:en|de)coder)\.'
+NAMES = [  # name in the original -> in diffusers
+  (_SIDE + r'(down|up)\.(\d+)\.block\.(\d+)\.(.*)', r'\1.\2_blocks.\3.resnets.\4.\5'),
+  (_SIDE + r'(down|up)\.(\d+)\.(?:down|up)sample\.(.*)', r'\1.\2_blocks.\3.\2samplers.0.\4'),
+  (_SIDE + r'mid\.block_1\.(.*)', r'\1.mid_block.resnets.0.\2'),
+  (_SIDE + r'mid\.block_2\.(.*)', r'\1.mid_block.resnets.1.\2'),
+  (_SIDE + r'mid\.attn_1\.norm\.(.*)', r'\1.mid_block.attentions.0.group_norm.\2'),
+  (_SIDE + r'mid\.attn_1\.([qkv])\.(.*)', r'\1.mid_block.attentions.0.to_\2.\3'),
+  (_SIDE + r'mid\.attn_1\.proj_out\.(.*)', r'\1.mid_block.attentions.0.to_out.0.\2'),
+  (_SIDE + r'norm_out\.(.*)', r'\1.conv_norm_out.\2'),
+]
+
+
+def known_factors(source) -> dict:
+  """The factors of an original file without quant convs, which is FLUX's; else none are known."""
+  return FLUX if MARK in source and 'quant_conv.weight' not in source else {}
+
+
+def diffusers_names(source):
+  """An original source under the names of diffusers; any other as it is."""
+  if MARK not in source:
+    return source
+  ups = [int(m[1]) for m in (re.match(r'decoder\.up\.(\d+)\.', n) for n in source.header) if m]
+
+  def rename(name):
+    for pattern, target in NAMES:
+      match = re.fullmatch(pattern, name)
+      if match:
+        name = match.expand(target).replace('nin_shortcut', 'conv_shortcut')
+        break
+    # the original counts the decoder's blocks from the pixels inwards, diffusers in their order
+    turn = lambda match: f'up_blocks.{max(ups) - int(match[1])}.'
+    return re.sub(r'up_blocks\.(\d+)\.', turn, name)
+
+  theirs = {rename(name): name for name in source.tensor_names()}
+  header = {name: source.header[old] for name, old in theirs.items()}
+  read = lambda name: source.read_tensor(theirs[name])
+  return dataclasses.replace(source, header=header, read=read)
