@@ -80,7 +80,8 @@ def cached_against_prefix(gen, params, ctx, repeats):
   def again(params, ctx, length):
     model = gen.bind_part(params, 'prior')
     hidden, _ = model.prefill(ctx, jnp.zeros((1, BEAMS, length), jnp.int32))
-    return jnp.argmax(flexar.guide_logits(model.token_logits(hidden[:, :, -1]), gen.guidance_scale), -1)
+    logits = model.token_logits(hidden[:, :, -1])
+    return jnp.argmax(flexar.guide_logits(logits, gen.guidance_scale), -1)
 
   calls = [lambda n=n: again(params, ctx, n) for n in range(64, TOKENS + 1, 64)]
   whole, *each = fastest([lambda: cached(params, ctx, state), *calls], repeats)

@@ -69,16 +69,16 @@ def test_conformance(ver, pictures):
   assert components.load('verifiers.image_reward').names == ('image_reward_blip_l',)
 
 
-def test_a_bad_pixel_spoils_one_score_and_bfloat16_is_near(ver, params, pictures):
+def test_a_bad_pixel_breaks_one_score_and_bfloat16_is_near(ver, params, pictures):
   prompt = ver.tokenize(PROMPTS)
 
   @jax.jit
   def score(p, images):
     return ver.score(p, ver.encode(p, prompt), {'image': images})[ver.names[0]]
 
-  spoiled = pictures.copy()
-  spoiled[0, 1, 5, 5] = np.nan
-  good, bad = (np.asarray(score(params, p)) for p in (pictures, spoiled))
+  broken = pictures.copy()
+  broken[0, 1, 5, 5] = np.nan
+  good, bad = (np.asarray(score(params, p)) for p in (pictures, broken))
   assert np.isnan(bad[0, 1]) and np.isnan(bad).sum() == 1
   np.testing.assert_array_equal(bad[1], good[1])
   near = score(jax.tree.map(lambda x: x.astype('bfloat16'), params), pictures)

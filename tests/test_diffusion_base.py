@@ -9,7 +9,7 @@ import pytest
 
 from vtts_jax import core
 from vtts_jax.errors import ConfigError
-from vtts_jax.generators.diffusion import DiffusionGenerator, guidance, paths
+from vtts_jax.generators.diffusion import DiffusionGenerator, guidance, paths, steppers
 from vtts_jax.testing import laws, toys
 
 KEY = jax.random.key(6)
@@ -18,11 +18,14 @@ SIDE, SPREAD = 4, 0.5  # data are normal around the prompt's mean, with this sta
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian(DiffusionGenerator):
-  """The best prediction of Gaussian data on any path, in the words of any predictor. `words` and
-  `vp` stand for what a family would fix."""
+  """The best prediction of Gaussian data on any path, in the words of any predictor. `words`, `vp`,
+  `method`, `projected` and `moved` stand for what a family would fix."""
 
   words: str = 'velocity'
   vp: bool = False
+  method: str = ''
+  projected: bool = False
+  moved: bool = False
 
   data_shape = (SIDE, SIDE, 3)
   decoded_output = core.Output('image', (SIDE, SIDE, 3))
@@ -38,6 +41,24 @@ class Gaussian(DiffusionGenerator):
       'noise': guidance.NoisePredictor(),
       'data': guidance.DataPredictor(),
     }[self.words]
+
+  @property
+  def sampled_path(self):
+    return paths.VariancePreservingPath() if self.moved else None
+
+  @property
+  def stepper(self):
+    return {
+      '': super().stepper,
+      '2m': steppers.AncestralStepper(order=2),
+      'heun': steppers.HeunStepper(),
+      'sde': steppers.EulerMaruyamaStepper(),
+    }[self.method]
+
+  @property
+  def guidance_rule(self):
+    plain = super().guidance_rule
+    return guidance.ProjectedGuidance(plain.scale) if self.projected else plain
 
   @property
   def step_times(self):
@@ -80,7 +101,11 @@ def run(gen, means, keys):
 
 @pytest.mark.parametrize(
   'settings',
-  [{'eta': 0.5, 'early_at': 2}, {'steps_per_stage': 2, 'guidance': 1.5, 'words': 'data'}],
+  [
+    {'eta': 0.5, 'early_at': 2},
+    {'steps_per_stage': 2, 'guidance': 1.5, 'words': 'data'},
+    {'method': '2m', 'guidance': 1.5, 'projected': True},
+  ],
 )
 def test_a_family_of_a_few_lines_keeps_the_laws(settings):
   laws.check_generator(Gaussian(steps=6, **settings), ['a', 'bc'], KEY)
@@ -98,6 +123,17 @@ def test_steps_converge_to_the_known_end(words, vp):
     errors.append(float(jnp.abs(found.x - mean - SPREAD * found.noise).max()))
     np.testing.assert_allclose(found.x, found.end, atol=1e-6)
   assert errors[1] < 0.1 and 1.6 < errors[0] / errors[1] < 2.6
+
+
+def test_another_path_leads_to_the_same_data():
+  """A linear network sampled on the variance-preserving path, with and without noise."""
+  ends = [run(Gaussian(steps=160, method='heun', moved=moved), [0.3], candidates(3, 1)).x
+          for moved in (False, True)]  # fmt: skip
+  np.testing.assert_allclose(*ends, atol=2e-3)
+  gen = Gaussian(steps=100, method='sde', moved=True)
+  found = run(gen, [0.3, 0.8], candidates(100)).x
+  np.testing.assert_allclose(found.mean((1, 2, 3, 4)), [0.3, 0.8], atol=0.03)
+  np.testing.assert_allclose(found.std((1, 2, 3, 4)), SPREAD, rtol=0.05)
 
 
 def test_predictors_say_the_same():
@@ -178,12 +214,48 @@ def test_renoised_candidates_have_the_marginal_of_the_path(vp):
     np.testing.assert_allclose(back.x[:, i], one.x[:, i], atol=1e-6)
 
 
+@pytest.mark.parametrize('settings', [{'method': '2m'}, {'projected': True, 'guidance': 2.0}])
+def test_what_a_step_remembers_ends_where_a_candidate_is_renoised(settings):
+  """The steps after it are those of a candidate that started at the new point."""
+  gen, keys = Gaussian(steps=6, **settings), candidates(2, 1)
+  ctx = jnp.array([[0.3, 0.0][: len(gen.guidance_streams)]])
+  extend = jax.jit(lambda state: gen.extend({}, ctx, state, keys, 2, 2))
+  part = gen.extend({}, ctx, gen.init({}, ctx, keys), keys, 0, 4)
+  back = gen.renoise(part, keys, 4, 2)
+  anew = gen.start_state(back.x)
+  np.testing.assert_allclose(extend(back).x, extend(anew).x, atol=1e-6)
+  # the control: with what it remembers, it goes elsewhere
+  remembers = part._replace(x=back.x)
+  assert np.abs(extend(remembers).x - extend(anew).x).max() > 1e-3
+
+
+def test_the_log_probability_of_a_step():
+  gen, keys = Gaussian(steps=6, method='sde'), candidates(2, 1)
+  ctx = jnp.array([[0.3]])
+  state = gen.extend({}, ctx, gen.init({}, ctx, keys), keys, 0, 3)
+  landed = gen.extend({}, ctx, state, keys, 3, 1)
+  density = lambda mean: gen.step_log_probs({}, mean, state.x, landed.x, 3)
+  # 48 numbers with standard deviation sqrt(2 sigma dt) around what greedy SDE steps would give
+  found, scale = density(ctx), np.sqrt(2 * 0.5 / 6)
+  assert found.shape == (1, 2) and found.dtype == jnp.float32
+  expected = -48 * (0.5 + np.log(scale * np.sqrt(2 * np.pi)))
+  np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(24))
+  assert np.all(density(ctx + 9) < found - 10)
+  gradient = jax.grad(lambda mean: density(mean).sum())(ctx)
+  assert np.isfinite(gradient).all() and np.any(gradient != 0)
+  # the last step draws nothing
+  assert not np.any(gen.step_log_probs({}, ctx, state.x, landed.x, 5))
+  with pytest.raises(ConfigError, match='a step that x alone does not determine'):
+    Gaussian(steps=6, method='2m').step_log_probs({}, ctx, state.x, landed.x, 3)
+
+
 def test_the_bill_counts_steps_and_streams():
   gen = Gaussian(steps=6, steps_per_stage=2, guidance=2.0)
   assert gen.num_stages == 3
   assert gen.cost('extend', 1, 2) == core.Cost(generator=4, flops=80)
   assert gen.cost('fork', 0, 5) == core.Cost(generator=2, flops=40)
   assert gen.cost('observe:image') == core.Cost(observe=1, flops=3)
+  assert Gaussian(steps=6, method='heun').cost('extend', 0, 2) == core.Cost(generator=4, flops=40)
   assert gen.cost('perturb') == gen.cost('renoise') == core.Cost()
 
 

@@ -1,6 +1,7 @@
 """FLUX: sizes, layouts, rotation, conditions, sampling; its golden file is in test_replay.py."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vtts_jax.checkpoints.files import write_weights
 from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import convert as autoencoder
 from vtts_jax.models.flux import convert, flow, modeling
+from vtts_jax.models.pretrained import Pretrained
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 AXES = {'axes_dims_rope': [4, 6, 6]}
@@ -153,6 +156,16 @@ def test_halves_that_are_swapped_are_seen(tensors):
     have = modeling.pack_latents(velocity(config, params))
     found[kind] = float(np.abs(have - want).max())
   assert min(found.values()) > 0.01, found
+
+
+def test_a_pipeline_s_folder_and_one_file(tensors, tmp_path):
+  folder, file = tmp_path / 'transformer', tmp_path / 'flux1.safetensors'
+  folder.mkdir()
+  write_weights(folder / 'diffusion_pytorch_model.safetensors', to_diffusers(tensors))
+  (folder / 'config.json').write_text(json.dumps(AXES))
+  write_weights(file, tensors, AXES)
+  found = [Pretrained('flux', str(place)).config for place in (tmp_path, folder, file)]
+  assert found == [load(tensors)[0]] * 3
 
 
 @pytest.mark.parametrize('layout', [dict, to_diffusers])

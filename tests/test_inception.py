@@ -1,11 +1,11 @@
 """InceptionV3 of FID: sizes, the two preprocessings, pools, the loader, and the two oracles."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,6 +32,12 @@ def squares(seed, *shape):
 
 
 PICTURES = squares(0, 2, 3)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_score(ver, params, vctx, images):
+  """The only score of a verifier `[B, M]`; compiled once for all tests."""
+  return ver.score(params, vctx, {'image': images})[ver.names[0]]
 
 
 def test_released_size():
@@ -129,14 +135,14 @@ def test_oracles_on_statistics_files(tmp_path):
   kept.write_npz(tmp_path / 'kept.npz', 'pytorch_fid')
   files = {'running_from': str(tmp_path / 'kept.npz'), 'weights': 'random:tiny'}
   made = components.load('verifiers.fid', reference_from=str(tmp_path / 'real.npz'), **files)
-  have = jax.jit(made.score)(made.load(), {}, {'image': PICTURES})['fid_inception_v3']
+  have = run_score(made, made.load(), {}, PICTURES)
   seen = see(bits(np.tile(PICTURES[0, :1], (9, 1, 1, 1))))
   new = stats.Statistics.of_batch(*(x[:1] for x in seen))
   score = lambda s: metric.frechet_distance((s.mu, s.sigma), (gauss.mu, gauss.sigma))
   np.testing.assert_allclose(have[0, 0], score(kept) - score(kept + new), rtol=1e-3)
   made = components.load('verifiers.inception_score', **files)
   assert made.tokenize([{'text': 'any words'}]) == {}
-  have = jax.jit(made.score)(made.load(), {}, {'image': PICTURES})['log_is_inception_v3']
+  have = run_score(made, made.load(), {}, PICTURES)
   np.testing.assert_allclose(have[0, 0], (kept + new).log_is - kept.log_is, rtol=1e-3)
   read = stats.Statistics.read_npz(tmp_path / 'kept.npz')
   np.testing.assert_allclose(read.sigma, kept.sigma, atol=1e-12)
@@ -152,18 +158,16 @@ def test_conformance_and_bad_pixels(name):
   ver = components.load(f'verifiers.{name}', weights='random:tiny')
   prompts = [{'text': '3'}, {'text': 'a rare bird', 'label': 11}]
   laws.check_verifier(ver, prompts, PICTURES)
-  spoiled = PICTURES.copy()
-  spoiled[1, 2, 0, 0, 1] = np.nan
-  vctx = jax.tree.map(jnp.asarray, ver.tokenize(prompts))
-  bad = np.isnan(jax.jit(ver.score)(ver.load(), vctx, {'image': spoiled})[ver.names[0]])
+  broken = PICTURES.copy()
+  broken[1, 2, 0, 0, 1] = np.nan
+  bad = np.isnan(run_score(ver, ver.load(), ver.tokenize(prompts), broken))
   assert bad[1, 2] and bad.sum() == 1
 
 
 def test_class_prompts(tmp_path):
   ver = components.load('verifiers.inception_score', weights='random:tiny')
-  params, score = ver.load(), jax.jit(ver.score)
-  labels = ({'output': np.full(2, k, np.int32)} for k in range(12))
-  every = [score(params, vctx, {'image': PICTURES})[ver.names[0]] for vctx in labels]
+  params, labels = ver.load(), ({'output': np.full(2, k, np.int32)} for k in range(12))
+  every = [run_score(ver, params, vctx, PICTURES) for vctx in labels]
   np.testing.assert_allclose(np.exp(every).sum(0), 1, atol=1e-5)
   said = ver.tokenize([{'text': ' 11'}, {'text': 'a rare bird', 'label': 4}])
   assert said['output'].tolist() == [11, 4]

@@ -20,6 +20,8 @@ LAYERS = {  # what a module may import besides itself; the longest prefix of its
   'media': {'errors'},
   'data': {'errors', 'media'},
   'models': {'errors', 'checkpoints', 'media', 'data', 'token_sampling'},
+  # the golden files of a diffusion model hold its sampler's trajectories
+  'models.sit.replay': {'errors', 'models', 'generators'},
   'metrics': {'errors', 'checkpoints', 'media', 'data', 'models'},
   'generators': {'errors', 'core', 'token_sampling', 'checkpoints', 'data', 'models'},
   'verifiers': {

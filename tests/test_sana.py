@@ -83,8 +83,9 @@ def test_positions_of_the_larger_models():
     np.testing.assert_allclose(table[row, column], want, atol=1e-6)
   plain = modeling.SIZES['tiny']
   placed = dataclasses.replace(plain, interpolation_scale=2.0)
-  x = jnp.ones((1, 2, 4, 4))
-  params = modules.random_parameters(modeling.build_model, plain, 'float32')
+  x = np.ones((1, 2, 4, 4), np.float32)
+  _, template = modules.structure_of(modeling.build_model, plain)
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
   embed = lambda c: modules.bind_module(modeling.build_model, c, params).embed_patches(x)[0]
   found = [embed(c) for c in (plain, placed)]
   want = position_table(2, 4, 16, 4, 2.0).reshape(8, 16)

@@ -1,10 +1,10 @@
-"""The embedded generators keep the protocol, with their shipped weights; that with a value head and
-rollouts is in test_value."""
+"""The scene generators keep the laws; those with a value head and rollouts are in test_value."""
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiny_scenes import tiny_models
 
 from vtts_jax import components, core
 from vtts_jax.engine import sharding
@@ -20,27 +20,32 @@ GENERATORS = {
 }
 
 
+@pytest.fixture
+def tiny(tmp_path):
+  with tiny_models(tmp_path):
+    yield
+
+
 @pytest.mark.parametrize('name', GENERATORS)
-def test_scenes_generators_conform(name):
+def test_scenes_generators_conform(name, tiny):
   path, settings = GENERATORS[name]
   laws.check_generator(components.load(path, **settings), PROMPTS, KEY)
 
 
-def test_a_search_on_scenes_keeps_the_laws():
-  gen = components.load('scenes.ar')
-  ver = components.load('scenes.clip', which='b')
-  algo = components.load('search.beam', width=2, branch=2, schedule=(16, 32))
+def test_a_search_on_scenes_keeps_the_laws(tiny):
+  algo = components.load('search.beam', width=2, branch=2, schedule=(4, 8))
+  gen, ver = components.load('scenes.ar'), components.load('scenes.clip', which='b')
   laws.check_algorithm(algo, gen, ver, PROMPTS, KEY, shapes=False)
 
 
-def test_a_flow_sample_is_compared_with_its_early_prediction():
+def test_a_flow_sample_is_compared_with_its_early_prediction(tiny):
   gen = components.load('scenes.flow', steps=3, early_at=1)
   ver = components.load('verifiers.self_consistency', weights='random:tiny')
   algo = components.load('search.best_of_n', n=3)
   found = search(algo, gen, ver, PROMPTS[:1], seed=KEY, collect=('states',))
   shown = gen.observe(gen.load(), {}, found.steps[0].states, 3, ('image', 'early_image'))
   assert np.abs(shown['image'] - shown['early_image']).max() > 0.1
-  for name, value in ver.score(ver.load(), {}, shown).items():
+  for name, value in jax.jit(ver.score)(ver.load(), {}, shown).items():
     np.testing.assert_allclose(found.steps[0].scores[name], value, atol=1e-5)
   spent = laws.counted_cost(algo, gen, ver, PROMPTS[:1], KEY)
   assert spent == sum(found.costs, core.Cost()) and spent.observe == 7

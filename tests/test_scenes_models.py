@@ -1,6 +1,5 @@
-"""Scene models: weights files, the training loop, cached against parallel prior, tokens, FLOPs,
-cards.
-"""
+"""Scene models: weights files, the training loop, the prior with and without its cache, tokenizers,
+FLOPs, cards."""
 
 import functools
 
@@ -128,36 +127,45 @@ def test_prior_cached_steps_equal_prefill_and_teacher_forcing():
   np.testing.assert_allclose(other[0]['k'][1], text[0]['k'][1], atol=1e-6)
 
 
+def counted_calls(module, config):
+  """`count(method, *shapes)`: FLOPs that XLA counts in a method of a model, or in its call."""
+  graphdef, params = modules.abstract_module(lambda: module.build_model(config))
+
+  def call(method, params, *args):
+    model = modules.bind_graph(graphdef, params)
+    return (getattr(model, method) if method else model)(*args)
+
+  def count(method, *args):
+    return counted(functools.partial(call, method), params, *args)
+
+  return count, lambda method, *args: jax.eval_shape(
+    functools.partial(call, method), params, *args
+  )
+
+
 def test_flops_formulas_agree_with_the_compiler():
-  config = prior.Config()
-  graphdef, params = modules.abstract_module(lambda: prior.build_model(config))
-  model = lambda p: modules.bind_graph(graphdef, p)
-  shape = jax.ShapeDtypeStruct
-  B, N, T = 2, 3, config.tokens
-  text_ids, last = shape((B, 12), jnp.int32), shape((B, N), jnp.int32)
-  text = jax.eval_shape(lambda p, i: model(p).encode_text(i), params, text_ids)
-  cache = jax.eval_shape(lambda p: model(p).init_cache(B, N), params)
+  shape, number = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((), jnp.int32)
+  B, N = 2, 3
+  sizes = prior.Config(layers=2, text_layers=1)
+  count, shapes = counted_calls(prior, sizes)
+  ids, last = shape((B, 12), jnp.int32), shape((B, N), jnp.int32)
+  text = shapes('encode_text', ids)
+  cache = jax.eval_shape(lambda: prior.build_model(sizes).init_cache(B, N))
+  tokens = shape((B, N, sizes.tokens), jnp.int32)
   measured = {
-    prior.count_text_flops(config): counted(lambda p, i: model(p).encode_text(i), params, text_ids) / B,
-    prior.count_step_flops(config): counted(
-      lambda p, *a: model(p).feed_tokens(*a), params, text, cache, last, shape((), jnp.int32)) / B / N,
-    prior.count_prefill_flops(config): counted(
-      lambda p, *a: model(p).prefill(*a), params, text, shape((B, N, T), jnp.int32),
-      shape((), jnp.int32)) / B / N,
-  }  # fmt: skip
-  for order in ('1d', '2d'):
-    sizes = tokenizer.Config(order=order)
-    graph, p = modules.abstract_module(lambda sizes=sizes: tokenizer.build_model(sizes))
-    measured[tokenizer.count_decode_flops(sizes)] = (
-      counted(
-        lambda p, i, graph=graph: modules.bind_graph(graph, p).decode(i, sizes.tokens),  # noqa: B023
-        p, shape((64, sizes.tokens), jnp.int32)) / 64)  # fmt: skip
-  sizes = flow.Config()
-  graph, p = modules.abstract_module(lambda: flow.build_model(sizes))
-  emb = jax.eval_shape(lambda p, i: modules.bind_graph(graph, p).embed_texts(i), p, shape((8, 12), jnp.int32))
-  measured[flow.count_velocity_flops(sizes)] = counted(
-    lambda p, *a: modules.bind_graph(graph, p)(*a), p, shape((8, 32, 32, 3), jnp.float32),
-    shape((8,), jnp.float32), emb) / 8  # fmt: skip
+    prior.count_text_flops(sizes): count('encode_text', ids) / B,
+    prior.count_step_flops(sizes): count('feed_tokens', text, cache, last, number) / B / N,
+    prior.count_prefill_flops(sizes): count('prefill', text, tokens, number) / B / N,
+  }
+  sizes = tokenizer.Config()  # both orders have the same decoder
+  count, _ = counted_calls(tokenizer, sizes)
+  ids = shape((64, sizes.tokens), jnp.int32)
+  measured[tokenizer.count_decode_flops(sizes)] = count('decode', ids, number) / 64
+  sizes = flow.Config(blocks=2)
+  count, shapes = counted_calls(flow, sizes)
+  text = shapes('embed_texts', shape((8, 12), jnp.int32))
+  images, times = shape((8, 32, 32, 3), jnp.float32), shape((8,), jnp.float32)
+  measured[flow.count_velocity_flops(sizes)] = count('', images, times, text) / 8
   for formula, compiled in measured.items():
     assert compiled == pytest.approx(formula, rel=0.05)
 
@@ -165,12 +173,18 @@ def test_flops_formulas_agree_with_the_compiler():
 # ---- tokenizers --------------------------------------------------------------------------------
 
 
+@functools.cache
+def shipped_tokenizer(order):
+  """(parameters, compiled `encode(params, images)`, compiled `decode(params, ids, keep)`)."""
+  graphdef, params = models.load_model(f'tokenizer_{order}')
+  encode = jax.jit(lambda p, x: modules.bind_graph(graphdef, p).encode(x))
+  return params, encode, jax.jit(lambda p, i, k: modules.bind_graph(graphdef, p).decode(i, k))
+
+
 @pytest.mark.parametrize('order', ['1d', '2d'])
 def test_tokenizer_prefixes_and_quality(order):
-  graphdef, params = models.load_model(f'tokenizer_{order}')
   config = models.read_config(f'tokenizer_{order}')
-  encode = jax.jit(lambda p, x: modules.bind_graph(graphdef, p).encode(x))
-  decode = jax.jit(lambda p, i, k: modules.bind_graph(graphdef, p).decode(i, k))
+  params, encode, decode = shipped_tokenizer(order)
   images, prompts = held(96)
   ids = np.array(encode(params, images))
   assert ids.shape == (96, config.tokens) and ids.dtype == np.int32
@@ -198,11 +212,9 @@ def test_the_two_orders_are_comparable_and_differ_in_their_prefixes():
   images, _ = held(96)
   error = {}
   for order in ('1d', '2d'):
-    graphdef, params = models.load_model(f'tokenizer_{order}')
-    half = jax.jit(
-      lambda p, x, g=graphdef: modules.bind_graph(g, p).decode(modules.bind_graph(g, p).encode(x), 12)
-    )
-    error[order] = float(((half(params, images) - images) ** 2).mean())
+    params, encode, decode = shipped_tokenizer(order)
+    half = decode(params, encode(params, images), 12)
+    error[order] = float(((half - images) ** 2).mean())
   assert error['1d'] < 0.5 * error['2d']  # 12 of 32 tokens: a whole picture against a third of one
 
 
@@ -216,7 +228,7 @@ def test_cards_say_what_was_measured_and_the_targets_are_met():
   for name in names:
     assert {'kind', 'config', 'metrics', 'seed'} <= set(cards[name])
     params = models.load_model(name)[1]
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params))
   rate = {order: cards[f'prior_{order}']['metrics']['pass_at_1'] for order in ('1d', '2d')}
   assert all(0.2 <= r <= 0.7 for r in rate.values())
   assert abs(rate['1d'] - rate['2d']) <= 0.15

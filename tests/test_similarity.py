@@ -64,7 +64,8 @@ def scores(ver, prompts, images, **observed):
 CASES = {
   'dino_i_tiny_random': ('image_similarity', {}),
   'clip_i_tiny_random': ('image_similarity', {'backbone': 'clip'}),
-  'dreamsim_tiny_random': ('dreamsim', {}),
+  # one branch: test_dino.py and the golden file have all three
+  'dreamsim_tiny_random': ('dreamsim', {'branches': 'clip_vitb32'}),
   'dino_logit_tiny_random': ('dino_logit', {}),
 }
 
@@ -101,20 +102,23 @@ def test_the_class_is_the_one_that_was_asked_for(tmp_path):
   assert ver.names == ('dino_log_prob_tiny_random',)
   rows = core.as_prompts(['goldfish', ' 9 ', {'text': 'a big fish', 'label': 2}])
   assert ver.tokenize(rows)['label'].tolist() == [1, 9, 2]
-  shown = images(1, 1)
   plain, labels = load('verifiers.dino_logit', **TINY), [str(i) for i in range(10)]
-  params, all_of_it = ver.load(), np.repeat(shown, 10, axis=0)
-  probable, logits = (scores(v, labels, all_of_it)[:, 0] for v in (ver, plain))
-  np.testing.assert_allclose(probable, jax.nn.log_softmax(logits), atol=1e-5)
-  encoder = ver.model_part
+  part, params = ver.model_part, ver.load()
+  shown = np.repeat(images(1, 1), 10, axis=0)
 
   @jax.jit
-  def own(params, x):
-    return encoder.bind(params).class_logits(encoder.modeling.preprocess(encoder.config, x))
+  def score_labels(params, context):
+    logits = part.bind(params).class_logits(part.modeling.preprocess(part.config, shown[0]))
+    observed = {'image': shown}
+    return ver.score(params, context, observed), plain.score(params, context, observed), logits
 
-  np.testing.assert_allclose(logits, own(params, shown[0])[0], atol=1e-5)
+  context = ver.encode(params, ver.tokenize(core.as_prompts(labels)))
+  probable, logits, own = score_labels(params, context)
+  (probable,), (logits,) = probable.values(), logits.values()
+  np.testing.assert_allclose(logits[:, 0], own[0], atol=1e-5)
+  np.testing.assert_allclose(probable[:, 0], jax.nn.log_softmax(own[0]), atol=1e-5)
   half = load('verifiers.dino_logit', **TINY, dtype='bfloat16')
-  near = scores(half, labels, all_of_it)[:, 0]
+  near = scores(half, labels, shown)
   assert near.dtype == np.float32 and 0 < np.abs(near - logits).max() < 0.05
 
 

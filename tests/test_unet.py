@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from traced_flops import count_traced_flops
 
 from vtts_jax.checkpoints.files import flatten_tree, write_weights
 from vtts_jax.checkpoints.source import source_of_arrays
@@ -83,24 +84,6 @@ def test_sizes_that_differ_from_sd15_in_a_width():
   text, heads = sd21.cross_attention_dim - 768, {'attention_head_dim': (8,) * 4}
   assert dataclasses.replace(sd21, cross_attention_dim=768, sample_size=64, **heads) == sd15
   assert 859_520_964 + text * 2 * (5 * (320 + 640 + 1280) + 1280) == 865_910_724
-
-
-def count_traced_flops(jaxpr):
-  """FLOPs of the products of a traced function: loops in full, of branches the costliest."""
-  total = 0
-  for eqn in jaxpr.eqns:
-    out = np.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
-    if eqn.primitive.name == 'dot_general':
-      shape, axes = eqn.invars[0].aval.shape, eqn.params['dimension_numbers'][0][0]
-      total += 2 * out * np.prod([shape[a] for a in axes])
-    elif eqn.primitive.name == 'conv_general_dilated':
-      kernel, spec = eqn.invars[1].aval, eqn.params['dimension_numbers'].rhs_spec
-      total += 2 * out * kernel.size / kernel.shape[spec[0]]
-    inner = [x for v in eqn.params.values() for x in (v if isinstance(v, tuple) else (v,))]
-    inner = [getattr(x, 'jaxpr', x) for x in inner if hasattr(getattr(x, 'jaxpr', x), 'eqns')]
-    if inner:
-      total += eqn.params.get('length', 1) * max(map(count_traced_flops, inner))
-  return int(total)
 
 
 def test_flops_are_those_of_the_traced_program():

@@ -147,16 +147,16 @@ def test_conformance(ver, pictures):
   assert released.names == ('vqa_score_clip_flant5_xl',) and released.dtype == 'bfloat16'
 
 
-def test_a_bad_pixel_spoils_one_score_and_bfloat16_is_near(ver, params, pictures):
+def test_a_bad_pixel_breaks_one_score_and_bfloat16_is_near(ver, params, pictures):
   prompt = ver.tokenize(PROMPTS)
 
   @jax.jit
   def score(p, images):
     return ver.score(p, ver.encode(p, prompt), {'image': images})[ver.names[0]]
 
-  spoiled = pictures.copy()
-  spoiled[0, 1, 5, 5] = np.nan
-  good, bad = (np.asarray(score(params, p)) for p in (pictures, spoiled))
+  broken = pictures.copy()
+  broken[0, 1, 5, 5] = np.nan
+  good, bad = (np.asarray(score(params, p)) for p in (pictures, broken))
   assert np.isnan(bad[0, 1]) and np.isnan(bad).sum() == 1
   np.testing.assert_array_equal(bad[1], good[1])
   assert ((good > 0) & (good < 1)).all() and np.ptp(good) > 1e-4

@@ -60,6 +60,7 @@ def read_weights(path, template):
       Every offender is listed.
   """
   want = flatten_tree(template)
+  # all at once: our own files are small
   with open_file(path) as file:
     have = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
   problems = [f'missing from the file: {k}' for k in sorted(want.keys() - have.keys())]

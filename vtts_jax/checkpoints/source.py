@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-PREFERRED = ('model', 'diffusion_pytorch_model')  # file stems, when a folder has several
+# stems that transformers and diffusers load, where a folder has several files
+PREFERRED = ('model', 'diffusion_pytorch_model')
 CONFIGS = ('config.yaml', 'config.json', 'open_clip_config.json')
+# what is downloaded of a repository: never its pickles
 PATTERNS = ('*.safetensors', '*.safetensors.index.json', *CONFIGS)
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+# safetensors' names of dtypes
 _DTYPES = {
   'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64',
   'I32': 'int32', 'I16': 'int16', 'I8': 'int8', 'U8': 'uint8', 'U16': 'uint16', 'U32': 'uint32',
@@ -131,6 +134,7 @@ def open_source(
     ValueError: the file is truncated or no safetensors; a folder has several weights; the shards
       lack tensors that the index promises.
   """
+  # 'owner/name', 'owner/name@revision' or 'owner/name/file.safetensors@revision'
   place, identity = os.fspath(place), ''
   repository = re.fullmatch(
     r'([\w.-]+/[\w.-]+)(?:/([\w./-]+\.safetensors))?(?:@([\w./-]+))?', place
@@ -214,6 +218,7 @@ def _find_files(folder):
     ('index', indices, '.safetensors.index.json'),
     ('file', singles, '.safetensors'),
   ):
+    # a preferred stem if there is one, else there must be one file only
     chosen = [f'{p}{end}' for p in PREFERRED if f'{p}{end}' in stems][:1] or stems
     if len(chosen) > 1:
       raise ValueError(f'path={folder!r} has several weights, name one: {", ".join(chosen)}')
@@ -221,6 +226,7 @@ def _find_files(folder):
       with open(os.path.join(folder, chosen[0]), encoding='utf-8') as handle:
         index = json.load(handle)['weight_map']
       shards = sorted(set(index.values()))
+      # interrupted downloads leave shards out: better to say so than to miss names later
       gone = [s for s in shards if s not in names]
       if gone:
         raise FileNotFoundError(
@@ -271,6 +277,7 @@ def _open_files(place, files, index, identity):
         header[name] = (tuple(view.get_shape()), kind)
         owner[name] = path
       found.update(parse_metadata(file.metadata() or {}))
+    # sizes and times: a digest of the content would read every byte
     stat = os.stat(path)
     stamp.append(f'{os.path.abspath(path)}:{stat.st_size}:{stat.st_mtime_ns}')
   lost = [n for n, shard in (index or {}).items() if os.path.basename(owner.get(n, '')) != shard]

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   commands = parser.add_subparsers(metavar='COMMAND', required=True)
-  # a command's help is the docstring of its module, so that they cannot part
+  # a command's help is the docstring of its module, so that the two cannot disagree
   for name, module in COMMANDS.items():
     summary, _, details = module.__doc__.partition('\n')
     command = commands.add_parser(

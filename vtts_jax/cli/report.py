@@ -25,7 +25,7 @@ def run_command(args: argparse.Namespace, rest: list[str]) -> int:
   refuse_unknown(rest, 'report', ('--out=DIR',))
   if not args.runs:
     raise ConfigError('give run directories: vtts report runs/NAME [runs/OTHER ...] [--out=DIR]')
-  # one run prints the table that `vtts run` ends with; of several the page alone is right
+  # the table is of one run, as `vtts run` prints it; several runs have their page alone
   written = page.write_report(*args.runs, out=args.out)
   if len(args.runs) == 1 and args.out is None:
     console.print_summary(args.runs[0])

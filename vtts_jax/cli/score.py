@@ -213,7 +213,7 @@ def _print_table(verifier, scored) -> None:
   table = Table('score', 'pictures', 'mean', 'std', 'min', 'median', 'max', 'best', box=None)
   for name in verifier.names:
     values = [(r['scores'][name], r['image']) for r in scored if 'scores' in r]
-    # scores that are not finite are missing from the count, and would make a mean of nothing
+    # a score that is not finite is left out, or the mean would not be finite either
     values = [(v, image) for v, image in values if v is not None]
     if values:
       x = np.array([v for v, _ in values])

@@ -60,6 +60,7 @@ def _class_label(row, place, count, setting, names):
   label, text = row.get('label'), row.get('text')
   text = text.strip() if isinstance(text, str) else ''
   if label is None:
+    # names come before numbers: a class may be called '7'
     if list(names).count(text) == 1:
       label = list(names).index(text)
     elif text not in names and text.isdecimal():

@@ -94,6 +94,7 @@ def parse_prompt(text: str) -> dict:
 
 def _parse_phrase(words):
   """Returns (tag, include, excluded entries ...) of a phrase; None if the grammar has no such."""
+  # counting comes first: no class begins with a number
   number, _, many = words.partition(' ')
   if number in NUMBERS and many in _PLURALS:
     # 'three dogs' asks for three and forbids four
@@ -112,6 +113,7 @@ def _parse_phrase(words):
       return None
     # 'a cup left of a cow': the cow is entry 0, to which the cup's position refers
     return 'position', [_metadata_entry(b), {**_metadata_entry(a), 'position': [found[2], 0]}]
+  # both objects have a colour, or neither has
   if bool(colour_a) != bool(colour_b):
     return None
   entries = [_metadata_entry(a, colour_a), _metadata_entry(b, colour_b)]

@@ -17,6 +17,7 @@ import numpy as np
 
 from vtts_jax.errors import ConfigError
 
+# prompts that need no path, so that a config runs on any machine
 SHIPPED = {
   'geneval': pathlib.Path(__file__).parent / 'assets/geneval/evaluation_metadata.jsonl.gz'
 }
@@ -37,6 +38,7 @@ def prompts(path='', texts=(), count=0) -> list[dict]:
   """
   if bool(path) == bool(texts):
     raise ConfigError(f'path={path!r}, texts={list(texts)}: give one of the two')
+  # texts become rows as well: what follows knows one form only
   rows = _read_rows(SHIPPED.get(path, path)) if path else [{'text': text} for text in texts]
   if not 0 <= count <= len(rows) or not rows:
     raise ConfigError(f'count={count}: must be in 0 (all) .. {len(rows)}, of {path or "texts"}')
@@ -57,6 +59,7 @@ def read_lines(path) -> list[str]:
   try:
     text = data.decode('utf-8-sig')
   except UnicodeDecodeError as error:
+    # editors of Windows save UTF-16 under the name "Unicode"
     wide = data[:2] in (b'\xff\xfe', b'\xfe\xff')
     found = 'is UTF-16' if wide else f'is not UTF-8 (byte {error.start})'
     raise ConfigError(f'path={str(path)!r}: {found}; save it as UTF-8') from None
@@ -67,6 +70,7 @@ def read_lines(path) -> list[str]:
 
 def _read_rows(path):
   path, rows = pathlib.Path(path), []
+  # the ending before '.gz' counts
   is_jsonl = pathlib.Path(path.stem if path.suffix == '.gz' else path).suffix == '.jsonl'
   if not path.is_file():
     raise ConfigError(
@@ -87,10 +91,12 @@ def _read_rows(path):
 
 def _as_row(row, folder):
   row = dict(row)
+  # 'prompt' is GenEval's name; an id of the file's own must not replace the run's
   if 'text' not in row:
     row['text'] = row.pop('prompt')
   if 'id' in row:
     row['file_id'] = row.pop('id')
+  # relative to the prompts file, so that a folder of prompts and pictures can be moved
   for key in FILES:
     if isinstance(row.get(key), str):
       row[key] = os.path.join(folder, row[key])

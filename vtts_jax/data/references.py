@@ -29,6 +29,7 @@ def find_pictures(place, setting: str) -> tuple[str, ...]:
   if os.path.isfile(place):
     return (place,)
   inside = os.listdir(place) if place and os.path.isdir(place) else []
+  # hidden files are leftovers of editors and file managers
   names = [
     name for name in inside
     if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith('.')
@@ -66,6 +67,7 @@ def read_references(
   Raises:
     ConfigError: a prompt has no reference or more than K, or a picture cannot be read.
   """
+  # named once here, so that an error shows before any picture is decoded
   shared = find_pictures(common, 'verifier.references') if common else ()
   pictures = np.zeros((len(prompts), most, side, side, 3), np.uint8)
   mask, made = np.zeros((len(prompts), most), bool), {}
@@ -81,6 +83,7 @@ def read_references(
 
 def _files_of(prompt, row, shared, most):
   own = prompt.get('reference') or ()
+  # a single path may stand without a list around it
   own = [own] if isinstance(own, str | os.PathLike) else own
   setting = f'prompts: prompt {row} ({prompt.get("text")!r})'
   files = [file for place in own for file in find_pictures(place, setting)] or shared

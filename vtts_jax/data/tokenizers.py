@@ -92,6 +92,7 @@ def hash_words(text: str, width: int, vocab: int) -> tuple[list[int], list[int],
 
 @functools.cache
 def _open_tokenizer(place):
+  # imported here: random weights need no transformers
   from transformers import AutoTokenizer
 
   name, _, revision = place.partition('@')
@@ -101,6 +102,7 @@ def _open_tokenizer(place):
     # the length before the cut, for the warning and for templates
     length = len(tokenizer(text, verbose=False).input_ids)
     row = tokenizer(text, truncation=True, max_length=width, padding='max_length')
+    # CLIP's old tokenizer files give no mask: what is no padding is real
     mask = row.get('attention_mask', [int(i != tokenizer.pad_token_id) for i in row.input_ids])
     return row.input_ids, mask, length
 

@@ -41,8 +41,9 @@ OUTPUT_ENDINGS = {
   'scalar': '.json',
   'mask': '.npz',
 }
-SAMPLE_RATE = 16_000  # of audio, a second
-FRAME_RATE = 8  # of video, a second
+# samples of audio and frames of video per second, where an output does not say its own
+SAMPLE_RATE = 16_000
+FRAME_RATE = 8
 
 
 # ------------------------------------------------------------------------------------ whole files
@@ -56,12 +57,14 @@ def atomic_path(path) -> Iterator[epath.Path]:
   made.
   """
   path = epath.Path(path)
+  # beside the target: renaming is atomic only within one file system
   path.parent.mkdir(parents=True, exist_ok=True)
   # the ending stays, because some writers append one that they miss
   temporary = path.parent / f'.{uuid.uuid4().hex[:8]}.{path.name}'
   try:
     yield temporary
     temporary.replace(path)
+  # an interrupt must not leave the temporary file behind either
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
@@ -84,6 +87,7 @@ def read_image(source) -> np.ndarray:
   """
   try:
     with _open_binary(source) as file, Image.open(file) as picture:
+      # PIL reads lazily: a truncated file fails here and not later
       picture.load()
       # converting to RGB drops the alpha channel and shows colours that were meant to be hidden
       if picture.mode in ('RGBA', 'LA', 'P', 'PA'):
@@ -151,6 +155,7 @@ def save_output(path, kind: str, array, rate: int = 0) -> epath.Path:
   if kind not in OUTPUT_ENDINGS:
     raise ConfigError(f'output kind {kind!r}: must be one of {", ".join(OUTPUT_ENDINGS)}')
   path = epath.Path(path)
+  # the first ending is the kind's own
   endings = (OUTPUT_ENDINGS[kind], *(['.png'] if kind == 'image' else []))
   if path.suffix not in endings:
     path = path.parent / (path.name + endings[0])
@@ -189,6 +194,7 @@ def _check_shape(kind, array, fits, shape):
 def _encode_video(frames, rate):
   first, *others = [Image.fromarray(frame) for frame in image_bytes(frames)]
   buffer = io.BytesIO()
+  # lossless: a video of a search may be scored again
   first.save(
     buffer, 'webp', save_all=True, append_images=others, duration=round(1000 / rate), loop=0,
     lossless=True, method=0,

@@ -50,7 +50,7 @@ FILTERS = {  # PIL's filters and their reach
 
 @functools.cache
 def _resize_matrices(old: int, new: int, method: str) -> tuple[np.ndarray, np.ndarray]:
-  """The matrix `[old, new]` by which PIL resizes one axis, in PIL's integer steps of 2^-22.
+  """Returns the matrix `[old, new]` by which PIL resizes one axis, in PIL's integer steps of 2^-22.
 
   It is returned as the upper and the lower half of each number (steps of 2^-11 and 2^-22): float32
   sums of 8 bit pixels times a half are exact, sums of whole weights are not.
@@ -84,7 +84,7 @@ def _quantize_tangent(primals, tangents):
 
 
 def _mask_clipped(images, tangent):
-  """The tangent where clipping to [0, 1] changes nothing, else 0."""
+  """Returns the tangent where clipping to [0, 1] changes nothing, else 0."""
   return jnp.where((images >= 0) & (images <= 1), tangent, 0)
 
 

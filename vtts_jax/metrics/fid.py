@@ -130,6 +130,7 @@ def measure_set(place, network: Callable, preprocessing: str, batch: int = 32) -
     FileNotFoundError, ConfigError: as `inception.read_pictures` and `statistics.gaussian_of`.
   """
   known = {}
+  # a file may hold statistics, pictures, or both, as ADM's reference batches do
   if os.path.isfile(place):
     found = stats.read_arrays(place)
     if 'mu' in found:
@@ -166,9 +167,11 @@ def compare_sets(made: dict, real: dict, splits: int = 10, k: int = 3) -> dict:
   out = {'fid': frechet_distance((made['mu'], made['sigma']), (real['mu'], real['sigma']))}
   score, spread = None, None
   if 'logits' in made:
+    # small sets cannot be cut into as many splits
     splits = min(splits, len(made['logits']))
     score, spread = inception_score(made['logits'], splits)
   elif 'log_is' in made:
+    # sums know no order, so they give one split over all pictures
     score, splits = float(np.exp(made['log_is'])), 1
   out |= {'inception_score': score, 'inception_score_std': spread, 'splits': splits}
   pair = None, None
@@ -222,12 +225,14 @@ def main(argv: Sequence[str]) -> int:
   def load_network():
     return inception.compiled_network(flags.weights, flags.preprocessing)
 
+  # what a user can mend is a message, not a traceback
   try:
     inception.check_preprocessing(flags.preprocessing, '--preprocessing')
     made, real = (
       measure_set(place, load_network, flags.preprocessing, flags.batch)
       for place in (flags.pictures, flags.reference)
     )
+    # before the comparison is computed, which takes long
     if flags.save and 'sums' not in made:
       raise ConfigError(f'save={flags.save!r}: {flags.pictures!r} holds no pictures')
     found = compare_sets(made, real, flags.splits, flags.k)

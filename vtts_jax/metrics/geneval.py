@@ -30,6 +30,7 @@ from vtts_jax.metrics.geneval_arrays import (
   select_best,
 )
 
+# the models of the published protocol; an accuracy by any others is not GenEval's
 OFFICIAL = ('mask2former_swin_s', 'clip_l14')
 
 
@@ -47,6 +48,7 @@ def select_detections(detections, tag: str, limits: Limits = OFFICIAL_LIMITS) ->
   """
   threshold = confidence_threshold(np.array(tag == 'counting'), limits)
   kept = []
+  # each class on its own: a cup on a table suppresses nothing
   for group in _by_class(d for d in detections if d['score'] > threshold).values():
     boxes = np.array([d['box'] for d in group], float)
     scores = np.array([d['score'] for d in group], float)
@@ -89,6 +91,7 @@ def evaluate_detections(metadata, detections, tell_colours: Callable | None = No
   by_class = _by_class(detections)
   groups = [by_class.get(name, []) for name in names]
 
+  # entries have different numbers of objects: arrays are as wide as the largest
   shape = len(names), max(1, *least)
   boxes, coloured, told = np.zeros((*shape, 4)), np.zeros(shape, bool), {}
   for e, (name, group) in enumerate(zip(names, groups)):
@@ -205,6 +208,7 @@ def report_benchmark(
   if len(metadata) != len(detections):
     raise ValueError(f'{len(metadata)} metadata entries but {len(detections)} images')
   graded = []
+  # a colour classifier needs the picture that the detections are of
   for i, (row, found) in enumerate(zip(metadata, detections)):
     tell = tell_colours and functools.partial(tell_colours, i)
     graded.append(evaluate_detections(row, select_detections(found, row['tag'], limits), tell))

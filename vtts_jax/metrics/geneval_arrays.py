@@ -51,6 +51,7 @@ def confidence_threshold(counting, limits: Limits):
 
   `counting` is a bool array: whether a prompt is of the category 'counting'.
   """
+  # the array's own library: numpy on the host, jax inside jit
   return counting.__array_namespace__().where(counting, limits.counting, limits.confidence)
 
 
@@ -76,6 +77,7 @@ def read_targets(
   Raises:
     ConfigError: a row has more than `entries`, or a colour, relation or count without a rule.
   """
+  # a fixed number of entries keeps one compiled program for all batches of prompts
   found = [_read_row(row, colours) for row in rows]
   entries = entries or max(map(len, found), default=0)
   empty = {'least': 0, 'most': UNLIMITED, 'colour': -1, 'relation': -1, 'other': 0}
@@ -105,6 +107,7 @@ def _read_row(row, colours):
     if 'position' in want:
       relation, other = want['position']
       entry |= {'relation': _read_index('position', relation, RELATIONS, row), 'other': other}
+      # GenEval compares with entries already judged
       if not 0 <= other < len(found):
         raise ConfigError(f'metadata of {row.get("text")!r}: position {other} is no entry before')
     found.append((want['class'], entry))
@@ -166,6 +169,7 @@ def select_best(boxes, scores, overlap: float):
   """
   xp = scores.__array_namespace__()
 
+  # K steps over all detections instead of a sort: K is 16 at most and T may be thousands
   def take_best(left, _):
     index, score = left.argmax(-1), left.max(-1)  # [..., E]
     gone = xp.arange(left.shape[-1]) == index[..., None]
@@ -242,6 +246,7 @@ def check_clauses(targets, boxes, counts, coloured) -> Clauses:
     counts: `[B, M, E]`, how many objects of each entry's class there are.
     coloured: `[B, M, E, K]`, which of the K objects have the colour of their entry.
   """
+  # where nothing is asked for, targets are such that the comparison holds
   wanted = _per_picture(targets)
   inside, pairs = _objects_asked_for(targets, boxes.shape[3])
   holds = _relation_strength(targets, boxes) > BEYOND

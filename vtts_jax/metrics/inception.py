@@ -80,6 +80,7 @@ def read_pictures(place) -> Iterator[np.ndarray]:
     ConfigError: there are no pictures in it, or one cannot be read.
   """
   if os.path.isdir(place):
+    # sorted, because splits of the Inception Score depend on the order
     paths = sorted(
       os.path.join(folder, name)
       for folder, _, names in os.walk(place)
@@ -93,10 +94,12 @@ def read_pictures(place) -> Iterator[np.ndarray]:
   if not os.path.isfile(place):
     raise FileNotFoundError(f'no pictures at {str(place)!r}')
   try:
+    # numpy would leave the file open if it is no archive
     with open(place, 'rb') as handle, np.load(handle) as file:
       batch = file['arr_0']
   except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
     raise ConfigError(f'{str(place)!r} is no .npz with arr_0: {error!r}') from error
+  # floats in [0, 1] would be read as black pictures
   if batch.ndim != 4 or batch.shape[-1] != 3 or batch.dtype != np.uint8:
     raise ConfigError(
       f'{str(place)!r}: arr_0 is {batch.dtype} {batch.shape}, not uint8 [N, H, W, 3]'

@@ -43,6 +43,7 @@ class Statistics:
     Raises:
       ValueError: a feature or logit is not finite.
     """
+    # float64: sums over 50,000 pictures of squares lose digits in float32
     x, z = (np.asarray(a, np.float64) for a in (features, logits))
     if not (np.isfinite(x).all() and np.isfinite(z).all()):
       bad = np.flatnonzero(~(np.isfinite(x).all(1) & np.isfinite(z).all(1)))
@@ -56,6 +57,7 @@ class Statistics:
         f'statistics of {self.total.shape} features, {self.probs.shape} classes do not add to '
         f'{other.total.shape}, {other.probs.shape}'
       )
+    # every field is a sum, so sets add field by field
     fields = (f.name for f in dataclasses.fields(self))
     return Statistics(*(getattr(self, f) + getattr(other, f) for f in fields))
 
@@ -69,6 +71,7 @@ class Statistics:
     """Covariance `[D, D]`; `ValueError` with fewer than 2 pictures."""
     if self.count < 2:
       raise ValueError(f'a covariance needs 2 pictures, there are {self.count}')
+    # n - 1, as numpy.cov and therefore pytorch-fid
     return (self.outer - np.outer(self.total, self.mu)) / (self.count - 1)
 
   @property
@@ -101,6 +104,7 @@ class Statistics:
         f'statistics at {str(path)!r} have no {", ".join(missing)}: only files written by '
         f'python -m vtts_jax.metrics.fid can be added to'
       )
+    # back from means to sums, so that more pictures can be added
     n, mu, sigma = int(found['count']), *gaussian_of(path, found)
     outer = sigma * (n - 1) + n * np.outer(mu, mu)
     return cls(n, n * mu, outer, n * found['probs'], float(n * found['plogp']))
@@ -129,6 +133,7 @@ def read_arrays(path) -> dict[str, np.ndarray]:
     raise FileNotFoundError(f'no statistics at {str(path)!r}')
   try:
     with epath.Path(path).open('rb') as handle, np.load(handle) as file:
+      # `arr_0` of ADM's batches is gigabytes of pixels
       return {k: file[k] for k in file.files if k != 'arr_0'}
   except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
     raise ConfigError(f'{str(path)!r} is no .npz of arrays: {error!r}') from error
@@ -154,6 +159,7 @@ def gaussian_of(path, arrays) -> tuple[np.ndarray, np.ndarray]:
 
 def check_preprocessing(path, arrays, preprocessing: str) -> None:
   """Raises `ConfigError` if a file says that the network saw its pictures in another way."""
+  # files of other programs say nothing, and are trusted
   said = str(arrays.get('preprocessing', preprocessing))
   if said != preprocessing:
     raise ConfigError(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 def split_module(model: nnx.Module):
   """Returns (graphdef, params): a module's structure and its parameters as a nested dict."""
+  # a plain dict, which jax flattens far faster than NNX's own state
   graphdef, state = nnx.split(model)
   return graphdef, nnx.to_pure_dict(state)
 
@@ -68,6 +69,7 @@ def shardings_by_rule(params, mesh: Mesh, rules: Sequence[tuple[str, PartitionSp
   def leaf_sharding(path, leaf):
     name = '/'.join(str(getattr(p, 'key', getattr(p, 'idx', p))) for p in path)
     spec = next((s for pattern, s in rules if re.search(pattern, name)), PartitionSpec())
+    # an axis may be split over several mesh axes at once
     parts = [math.prod(mesh.shape[a] for a in _axis_names(entry)) for entry in spec]
     # heads that the mesh does not divide are replicated: uneven shards would be padded
     even = all(side % n == 0 for side, n in zip(leaf.shape, parts))

@@ -74,6 +74,7 @@ class Pretrained:
       raise ConfigError(
         f'{self.setting}={self.weights!r}: must be a checkpoint or one of {allowed}'
       )
+    # most families load as a whole and have no PARTS
     parts = getattr(self.modeling, 'PARTS', ())
     if self.part and self.part not in parts:
       raise ConfigError(f'{self.setting}: part={self.part!r} of {self.family}: must be in {parts}')
@@ -120,6 +121,7 @@ class Pretrained:
     Raises:
       ConfigError: as `config`; names or shapes that do not fit the model, all of them listed.
     """
+    # placed while reading: a model larger than one device must never lie on it whole
     config, places = self.config, None if mesh is None else self.shardings(mesh)
     if self.is_random:
       params = self._random_parameters(config)
@@ -160,6 +162,7 @@ def short_name(weights: str) -> str:
 
 def open_weights(family: str, weights: str, part: str = '') -> Source:
   """Opens a checkpoint as the family's `convert` reads it; errors as in `open_source`."""
+  # families of several files (DreamSim, CLIP-FlanT5) put them together themselves
   own = getattr(_family_module(family, 'convert'), 'open_weights', None)
   return own(weights, part) if own is not None else open_source(weights)
 
@@ -170,6 +173,7 @@ def _family_module(family, name):
   return importlib.import_module(f'{package}.{name}')
 
 
+# read once: sizes are asked for at every trace, and a hub's headers take seconds
 @functools.cache
 def _read_config(family, weights, part):
   if not weights.startswith(RANDOM):

@@ -52,6 +52,7 @@ def stack_layers(source, word='blocks'):
   Raises:
     ValueError: the layer numbers have a gap, or layers differ in shape or dtype.
   """
+  # from the headers alone: nothing is read before a tensor is asked for
   layer, header, layers = re.compile(rf'\b({word})\.(\d+)\.'), {}, {}
   for name in source.tensor_names():
     match = layer.search(name)
@@ -102,6 +103,7 @@ def fuse_projections(source, parts=('q_proj', 'k_proj', 'v_proj'), name='qkv'):
       continue
     before, after = f'{found[: match.start()]}{match[1]}', found[match.end() :]
     joined, names = f'{before}{name}.{after}', [f'{before}{part}.{after}' for part in parts]
+    # each group is found by its first part; a lone second part is left for the rules to report
     missing = [n for n in names if n not in source]
     if missing:
       raise ValueError(f'{source.where} has {found} and no {", ".join(missing)}')

@@ -26,6 +26,7 @@ SHARDING = [
   (r'blocks/(attn/qkv|ffn/up)/bias', PartitionSpec(None, 'model')),
   (r'blocks/(attn/out|ffn/down)/kernel', PartitionSpec(None, 'model', None)),  # [L, ..., D]
 ]
+# CLIP's quick GELU is an approximation of its own: it must not be replaced by either GELU
 ACTIVATIONS = {
   'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -128,6 +129,7 @@ def _attend_in_pieces(q, k, v, heads, bias):
 def _attend_whole(q, k, v, heads, bias):
   # heads lead, so that each product is a batch of plain matrices for the CPU's matmul
   q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3) for x in (q, k, v))
+  # scores and softmax are float32 in bfloat16 models too
   scores = jnp.einsum('rhtd,rhsd->rhts', q, k, preferred_element_type=jnp.float32)
   scores = scores * q.shape[-1] ** -0.5
   if bias is not None:
@@ -194,7 +196,7 @@ class Trunk(nnx.Module):
     return scan_blocks(self.blocks, lambda block, x, _: (block(x, bias), None), x)[0]
 
   def layer_states(self, x, bias=None):
-    """The output of every block, `[L, R, T, D]`."""
+    """Returns the output of every block, `[L, R, T, D]`."""
 
     def run_block(block, x, _):
       x = block(x, bias)
@@ -213,6 +215,7 @@ def split_patches(images, side):
 
   Pixels that do not fill a patch at the right or the bottom are cut off.
   """
+  # a reshape and one transpose: the matmul after it is the convolution of stride P
   r, h, w, c = images.shape
   rows, columns = h // side, w // side
   x = images[:, : rows * side, : columns * side].reshape(r, rows, side, columns, side, c)
@@ -230,7 +233,7 @@ def causal_bias(tokens):
 
 
 def trunk_rules(lead: str, target: str, names: dict[str, str]) -> list:
-  """The key rules of a trunk, for a source that went through `stack_layers`.
+  """Returns the key rules of a trunk, for a source that went through `stack_layers`.
 
   Where the checkpoint keeps q, k and v apart, the source must go through `fuse_projections` too.
 
@@ -257,5 +260,6 @@ def trunk_rules(lead: str, target: str, names: dict[str, str]) -> list:
 
 def count_flops(c: Config, tokens: int) -> int:
   """Matmul FLOPs of the trunk for one row of `tokens` tokens."""
+  # SwiGLU has three matrices; norms, softmax and activations are not counted
   ffn = 2 * c.width * c.hidden * (3 if c.act == 'swiglu' else 2)
   return c.layers * tokens * (8 * c.width**2 + 4 * tokens * c.width + ffn)

@@ -87,7 +87,7 @@ def family_series(rows, seconds) -> tuple[list[FamilySeries], np.ndarray, np.nda
   for name, own in by_arm.items():
     groups = [own[i] for i in ids]
     curve, holds_all_budgets = groups[0][0]['curve'], groups[0][0]['ladder']
-    # a search's best after an early step is no point: a run of that length is planned otherwise
+    # the best after an early step is no point: a shorter search would be planned otherwise
     for j in range(len(curve)) if holds_all_budgets else [len(curve) - 1]:
       lines = [row for group in groups for row in group]
       cost = {

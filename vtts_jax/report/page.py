@@ -49,7 +49,7 @@ def write_report(*roots, out=None) -> epath.Path:
   if laws:
     figures['laws'] = plots.plot_laws(laws)
   grids = _output_grids(rows)
-  # the page lays out the grid of outputs itself, with every output at its own size
+  # the page shows every output as a picture of its own, so the grid of them is a file only
   images = figures | ({'grid': plots.plot_grid(grids)} if grids else {})
   for name, data in images.items():
     files.write_atomic(out / f'{name}.png', data)

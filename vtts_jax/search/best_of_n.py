@@ -1,7 +1,7 @@
 """Best-of-N: draw N complete samples and keep the one that scores best.
 
-It is the "random search" of Ma et al. (2025, arXiv 2501.09732). Candidate i depends only on (seed, prompt id, i), so one run at N contains every smaller budget as
-its prefix.
+It is the "random search" of Ma et al. (2025, arXiv 2501.09732). Candidate i depends only on (seed,
+prompt id, i), so one run at N contains every smaller budget as its prefix.
 """
 
 import dataclasses

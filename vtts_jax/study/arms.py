@@ -2,6 +2,20 @@
 
 An arm is one generator, one verifier and one search: the config with some of its settings replaced.
 The verifiers of `config.measure` score what each arm finds. No search sees their scores.
+
+The settings of a config are
+
+    name, workdir                     the run directory is WORKDIR/NAME-HASH, see `store`
+    prompts                           a prompt set: its `name` and its settings
+    generator, verifier, search       components: their `name` and their settings
+    measure                           `{name: verifier}`, what scores the outputs that were found
+    metric                            what grades them, see `grading`
+    arms                              `{name: settings that differ}`; `{}` for the config as it is
+    seeds                             every arm runs over all prompts once for each
+    batch, render_chunk, mode, stop   see `engine.search.prepare_search`
+    budget                            limits per prompt by the names of `core.Cost`, 0 for none
+    mesh                              `{'model': devices that share one copy of the weights}`
+    traces                            how many prompts have genealogies and outputs at every budget
 """
 
 import dataclasses
@@ -75,7 +89,7 @@ class Arm:
     """Whether a measuring verifier is compiled into the search."""
     if not ver.jittable:
       return False
-    # other searches measure the best of each step only; what is not collected is not there later
+    # other searches measure only the best of each step, and only the first output is collected
     if not self.holds_all_budgets or not ver.needs <= {self.output_name}:
       return True
     # in the search all N samples would be measured; afterwards only the best of each budget are

@@ -189,7 +189,7 @@ def _grade_batch(study, prepared, result, prompts) -> GradedBatch:
   arm = prepared.arm
   snapshots = take_snapshots(arm, result)
   count = snapshots.totals.shape[1]
-  # metric and scorer take outputs in a row, each with its prompt
+  # metric and scorer take a flat list of outputs, each with its prompt
   flat = snapshots.outputs.reshape(-1, *snapshots.outputs.shape[2:])
   repeated = [prompt for prompt in prompts for _ in range(count)]
 
@@ -235,7 +235,7 @@ def _write_line(study, arm: Arm, graded: GradedBatch, seed, i, prompt, store) ->
   if found:
     line[arm.output_kind] = store.save_output(name, arm.output_kind, snapshots.outputs[i, -1])
     line['state'] = store.save_state(name, result.best, i)
-  # outputs at every budget and genealogies are large, so the first prompts of one seed have them
+  # outputs at every budget and genealogies are large, so only the first prompts have them
   if prompt['id'] < config['traces'] and seed == config['seeds'][0]:
     line['grid'] = [
       store.save_output(f'{name}-{j}', arm.output_kind, output)

@@ -45,7 +45,7 @@ def grade_samples(
     metric: what grades, see `grading`.
   """
   outputs = trace.outputs[arm.output_name]
-  # the metric takes outputs in a row, each with its prompt
+  # the metric takes a flat list of outputs, each with its prompt
   flat = outputs.reshape(-1, *outputs.shape[2:])
   repeated = [prompt for prompt in prompts for _ in range(valid.shape[1])]
   # a sample without a finite total is never returned, so it counts as wrong

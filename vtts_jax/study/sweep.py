@@ -1,6 +1,6 @@
 """Sweeps: an arm for each algorithm, verifier and budget, named so that budgets make one curve.
 
-    build_grid({'best-of-n': vary_setting('search.best_of_n', 'n', (16, 64)),
+    build_grid({'best-of-n': vary_setting('search.best_of_n', 'n', (64,)),
                 'beam': vary_setting('search.beam', 'width', (2, 4), branch=8)},
                {'clip_a': {...}, 'clip_b': {...}})
     -> 'best-of-n clip_a', 'beam/w2 clip_a', 'beam/w4 clip_a', 'best-of-n clip_b', ...

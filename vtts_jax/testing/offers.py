@@ -113,10 +113,15 @@ def check_offers(trial: GeneratorTrial) -> None:
 
 
 def _check_fork_distinct(trial: GeneratorTrial) -> None:
-  gen, k = trial.gen, min(3, trial.gen.vocab)
-  keys = core.child_keys(trial.keys, trial.cut, k)
-  children, _ = gen.fork(trial.params, trial.ctx, trial.part, keys, trial.cut, k, replace=False)
-  tokens = np.asarray(gen.tokens(children)[..., trial.cut]).reshape(-1, k)
+  gen, cut, k = trial.gen, trial.cut, min(3, trial.gen.vocab)
+
+  @jax.jit
+  def fork_tokens(params, ctx, state, keys):
+    children, _ = gen.fork(params, ctx, state, keys, cut, k, replace=False)
+    return gen.tokens(children)[..., cut]
+
+  found = fork_tokens(trial.params, trial.ctx, trial.part, core.child_keys(trial.keys, cut, k))
+  tokens = np.asarray(found).reshape(-1, k)
   assert all(len(set(row)) == k for row in tokens.tolist()), 'children of a parent must differ'
 
 

@@ -348,7 +348,10 @@ class Words(core.Generator):
       at = jnp.broadcast_to(jnp.asarray(t), state.shape[:2])
       phase = jnp.float32(ctx)[:, None] * 0.41 + state.sum(-1) * 0.77 + at
       logits = 2 * jnp.sin(phase[..., None] * (1 + jnp.arange(self.vocab)))
-      letter = jnp.argmax(logits, -1) if greedy else token_sampling.draw_tokens(logits, core.fold(keys, t))
+      if greedy:
+        letter = jnp.argmax(logits, -1)
+      else:
+        letter = token_sampling.draw_tokens(logits, core.fold(keys, t))
       here = (jnp.arange(self.length) == at[..., None]) & ~self.finished(state, at)[..., None]
       return jnp.where(here, letter[..., None].astype(jnp.int32), state)
 

@@ -54,6 +54,7 @@ def train_model(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, 
     every, log: steps between checkpoints, and between lines of output.
     evaluate: called as `evaluate(averages, step)` at each checkpoint, for instance to export.
   """
+  # short runs warm up for half of their steps at most
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, rate, min(warmup, steps // 2), steps, rate / 100)
   tx = optax.chain(optax.clip_by_global_norm(clip),
@@ -82,6 +83,7 @@ def train_model(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, 
       max_to_keep=2, enable_async_checkpointing=False))
     if manager.latest_step() is not None:
       start = manager.latest_step()
+      # Orbax restores into the shapes and dtypes of a state like this one
       shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
       state = manager.restore(start, args=ocp.args.StandardRestore(shapes))
       print(f'resumed at step {start} of {steps}', flush=True)

@@ -9,8 +9,9 @@ The author of a family writes what is particular to its models:
   count_flops(op)                               of 'encode', 'predict' (all streams), 'decode'
 
 and the facts `data_shape` and `decoded_output`. Four small frozen dataclasses define the rest: the
-family sets `path` and `predictor`, the settings make `stepper` and `guidance_rule`. A stage is a
-group of `steps_per_stage` steps. A candidate shows the decoded data that its last step predicted.
+family sets `path` and `predictor`, the settings make `stepper` and `guidance_rule`; `schedules` has
+the `step_times` of each release. A stage is a group of `steps_per_stage` steps. A candidate shows
+the decoded data that its last step predicted.
 
 Letters: B prompts, N candidates, C streams.
 """
@@ -73,6 +74,7 @@ class DiffusionGenerator(GuidedModels, core.Generator):
 
   path = paths.LinearPath()
   predictor = guidance.VelocityPredictor()
+  sampled_path = None  # where steps are taken, if not on `path`, which the network was trained on
   noise_scale = 1.0  # of the initial noise: the first sigma on EDM's path
 
   def __post_init__(self):
@@ -161,7 +163,7 @@ class DiffusionGenerator(GuidedModels, core.Generator):
       fresh = self._draw_noise(core.fold(keys, i)) if stepper.is_stochastic else None
       split = self._bind_split(params, ctx, state.memory)
       before = self._step_before(state) if stepper.is_multistep else None
-      x, end = stepper.take_step(split, self.path, state.x, t, after, fresh, before)
+      x, end = stepper.take_step(split, self._step_path, state.x, t, after, fresh, before)
       early, end_time = state.early, state.end_time
       if self.early_at:
         early = jnp.where(self._broadcast_to_data(i < self.early_at), end, early)
@@ -203,7 +205,7 @@ class DiffusionGenerator(GuidedModels, core.Generator):
     times, size = jnp.asarray(self.step_times), self.steps_per_stage
     t, earlier = (self._broadcast_to_data(times[jnp.asarray(s) * size]) for s in (stage, to))
     fresh = self._draw_noise(core.fold(keys, RENOISE))
-    x = paths.return_to(self.path, state.x, t, earlier, fresh)
+    x = paths.return_to(self._step_path, state.x, t, earlier, fresh)
     at_start = self._broadcast_to_data(jnp.asarray(to) == 0)
     state = state._replace(x=x, noise=jnp.where(at_start, x / self.noise_scale, state.noise))
     # what earlier steps predicted lies on another trajectory: multistep methods start anew
@@ -227,7 +229,7 @@ class DiffusionGenerator(GuidedModels, core.Generator):
     t, after = (self._broadcast_to_data(jnp.asarray(a)[step]) for a in
                 (self.step_times, self.landing_times))  # fmt: skip
     split = self._bind_split(params, ctx, ())
-    mean, deviation, _ = self.stepper.transition(split, self.path, x, t, after)
+    mean, deviation, _ = self.stepper.transition(split, self._step_path, x, t, after)
     return steppers.gaussian_log_prob(landed, mean, deviation, tuple(range(2, x.ndim)))
 
   def cost(self, op, stage=0, count=1):
@@ -253,6 +255,10 @@ class DiffusionGenerator(GuidedModels, core.Generator):
     x = noise * self.noise_scale
     return State(x, jnp.copy(noise), jnp.zeros_like(noise), zeros(self.early_at), end_time, memory)
 
+  @property
+  def _step_path(self):
+    return self.sampled_path or self.path
+
   def _step_before(self, state):
     return steppers.Before(state.end, self._broadcast_to_data(state.end_time))
 
@@ -270,6 +276,8 @@ class DiffusionGenerator(GuidedModels, core.Generator):
     list `memories` on it collects what guidance remembers of each call."""
 
     def split(x, t):
+      # the same candidates may take another path to their data, where fresh noise spreads them more
+      x, t = paths.change_path(x, t, self.sampled_path, self.path) if self.sampled_path else (x, t)
       lead, streams = x.shape[:2], len(self.guidance_streams)
       # all streams run as one batch: one larger network call instead of two
       rows = jnp.repeat(x[:, None], streams, axis=1)

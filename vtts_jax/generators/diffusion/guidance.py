@@ -92,6 +92,7 @@ class ClassifierFreeGuidance:
     if outputs.shape[1] == 1:
       return outputs[:, 0], memory
     prompt, null = outputs[:, 0], outputs[:, 1]
+    # a scale of 1 outside the interval is the prompt's output; both streams run all the same
     scale = self.scale
     if self.interval != (0.0, 1.0):
       start, end = self.interval
@@ -105,8 +106,8 @@ class ClassifierFreeGuidance:
 @dataclasses.dataclass(frozen=True)
 class ProjectedGuidance:
   """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416): the difference of the
-  streams with negative momentum, cut to a largest norm; of the part along the prompt's output, which
-  oversaturates, only the share `parallel` is kept.
+  streams with negative momentum, cut to a largest norm; of the part along the prompt's output,
+  which oversaturates, only the share `parallel` is kept.
 
   Attributes:
     largest: norm of the difference of one sample, 0 for no limit.
@@ -126,6 +127,7 @@ class ProjectedGuidance:
     axes = tuple(range(2, prompt.ndim))
     dot = lambda a, b: jnp.sum(a * b, axes, keepdims=True)
     difference = prompt - null
+    # each difference also pushes against what the last ones have moved already
     if self.momentum:
       difference = memory = difference + self.momentum * memory
     if self.largest:

@@ -27,6 +27,10 @@ class LinearPath:
     """Their derivatives with respect to t."""
     return jnp.ones_like(t), -jnp.ones_like(t)
 
+  def time_at(self, alpha, sigma):
+    """The time at which data and noise have the ratio of these weights."""
+    return alpha / (alpha + sigma)
+
 
 @dataclasses.dataclass(frozen=True)
 class VariancePreservingPath:
@@ -40,6 +44,9 @@ class VariancePreservingPath:
   def alpha_sigma_slopes(self, t):
     alpha, sigma = self.alpha_sigma(t)
     return sigma * jnp.pi / 2, -alpha * jnp.pi / 2
+
+  def time_at(self, alpha, sigma):
+    return jnp.arctan2(alpha, sigma) * 2 / jnp.pi
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +62,23 @@ class EDMPath:
     _, sigma = self.alpha_sigma(t)
     return jnp.zeros_like(t), -(1 + sigma**2) * jnp.pi / 2
 
+  def time_at(self, alpha, sigma):
+    return jnp.arctan2(alpha, sigma) * 2 / jnp.pi
+
 
 def mix_noise(path, data: jax.Array, noise: jax.Array, t) -> jax.Array:
   """The point x_t on the path between this noise and these data."""
   alpha, sigma = path.alpha_sigma(t)
   return alpha * data + sigma * noise
+
+
+def change_path(x: jax.Array, t, path, other) -> tuple[jax.Array, jax.Array]:
+  """The point of `other` that holds the same mix as x at t of `path`, and its time."""
+  alpha, sigma = path.alpha_sigma(t)
+  there = other.time_at(alpha, sigma)
+  alpha_there, sigma_there = other.alpha_sigma(there)
+  # both weights change by one factor; their sum is 0 nowhere
+  return x * (alpha_there + sigma_there) / (alpha + sigma), there
 
 
 def return_to(path, x: jax.Array, t, earlier, fresh: jax.Array) -> jax.Array:

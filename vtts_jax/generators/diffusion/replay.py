@@ -29,6 +29,9 @@ class _FlowPredictor:
     return guidance.VelocityPredictor().split_output(path, x, t, -output)
 
 
+LINEAR, FLOW = paths.LinearPath(), _FlowPredictor()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Setup:
   """A scheduler in our parts; `told` are the timesteps that the network sees, `scale` what the
@@ -37,8 +40,8 @@ class _Setup:
   stepper: Any
   times: np.ndarray
   told: np.ndarray
-  path: Any = paths.LinearPath()
-  predictor: Any = _FlowPredictor()
+  path: Any = LINEAR
+  predictor: Any = FLOW
   landings: np.ndarray | None = None
   scale: float = 1.0
   unit: float = 1.0
@@ -86,14 +89,15 @@ def _run_setup(kind, setup, inputs):
   told = np.repeat(told, repeats)[repeats - 1 :]
   sigmas = np.append(np.repeat(sigmas[:-1], repeats)[repeats - 1 :], sigmas[-1])
   stack = lambda rows: np.stack([np.asarray(row) * setup.unit for row in rows])
-  found = {'timesteps': told, 'sigmas': sigmas, 'samples': stack(samples), 'denoised': stack(denoised)}
+  found = {'timesteps': told, 'sigmas': sigmas}
+  found |= {'samples': stack(samples), 'denoised': stack(denoised)}
   if kind == 'EulerDiscreteScheduler':
     found['init_noise_sigma'] = np.asarray(setup.scale)
     found['model_inputs'] = np.stack([np.asarray(x) * a for x, a in zip(asked, alpha)])
   return found
 
 
-# ------------------------------------------------------------------ diffusers' settings in our words
+# ----------------------------------------------------------------- diffusers' settings in our words
 
 
 def _trained_levels(init):
@@ -118,7 +122,9 @@ def _diffusion_setup(init, stepper, times, whole=True, **more):
 def _setup_flow(init, given, step, stepper=None):
   shift = init.get('shift', 1.0)
   if 'sigmas' in given:
-    shift = np.exp(given['mu']) if init.get('use_dynamic_shifting') else shift
+    if init.get('use_dynamic_shifting'):
+      exponential = init.get('time_shift_type', 'exponential') == 'exponential'
+      shift = np.exp(given['mu']) if exponential else given['mu']
     times = schedules.flow_times(schedules.shift_sigmas(np.float64(given['sigmas']), shift))
   else:
     times = schedules.sd3_times(given['num_inference_steps'], shift)
@@ -160,7 +166,9 @@ def _setup_dpm(init, given, step):
 
 def _setup_euler(init, given, step):
   spacing = init.get('timestep_spacing', 'linspace')
-  times = _times_to_data(init, given, 'linspace')
+  if spacing == 'linspace':
+    raise ConfigError("timestep_spacing='linspace': allowed are leading, trailing (whole levels)")
+  times = _times_to_data(init, given, spacing)
   largest = np.tan((1 - times[0]) * np.pi / 2)
   # diffusers takes the largest sigma alone where the first level is the last of training
   scale = np.hypot(largest, 1) if spacing == 'leading' else largest
@@ -170,8 +178,11 @@ def _setup_euler(init, given, step):
 
 
 def _setup_scm(init, given, step):
-  angles = [given['max_timesteps'], given['intermediate_timesteps']]
-  times = schedules.sprint_times(angles[: given['num_inference_steps']])
+  steps, first = given['num_inference_steps'], given.get('max_timesteps', schedules.SPRINT[0])
+  angles = np.linspace(first, 0, steps + 1)[:-1]
+  if steps == 2 and given.get('intermediate_timesteps'):
+    angles = first, given['intermediate_timesteps']
+  times = schedules.sprint_times(angles)
   # the scheduler's list ends with the data, at which no network is called
   return _Setup(
     steppers.EulerStepper(eta=1.0), times, (1 - times) * np.pi / 2, paths.VariancePreservingPath(),

@@ -3,14 +3,23 @@
 A schedule is a float32 array `[steps + 1]` of times of a path (`paths`), from noise to data. On the
 linear path a time is 1 - sigma of the flow-matching papers. A DDPM model was trained at 1000 noise
 levels; each is the time of the variance-preserving path that has its ratio of data to noise
-(`TrainedLevels.times`), and `timestep_at` tells the network its number. Each function says which
-release uses it; all agree with diffusers' schedulers (golden file `schedulers`, see `replay`).
+(`TrainedLevels.times`), and `timestep_at` tells the network its number. All agree with diffusers'
+schedulers (golden file `schedulers`, see `replay`). What a release takes:
+
+  SiT           linear       velocity    even_times                 Heun, or the SDE
+  SD3, SD3.5    linear       - velocity  sd3_times                  Euler
+  FLUX.1        linear       - velocity  flux_times, shifted_times  Euler
+  SD1.5         VP           noise       ddim_times, ddpm_times     Ancestral, of order 2 for DPM++
+  SDXL          VP or EDM    noise       ddpm_times                 Euler
+  Sana          linear       - velocity  sana_times                 Ancestral of order 2
+  Sana Sprint   VP           angle       sprint_times               Euler with eta = 1
 
 Letters: S steps, L levels of training.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +29,7 @@ from vtts_jax.errors import ConfigError
 from vtts_jax.generators.diffusion import paths
 
 SPACINGS = ('leading', 'trailing', 'linspace')
+SPRINT = (1.57080, 1.3)  # angles of Sana Sprint's two steps
 KARRAS_RHO = 7.0  # exponent of Karras et al. 2022, equation 5
 
 
@@ -196,7 +206,7 @@ def karras_times(trained: TrainedLevels, steps: int) -> np.ndarray:
   return _to_float32(time_of_ratio(sigmas), 1.0)
 
 
-def sprint_times(angles: tuple = (1.57080, 1.3)) -> np.ndarray:
+def sprint_times(angles: Sequence[float] = SPRINT) -> np.ndarray:
   """Sana Sprint: the angles from the data at which its network is called; two steps."""
   # the published first angle lies 4e-6 beyond the noise
   return _to_float32(1 - np.float64(angles) * 2 / np.pi, 1.0)

@@ -116,6 +116,7 @@ class AncestralStepper(_GaussianStepper):
   def transition(self, split, path, x, t, after, before=None):
     data, noise = split(x, t)
     (alpha, sigma), (alpha_after, sigma_after) = path.alpha_sigma(t), path.alpha_sigma(after)
+    # `data` are what is shown and remembered, `mixed` what the step takes
     mixed = data
     if self.is_multistep:
       mixed = data + self._slope(path, t, after, before) * (data - before.data)
@@ -170,20 +171,19 @@ class HeunStepper(_SecondOrderStepper):
   """Heun's method: the mean of the directions at both ends.
 
   Attributes:
-    euler_at_end: the step that reaches the data is Euler's, as in diffusers and EDM, where sigma = 0
-      is outside what the network has seen (the second call's result is left). SiT's is not.
+    euler_at_end: the step that reaches the data is Euler's, as in diffusers and EDM, whose networks
+      have not seen sigma = 0 (the second call's result is not used). SiT's is not.
   """
 
   euler_at_end: bool = True
 
   def direction(self, split, path, x, t, after):
     data, noise = split(x, t)
+    at_end = (path.alpha_sigma(after)[1] <= 0) & self.euler_at_end
+    # the call that is not used stays where it started, as the network may be infinite at the data
+    after = jnp.where(at_end, t, after)
     second = split(_follow(path, x, data, noise, t, after), after)
-    mean = [0.5 * (a + b) for a, b in zip((data, noise), second)]
-    if not self.euler_at_end:
-      return mean
-    at_end = path.alpha_sigma(after)[1] <= 0
-    return [jnp.where(at_end, a, b) for a, b in zip((data, noise), mean)]
+    return [jnp.where(at_end, a, 0.5 * (a + b)) for a, b in zip((data, noise), second)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +195,15 @@ class MidpointStepper(_SecondOrderStepper):
     return split(_follow(path, x, *split(x, t), t, middle), middle)
 
 
-# diffusion w by name, of (path, t, norm), as SiT has them; the SDE is dx = (v + w score) dt + sqrt(2 w) dW
+# the diffusion w of (path, t, norm), most by SiT's names; the SDE is
+# dx = (v + w score) dt + sqrt(2 w) dW
 DIFFUSIONS = {
   'sigma': lambda path, t, norm: norm * path.alpha_sigma(t)[1],
   'linear': lambda path, t, norm: norm * (1 - t),
   'decreasing': lambda path, t, norm: 0.25 * (norm * jnp.cos(jnp.pi * t) + 1) ** 2,
   'increasing-decreasing': lambda path, t, norm: norm * jnp.sin(jnp.pi * t) ** 2,
+  # RBF's g = 3 (1 - t)^2 (Kim et al. 2025, arXiv 2503.19385)
+  'quartic': lambda path, t, norm: norm * 4.5 * (1 - t) ** 4,
   'sbdm': lambda path, t, norm: norm * _sbdm_diffusion(path, t),
 }
 
@@ -244,6 +247,7 @@ class EulerMaruyamaStepper(_GaussianStepper):
 
   def transition(self, split, path, x, t, after, before=None):
     data, noise = split(x, t)
+    # Euler's step of the drift, then noise whose variance grows with the time
     mean = x + (after - t) * self.drift(path, data, noise, t)
     deviation = jnp.sqrt(2 * self.strength(path, t) * (after - t))
     if self.last == 'sample':

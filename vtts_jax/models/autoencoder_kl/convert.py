@@ -96,6 +96,7 @@ def config_of(source, part: str = '', options: Mapping | None = None) -> modelin
 
 
 def _count_blocks(names, pattern):
+  # numbers start at 0; -1 where no name matches counts 0
   return 1 + max((int(m[1]) for n in names if (m := re.fullmatch(pattern, n))), default=-1)
 
 

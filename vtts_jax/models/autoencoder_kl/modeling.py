@@ -30,7 +30,8 @@ class Config:
 
   latent_channels: int = 4  # C
   block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-  layers_per_block: int = 2  # the decoder has one more
+  # the decoder has one more
+  layers_per_block: int = 2
   norm_num_groups: int = 32
   in_channels: int = 3
   out_channels: int = 3
@@ -128,6 +129,7 @@ class Attention(nnx.Module):
   def __call__(self, x):  # [R, h, w, D]
     y = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
     q, k, v = self.q(y), self.k(y), self.v(y)
+    # softmax in float32: a row has thousands of cells
     scores = jnp.einsum('rqd,rkd->rqk', q, k).astype(jnp.float32) * x.shape[-1] ** -0.5
     y = jnp.einsum('rqk,rkd->rqd', jax.nn.softmax(scores, -1).astype(v.dtype), v)
     return x + self.out(y).reshape(x.shape)
@@ -200,6 +202,7 @@ class Decoder(nnx.Module):
   """Latents to pictures."""
 
   def __init__(self, c, *, rngs):
+    # the decoder goes through the encoder's blocks in reverse
     widths = [c.block_out_channels[-1], *reversed(c.block_out_channels)]
     end = len(widths) - 2
     self.conv_in = conv_layer(c.latent_channels, widths[0], 3, rngs)
@@ -227,6 +230,7 @@ class AutoencoderKL(nnx.Module):
   def __init__(self, config: Config, *, rngs):
     c = self.config = config
     self.encoder = Encoder(c, rngs=rngs) if c.encoder else None
+    # mean and log variance of every latent channel
     moments = 2 * c.latent_channels
     quant = c.encoder and c.use_quant_conv
     self.quant_conv = conv_layer(moments, moments, 1, rngs) if quant else None
@@ -266,6 +270,7 @@ class AutoencoderKL(nnx.Module):
     return latents / self._known_factor() + self.config.shift_factor
 
   def _known_factor(self):
+    # a latent of a wrong scale would decode to a wrong picture without any error
     if self.config.scaling_factor is None:
       raise ConfigError('scaling_factor=None: it stands in the checkpoint; give its number')
     return self.config.scaling_factor
@@ -297,6 +302,7 @@ def count_decode_flops(c: Config, side: int) -> int:
   def resnet(side, a, b):
     return conv(side, a, b) + conv(side, b, b) + (a != b) * conv(side, a, b, 1)
 
+  # norms and activations are not counted
   widths, latent = c.block_out_channels[::-1], c.latent_channels
   inner = widths[0]
   total = conv(side, latent, inner) + 2 * resnet(side, inner, inner)

@@ -1,11 +1,15 @@
-"""The layout of CompVis' latent diffusion, as in FLUX's `ae.safetensors`: the same network as
-diffusers' `AutoencoderKL`, under other names."""
+"""The layout of CompVis' latent diffusion, as in FLUX's `ae.safetensors`.
+
+It is the same network as diffusers' `AutoencoderKL` under other names.
+"""
 
 import dataclasses
 import re
 
+# a name that only this layout has
 MARK = 'decoder.mid.block_1.conv1.weight'
-FLUX = {'scaling_factor': 0.3611, 'shift_factor': 0.1159}  # constants of its code, in no file
+# constants of FLUX's code, which no file holds
+FLUX = {'scaling_factor': 0.3611, 'shift_factor': 0.1159}
 _SIDE = r'((?:en|de)coder)\.'
 NAMES = [  # name in the original -> in diffusers
   (_SIDE + r'(down|up)\.(\d+)\.block\.(\d+)\.(.*)', r'\1.\2_blocks.\3.resnets.\4.\5'),
@@ -20,15 +24,19 @@ NAMES = [  # name in the original -> in diffusers
 
 
 def known_factors(source) -> dict:
-  """The factors of an original file without quant convs, which is FLUX's; else none are known."""
+  """Returns FLUX's factors for an original file without quant convs; else none are known."""
   return FLUX if MARK in source and 'quant_conv.weight' not in source else {}
 
 
 def diffusers_names(source):
-  """An original source under the names of diffusers; any other as it is."""
+  """Returns an original source under the names of diffusers, and any other source as it is."""
   if MARK not in source:
     return source
   ups = [int(m[1]) for m in (re.match(r'decoder\.up\.(\d+)\.', n) for n in source.header) if m]
+
+  # the original counts the decoder's blocks from the pixels inwards, diffusers in their order
+  def count_from_latents(match):
+    return f'up_blocks.{max(ups) - int(match[1])}.'
 
   def rename(name):
     for pattern, target in NAMES:
@@ -36,11 +44,10 @@ def diffusers_names(source):
       if match:
         name = match.expand(target).replace('nin_shortcut', 'conv_shortcut')
         break
-    # the original counts the decoder's blocks from the pixels inwards, diffusers in their order
-    turn = lambda match: f'up_blocks.{max(ups) - int(match[1])}.'
-    return re.sub(r'up_blocks\.(\d+)\.', turn, name)
+    return re.sub(r'up_blocks\.(\d+)\.', count_from_latents, name)
 
   theirs = {rename(name): name for name in source.tensor_names()}
   header = {name: source.header[old] for name, old in theirs.items()}
-  read = lambda name: source.read_tensor(theirs[name])
-  return dataclasses.replace(source, header=header, read=read)
+  return dataclasses.replace(
+    source, header=header, read=lambda name: source.read_tensor(theirs[name])
+  )

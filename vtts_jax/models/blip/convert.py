@@ -13,7 +13,8 @@ from vtts_jax.models import modules, vit
 from vtts_jax.models.blip import modeling
 from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
 
-HEAD = (0, 2, 4, 6, 7)  # the linear layers of `mlp.layers`; the others are dropout
+# the linear layers of `mlp.layers`; the others are dropout
+HEAD = (0, 2, 4, 6, 7)
 _TIMM = {
   'norm_attn': 'norm1', 'norm_ffn': 'norm2', 'qkv': 'attn.qkv', 'out': 'attn.proj',
   'up': 'mlp.fc1', 'down': 'mlp.fc2',
@@ -148,6 +149,7 @@ def config_of(source, part: str = '', **options) -> modeling.Config:
   """
   del part
   s = arrange_layers(source)
+  # ImageReward's file names its ViT as timm does
   timm = any(n.startswith('visual_encoder.') for n in s.tensor_names())
   where = 'visual_encoder.' if timm else 'vision_model.embeddings.'
   block = 'visual_encoder.blocks.*.' if timm else 'vision_model.encoder.layers.*.'

@@ -21,7 +21,8 @@ from vtts_jax.errors import ConfigError
 from vtts_jax.models import vit
 from vtts_jax.models.stacked import scan_blocks, stack_blocks
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw rewards; ImageReward.py
+# mean and deviation of the raw rewards, from ImageReward.py
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
 
 _LARGE = vit.Config(width=1024, layers=24, heads=16, hidden=4096, eps=1e-6)
 
@@ -101,6 +102,7 @@ class CrossAttention(nnx.Module):
     self.norm = vit.LayerNorm(c.width, c.eps)
 
   def __call__(self, x, image):  # [R, W, D], [R, T, C]
+    # the picture is as wide as its tower, not as the text
     k, v = jnp.split(self.kv(image), 2, -1)
     return self.norm(x + self.out(vit.multi_head_attention(self.q(x), k, v, self.heads)))
 
@@ -144,6 +146,7 @@ class Vision(nnx.Module):
 
   def embed_patches(self, images):
     """Images `[R, S, S, 3]` -> the trunk's input `[R, T, C]`."""
+    # the dtype of the weights: pixels come as float32
     x = self.embed(vit.split_patches(images.astype(self.token.dtype), self.side))
     first = jnp.broadcast_to(self.token[...], (len(x), 1, x.shape[-1]))
     return jnp.concatenate([first, x], 1) + self.positions[...]
@@ -162,6 +165,7 @@ class BLIP(nnx.Module):
     self.positions = nnx.Embed(c.positions, c.width, rngs=rngs)
     self.norm = vit.LayerNorm(c.width, c.eps)
     self.first = SelfAttention(c, rngs=rngs)
+    # pairs are alike, so that they can be scanned; the first and the last half stay apart
     self.pairs = stack_blocks(lambda rngs: Pair(c, rngs=rngs), c.layers - 1, rngs)
     self.last = Fusion(c, rngs=rngs)
     widths = (c.width, *c.head)
@@ -173,6 +177,7 @@ class BLIP(nnx.Module):
 
   def encode_text(self, ids, mask):
     """Ids and mask `[R, W]` -> `[R, W, D]`: everything that depends on the prompt alone."""
+    # layer 0's self-attention; the rest of the layer needs the picture
     return self.first(self.embed_tokens(ids), _padding_bias(mask))
 
   def fuse_image(self, text, mask, image):
@@ -210,6 +215,7 @@ class BLIP(nnx.Module):
 
 
 def _padding_bias(mask):
+  # padding is no key; its own outputs are computed and never read
   return jnp.where(mask[:, None, None, :].astype(bool), 0.0, -jnp.inf)
 
 

@@ -26,5 +26,6 @@ def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[
       'reward': model.predict_reward(first),
     }
 
+  # numpy's int64 ids are int32 in jax
   inputs = {k: v if v.dtype.kind == 'f' else v.astype(np.int32) for k, v in inputs.items()}
   return {name: np.asarray(value) for name, value in jax.jit(run_model)(params, inputs).items()}

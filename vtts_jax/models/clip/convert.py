@@ -9,8 +9,10 @@ from vtts_jax.models import modules, vit
 from vtts_jax.models.clip import modeling
 from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
 
-HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # image trunks of H, g and bigG; all others 64
-ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}  # transformers' names
+# shapes do not tell heads: how wide they are in the image trunks of H, g and bigG; elsewhere 64
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+# transformers' names for what is one function
+ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}
 BLOCK = {
   'norm_attn': 'layer_norm1', 'norm_ffn': 'layer_norm2', 'qkv': 'self_attn.qkv',
   'out': 'self_attn.out_proj', 'up': 'mlp.fc1', 'down': 'mlp.fc2',

@@ -63,6 +63,7 @@ def _make_trunk(width, layers, heads, hidden=0, act='quick_gelu'):
   return vit.Config(width, layers, heads, hidden or 4 * width, act)
 
 
+# trunks of the released models, by their letter
 _TINY = _make_trunk(width=16, layers=2, heads=2, hidden=32)
 _IMAGE_B = _make_trunk(width=768, layers=12, heads=12)
 _TEXT_B = _make_trunk(width=512, layers=12, heads=8)
@@ -103,10 +104,12 @@ class ImageTower(nnx.Module):
     self.position = vit.random_table(rngs, c.tokens, t.width)
     self.norm_pre, self.norm_post = (vit.LayerNorm(t.width, t.eps) for _ in range(2))
     self.trunk = vit.Trunk(t, rngs=rngs)
+    # no bias in any projection, nor in the patches
     self.projection = nnx.Linear(t.width, c.projection, use_bias=False, rngs=rngs)
 
   def embed_patches(self, pixels):
     """Pixels `[R, S, S, 3]` -> the trunk's input `[R, T, D]`, the class token first."""
+    # pixels are float32: they are rounded to the weights' dtype only here
     x = self.patch(vit.split_patches(pixels, self.side).astype(self.patch.kernel.dtype))
     cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[2]))
     return self.norm_pre(jnp.concatenate([cls, x], 1) + self.position[...])
@@ -154,6 +157,7 @@ class TextTower(nnx.Module):
 
 def unit_vectors(x):
   """Scales vectors `[..., D]` to length one, float32."""
+  # scores are differences of cosines near each other, so bfloat16 ends here
   x = x.astype(jnp.float32)
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -165,6 +169,7 @@ class CLIP(nnx.Module):
     c = self.config = config
     self.image = ImageTower(c, rngs=rngs) if c.image else None
     self.text = TextTower(c, rngs=rngs) if c.text else None
+    # one tower alone compares nothing, so it has no temperature
     self.scale = nnx.Param(jnp.array(math.log(1 / 0.07))) if c.image and c.text else None
 
   def embed_images(self, pixels):
@@ -206,5 +211,6 @@ def count_flops(c: Config, op: str) -> int:
   """Matmul FLOPs of one row: 'image' (after `preprocess`) or 'text' (at full length)."""
   if op == 'text':
     return vit.count_flops(c.text, c.length) + 2 * c.text.width * c.projection
+  # patches come in, the class token alone goes out
   ends = 3 * c.patch**2 * (c.tokens - 1) + c.projection
   return vit.count_flops(c.image, c.tokens) + 2 * c.image.width * ends

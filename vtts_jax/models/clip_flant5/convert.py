@@ -26,7 +26,8 @@ SETTINGS = {
   'mm_projector_type': 'mlp2x_gelu',
   'image_aspect_ratio': 'pad',
 }
-TOKENIZED = 32100  # ids of T5's tokenizer; the embedding table has 32128 rows
+# ids of T5's tokenizer; the embedding table has 32128 rows
+TOKENIZED = 32100
 _TOWER = r'vision\.vision_model\.'
 # for a source of `join_tower` that went through `arrange_layers`
 RULES = [
@@ -37,7 +38,8 @@ RULES = [
   (r'mm_projector\.0\.bias', 'projector.up.bias', ''),
   (r'mm_projector\.2\.weight', 'projector.down.kernel', 'T'),
   (r'mm_projector\.2\.bias', 'projector.down.bias', ''),
-  (r'(?:decoder\.)?embed_tokens\.weight', 'encoder.embed.embedding', ''),  # tied
+  # tied with T5's `shared.weight`: a file may keep all of these names
+  (r'(?:decoder\.)?embed_tokens\.weight', 'encoder.embed.embedding', ''),
   (r'decoder\.block\.\*\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight', None, ''),
   *((p, f'decoder.{t}', op) for p, t, op in t5_decoder.RULES),
   *((p, t and f'encoder.{t}', op) for p, t, op in t5_convert.RULES if t),

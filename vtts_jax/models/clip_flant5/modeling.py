@@ -48,6 +48,7 @@ class Config:
 
 def _with_clip(text):
   tower = clip.SIZES['l14_336']
+  # T5 reads the second last block, so the last one is not built
   trunk = dataclasses.replace(tower.image, layers=tower.image.layers - 1)
   vision = dataclasses.replace(tower, image=trunk, text=None, projection=1)
   return Config(vision=vision, encoder=text, decoder=text)
@@ -70,9 +71,11 @@ class Patches(clip.ImageTower):
 
   def __init__(self, c: clip.Config, *, rngs):
     super().__init__(c, rngs=rngs)
+    # the patches are read before both
     del self.norm_post, self.projection
 
   def __call__(self, pixels):
+    # without the class token
     return self.hidden_states(pixels)[:, 1:]
 
 
@@ -113,9 +116,11 @@ class ClipFlanT5(nnx.Module):
       The encoder's states `[R, W, D]` and their mask `[R, W]`.
     """
     x = jnp.concatenate([before, image, after], 1)
+    # words before the picture and patches are never padding
     real = jnp.ones((len(x), before.shape[1] + image.shape[1]), bool)
     mask = jnp.concatenate([real, mask.astype(bool)], 1)
     bias = self.encoder.position_bias(x.shape[1], mask)
+    # not `self.encoder(...)`, which embeds ids: a picture has none
     for block in self.encoder.blocks:
       x = block(x, bias)
     return self.encoder.norm(x), mask
@@ -159,6 +164,7 @@ def pad_to_square(images):
   """
   rows, height, width, _ = images.shape
   side = max(height, width)
+  # integer division as the published code: an odd rest goes to the bottom or the right
   canvas = jnp.broadcast_to(jnp.array(PAD, images.dtype), (rows, side, side, 3))
   corner = (0, (side - height) // 2, (side - width) // 2, 0)
   return jax.lax.dynamic_update_slice(canvas, images, corner)

@@ -85,6 +85,7 @@ def _released_sizes():
     'large': Config(width=1024, layers=24, heads=16, hidden=4096, **second),
     'giant': Config(width=1536, layers=40, heads=24, hidden=4096, act='swiglu', **second),
   }
+  # each size also comes with registers, and each of those with a linear head
   found = {f'dinov2_{size}': c for size, c in second.items()} | {
     f'dinov2_with_registers_{size}': dataclasses.replace(c, registers=4, antialias=True)
     for size, c in second.items()
@@ -132,6 +133,7 @@ def resize_matrix(old: int, new: int, offset: float = 0.0, antialias: bool = Fal
   antialiasing it has a = -0.5, the filter widens where the axis shrinks, and nothing past the
   border counts.
   """
+  # the offset changes the scale, not the number of positions
   scale, table = old / (new + offset), np.zeros((old, new))
   stretch = max(scale, 1.0) if antialias else 1.0
   for i in range(new):
@@ -184,6 +186,8 @@ class Dino(nnx.Module):
     """Returns the positions `[1, 1 + rows columns, D]` float32 of a grid."""
     # float32 even in a bfloat16 model, as the reference
     c, known = self.config, self.positions[...].astype(jnp.float32)
+    # resizing to the same grid is not the identity where the original code adds its offset, but it
+    # skips this case too
     if rows == columns == c.grid:
       return known
     table = known[:, 1:].reshape(c.grid, c.grid, c.width)
@@ -237,5 +241,6 @@ def count_flops(c: Config, op: str = 'image', side: int = SIDE) -> int:
   """Matmul FLOPs of the encoder, with projection or head, for one picture of side `side`."""
   del op  # the only one is 'image'
   patches = (side // c.patch) ** 2
+  # the head reads the class token and the mean of the patches: 2 D wide
   own = 2 * patches * 3 * c.patch**2 * c.width + 2 * c.width * c.project
   return own + vit.count_flops(c.trunk, 1 + c.registers + patches) + 4 * c.width * c.classes

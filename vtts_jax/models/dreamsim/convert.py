@@ -23,6 +23,7 @@ from vtts_jax.models.dino import convert as dino
 from vtts_jax.models.dreamsim import modeling
 
 SHARDING = dino.SHARDING
+# PEFT writes its own prefix once or twice, and the adapter's name or not
 ADAPTER = re.compile(
   r'(?:base_model\.model\.)*extractor_list\.(\d+)\.model\.blocks\.(\d+)\.attn\.qkv\.'
   r'lora_(A|B)(?:\.default)?\.weight'
@@ -67,6 +68,7 @@ def join_branches(branches) -> Source:
 
 def _split_branches(source):
   """Returns the sources that `join_branches` put together."""
+  # a joined source does not say how many there were
   count = 1 + max(int(name.partition('.')[0]) for name in source.tensor_names())
   return [source.select_prefix(f'{i}.', source.config) for i in range(count)]
 
@@ -83,6 +85,7 @@ def scale_of(place: str, folder: str) -> float:
     raise FileNotFoundError(f'no adapter_config.json at path={path!r}: it holds r and lora_alpha')
   with open(path, encoding='utf-8') as handle:
     config = json.load(handle)
+  # each of these changes what is added to the weights
   for option in ('use_rslora', 'use_dora', 'fan_in_fan_out'):
     if config.get(option):
       raise ConfigError(f'{path}: {option}={config[option]!r}: only plain LoRA is known')
@@ -132,6 +135,7 @@ def _merge_branch(base, adapters, found, i, scale):
   (target,) = [n for n in base.tensor_names() if n.endswith('qkv.weight')]
   layers, rows, width = base.shape_of(target)
   pairs = [(found.get((i, n, 'A')), found.get((i, n, 'B'))) for n in range(layers)]
+  # every block must have both matrices, or the merge would be partial
   own = sum(branch == i for branch, _, _ in found)
   if own != 2 * layers or any(None in pair for pair in pairs):
     raise ValueError(f'{adapters.where} has {own} matrices for the {layers} blocks of {base.where}')
@@ -151,6 +155,7 @@ def _merge_branch(base, adapters, found, i, scale):
     updates = np.stack([read_float32(b) @ read_float32(a) for a, b in pairs])
     return value.astype(np.float32) + scale * updates
 
+  # a kept copy belongs to these adapters at this scale
   identity = f'{base.identity};{adapters.identity};{scale}'
   return dataclasses.replace(base, read=read_merged, identity=identity)
 
@@ -172,6 +177,7 @@ def config_of(source, part: str = '', **options) -> modeling.Config:
 
 def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
   """Loads the parameters; errors as in `convert_weights`."""
+  # branch by branch, as each may come in another layout
   template = modules.abstract_module(lambda: modeling.build_model(config))[1]['branches']
   if isinstance(sharding, dict):
     places = sharding['branches']

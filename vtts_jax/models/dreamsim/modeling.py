@@ -82,6 +82,7 @@ def branch_features(branch, images):
   # each branch was trained under its own mean and deviation
   if branch.project is not None:
     return branch.image_features(normalize_channels(images, CLIP_MEAN, CLIP_STD))
+  # DINO's last norm is left out, as published
   tokens = branch.trunk(branch.embed_patches(normalize_channels(images, dino.MEAN, dino.STD)))
   return tokens[:, 0].astype(jnp.float32)
 

@@ -12,7 +12,8 @@ from vtts_jax.models.flexar import modeling
 from vtts_jax.models.flexar.modeling import Config
 from vtts_jax.models.stacked import stack_layers, transpose_kernel
 
-HEAD = 64  # channels of a head, where neither a per-head norm nor the config tells
+# channels of a head, where neither a per-head norm nor the config tells
+HEAD = 64
 _AR = r'models\.ar_image_model\.'
 _BLOCK = _AR + r'trunk\.blocks\.\*\.'
 
@@ -24,6 +25,7 @@ _SHARED = [
   (_AR + r'head\.linear\.weight', 'head.kernel', 'T'),
   (_AR + r'trunk\.post_trunk_norm\.(weight|bias)', r'norm.\1', ''),
   (r'models\.text_encoder\.mlp\.(fc[12])\.weight', r'text_mlp.\1.kernel', 'T'),
+  # T5 and the tokenizer are loaded from checkpoints of their own
   (r'models\.text_encoder\.t5_embedder\..*', None, ''),
   (r'models\.image_tokenizer\..*', None, ''),
   (_BLOCK + r'(?:self_)?attn\.(qkv|proj)\.weight', r'blocks.self_attn.\1.kernel', transpose_kernel),
@@ -87,6 +89,7 @@ def config_of(source, part: str = '', **options) -> Config:
     raise ValueError(f'{source.where} is no FlexTok AR checkpoint: no {", ".join(missing)}')
   (codes, width), tokens = source.shape_of(table), source.shape_of(places)[0]
   qk_norm = f'{attention}q_norm.weight' in source
+  # a per-head norm is as wide as a head
   if qk_norm:
     heads = width // source.shape_of(f'{attention}q_norm.weight')[1]
   else:

@@ -26,11 +26,14 @@ from flax import nnx
 
 from vtts_jax.errors import ConfigError
 from vtts_jax.models.stacked import scan_blocks, stack_blocks
+from vtts_jax.models.vit import random_table
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Sizes and options; the options' defaults are those of the released checkpoints (README.md).
+  """Sizes and options.
+
+  The options' defaults are those of the released checkpoints, as far as they are known (README.md).
 
   Attributes:
     tokens: rows of the table of positions, which is the longest sequence.
@@ -73,7 +76,8 @@ class Config:
         raise ConfigError(f'{name}={getattr(self, name)!r}: must be one of {allowed}')
 
 
-ROWS = 10  # caches read at a time, as many as fit a TPU's on-chip memory
+# caches read at a time, as many as fit a TPU's on-chip memory
+ROWS = 10
 
 
 def swiglu_width(width: int, multiple_of: int = 1) -> int:
@@ -101,11 +105,8 @@ SIZES = {
 
 
 def _linear_layer(inner, outer, bias, rngs):
+  # whether there is a bias is an option of the checkpoint, never nnx's default
   return nnx.Linear(inner, outer, use_bias=bias, rngs=rngs)
-
-
-def _random_table(rngs, *shape):
-  return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
 
 class Norm(nnx.Module):
@@ -142,6 +143,7 @@ class Attention(nnx.Module):
     self.k_norm = Norm(c.width // c.heads, 'rmsnorm', c.eps) if c.qk_norm else None
 
   def _split_heads(self, x, norm=None):  # [..., D] -> [..., h, d]
+    # the norm goes over the channels of a head, so heads are split first
     x = x.reshape(*x.shape[:-1], self.heads, -1)
     return x if norm is None else norm(x)
 
@@ -172,6 +174,7 @@ class Attention(nnx.Module):
       k, v: `[..., D]`.
       bias: broadcasts to `[..., h, keys]`, with the axes of q first.
     """
+    # einsum by letters: sequences, pools and text have their axes in different places
     k, v = self._split_heads(k), self._split_heads(v)
     rows, keys = letters.split(',')
     score = f'{rows}h{keys[-1]}'
@@ -238,6 +241,7 @@ class Block(nnx.Module):
   def __init__(self, c, *, rngs):
     self.norm_self, self.norm_ffn = (Norm(c.width, c.norm, c.eps) for _ in range(2))
     self.self_attn = Attention(c, cross=False, rngs=rngs)
+    # a class stands in the start vector and needs no attention
     if not c.classes:
       self.norm_cross = Norm(c.width, c.norm, c.eps)
       self.cross_attn = Attention(c, cross=True, rngs=rngs)
@@ -278,11 +282,11 @@ class FlexAR(nnx.Module):
 
   def __init__(self, config, *, rngs):
     c = self.config = config
-    self.embedding = _random_table(rngs, c.codes, c.width)
-    self.positions = _random_table(rngs, c.tokens, c.width)
-    self.start = _random_table(rngs, c.width)
+    self.embedding = random_table(rngs, c.codes, c.width)
+    self.positions = random_table(rngs, c.tokens, c.width)
+    self.start = random_table(rngs, c.width)
     if c.classes:
-      self.classes = _random_table(rngs, c.classes, c.width)
+      self.classes = random_table(rngs, c.classes, c.width)
     else:
       self.text_mlp = TextMLP(c, rngs=rngs)
     self.blocks = stack_blocks(lambda rngs: Block(c, rngs=rngs), c.layers, rngs)
@@ -296,6 +300,7 @@ class FlexAR(nnx.Module):
 
     Stream 0 is the prompt; stream 1, if there is one, is the empty text.
     """
+    # keys and values of all layers at once: no step of the search projects the text again
     text = self.text_mlp(states.astype(self.embedding[...].dtype))
     bias = jnp.where(mask != 0, 0.0, -jnp.inf).astype(jnp.float32)
 
@@ -318,6 +323,7 @@ class FlexAR(nnx.Module):
     if 'k' not in ctx:
       return None
     k, v = (jax.lax.dynamic_index_in_dim(ctx[n], layer, 2, keepdims=False) for n in 'kv')
+    # the letters b and c keep their sizes, all other axes broadcast
     B, C, W = ctx['bias'].shape
     shape = [{'b': B, 'c': C}.get(axis, 1) for axis in rows]
     return k, v, ctx['bias'].reshape(*shape, 1, W)
@@ -345,6 +351,7 @@ class FlexAR(nnx.Module):
       hidden: `[B, N, T, C, D]`; the one at t predicts token t from those before it.
       cache: `[B, N, C, L, T, D]` of positions 0 .. T - 1.
     """
+    # position t is fed token t - 1; the 0 at the start is replaced by the start vector
     T = tokens.shape[-1]
     fed = jnp.concatenate([jnp.zeros_like(tokens[..., :1]), tokens[..., :-1]], -1)
     x = self.embed_tokens(ctx, fed, jnp.broadcast_to(jnp.arange(T), tokens.shape))
@@ -364,6 +371,7 @@ class FlexAR(nnx.Module):
     """Returns a cache of zeros `[B, P, C, L, S, D]`; `slots` None gives a slot for each token."""
     c = self.config
     shape = (prompts, pools, streams, c.layers, c.tokens if slots is None else slots, c.width)
+    # keys and values in the weights' dtype: the cache is most of a search's memory
     dtype = self.embedding[...].dtype if dtype is None else dtype
     return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
 
@@ -384,6 +392,7 @@ class FlexAR(nnx.Module):
       hidden: `[B, P, R, C, D]`, which predicts token t.
       cache: with the new keys and values.
     """
+    # without pools a slot is a position, and a row sees all before it
     position = jnp.asarray(position)
     if slot is None:
       slot = position[..., 0] if position.ndim else position
@@ -410,6 +419,7 @@ class FlexAR(nnx.Module):
 
   def token_logits(self, hidden):
     """Hidden `[..., D]` -> logits `[..., V]` float32."""
+    # float32 out of bfloat16 factors: sampling compares logits that lie close together
     kernel = self.head.kernel[...]
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
@@ -417,6 +427,7 @@ class FlexAR(nnx.Module):
 def _write_cache(cache, new, layer, slot):
   """Writes `new [B, P, R, C, D]` into `cache [B, P, C, L, S, D]` at `layer`, from `slot` on."""
   new = new.swapaxes(2, 3)[:, :, :, None].astype(cache.dtype)  # [B, P, C, 1, R, D]
+  # one slot for all candidates is one contiguous write
   if jnp.ndim(slot) == 0:
     return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, layer, slot, 0))
 
@@ -457,6 +468,7 @@ def count_text_flops(config, words) -> int:
 def count_trunk_flops(config, keys, words) -> int:
   """Matmul FLOPs of one position of one stream, which attends to `keys` slots and `words` words."""
   c, D = config, config.width
+  # projections, then scores and values over the keys, then the feed-forward
   layer = 8 * D * D + 4 * keys * D + 2 * (3 if c.ffn == 'swiglu' else 2) * D * c.hidden
   if not c.classes:
     layer += 4 * D * D + 4 * words * D

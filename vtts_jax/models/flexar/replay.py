@@ -25,7 +25,8 @@ from vtts_jax.models.t5 import convert as t5_convert
 from vtts_jax.models.t5.modeling import build_model as t5_build
 
 T5 = 'models.text_encoder.t5_embedder.model.'
-BRANCHES = 3  # candidates of the last token in the `topk` outputs
+# the fixtures branch into three candidates at the last token
+BRANCHES = 3
 
 
 def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -45,6 +46,7 @@ def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[
     ctx, after = (
       run.class_context(jnp.stack([labels, jnp.full_like(labels, null)], 1)) for null in (-1, 0)
     )
+  # the input embeddings belong to the tokens fed: a start, then all but the last
   fed = jnp.pad(tokens[..., :-1], ((0, 0), (0, 0), (1, 0)))
   places = jnp.broadcast_to(jnp.arange(fed.shape[-1]), fed.shape)
   out['input_embeddings'] = run.embed_tokens(ctx, fed, places)[:, 0, :, 0]
@@ -149,6 +151,7 @@ def _draw_greedily(run, ctx, after, tokens, known, length, scale):
     if t == known:
       logits = run.forced_logits(ctx, ids)[0][:, t]
     else:
+      # the cache of the known prefix is made when the first token after it is fed
       cache = run.forced_logits(after, ids)[1] if cache is None else cache
       logits, cache = run.next_logits(after, ids, cache, t)
     logits = logits[:, 0] if scale is None else guide_logits(logits, scale)

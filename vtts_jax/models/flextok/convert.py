@@ -92,6 +92,7 @@ def config_of(source, part: str = '', **options) -> Config:
     raise ValueError(f'{source.where} is no FlexTok checkpoint: no {", ".join(missing)}')
   shape = {key: stack.shape_of(name) for key, name in names.items()}
   registers = f'{encoder}enc_register_module.registers'
+  # the projection's width is P P C: C follows only if the patch is known
   patch = options.get('patch', Config.patch)
   grid = shape['grid'][-1]
   found = {

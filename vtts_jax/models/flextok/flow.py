@@ -55,6 +55,7 @@ def sample_latents(
     `[R, H, W, C]` float32, in the scale of the VAE's scaled latents.
   """
   rows = registers.shape[0]
+  # the state stays float32: many small steps in bfloat16 would not add up
   noise = jnp.broadcast_to(noise.astype(jnp.float32), (rows, *noise.shape[1:]))
   guided = guidance != 1
   # both passes run as one batch of 2 R rows: the weights are read once

@@ -21,7 +21,7 @@ from flax import nnx
 from vtts_jax.errors import ConfigError
 from vtts_jax.models.flextok import fsq
 from vtts_jax.models.stacked import scan_blocks, stack_blocks
-from vtts_jax.models.vit import multi_head_attention
+from vtts_jax.models.vit import multi_head_attention, random_table
 
 EPS = 1e-5  # epsilon of every norm
 FREQUENCIES = 256  # number of features of a time
@@ -125,10 +125,6 @@ def _linear_layer(inner, outer, rngs, bias=False):
   return nnx.Linear(inner, outer, use_bias=bias, rngs=rngs)
 
 
-def _random_table(rngs, *shape):
-  return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
-
-
 def plain_norm(x):
   """Applies a layer norm over the last axis without weights, computed in float32."""
   y = x.astype(jnp.float32)
@@ -156,6 +152,7 @@ def time_features(t, max_timestep):
   The largest period is 256.
   """
   half = FREQUENCIES // 2
+  # float32 throughout, as the reference: phases reach 1000 radians, where rounding shows
   rates = np.exp(-math.log(256) * np.arange(half, dtype=np.float32) / half)
   args = t.astype(jnp.float32)[:, None] * (rates * np.float32(1000 / max_timestep))
   return jnp.concatenate([jnp.cos(args), jnp.sin(args)], -1)
@@ -181,6 +178,7 @@ class SwiGLU(nnx.Module):
   """A feed-forward layer gated by silu, 8 D / 3 wide inside."""
 
   def __init__(self, width, *, rngs):
+    # cut and not rounded, as the reference
     hidden = int(2 * 4 * width / 3)
     self.fc1, self.fc3 = _linear_layer(width, hidden, rngs), _linear_layer(width, hidden, rngs)
     self.fc2 = _linear_layer(hidden, width, rngs)
@@ -224,8 +222,9 @@ class Encoder(nnx.Module):
     c = self.config = config
     D = c.encoder_width
     self.patch = _linear_layer(c.patch**2 * c.channels, D, rngs, bias=True)
-    self.places = _random_table(rngs, c.grid, c.grid, D)
-    self.registers = _random_table(rngs, c.registers, D) if c.registers else None
+    # positions of the largest grid; a smaller one uses its upper left corner
+    self.places = random_table(rngs, c.grid, c.grid, D)
+    self.registers = random_table(rngs, c.registers, D) if c.registers else None
     self.blocks = stack_blocks(lambda rngs: Block(D, 0, c, rngs=rngs), c.encoder_layers, rngs)
     self.to_code = _linear_layer(D, len(c.levels), rngs, bias=True)
 
@@ -265,15 +264,16 @@ class Decoder(nnx.Module):
     D = c.decoder_width
     self.from_code = _linear_layer(len(c.levels), D, rngs, bias=True)
     if c.registers:
-      self.register_places = _random_table(rngs, c.registers, D)
-      self.dropped = _random_table(rngs, D)
-    self.unconditional = _random_table(rngs, D)
+      self.register_places = random_table(rngs, c.registers, D)
+      self.dropped = random_table(rngs, D)
+    self.unconditional = random_table(rngs, D)
     self.patch = _linear_layer(c.patch**2 * c.channels, D, rngs, bias=True)
-    self.places = _random_table(rngs, c.grid, c.grid, D)
+    self.places = random_table(rngs, c.grid, c.grid, D)
     self.time_in = _linear_layer(FREQUENCIES, D, rngs, bias=True)
     self.time_out = _linear_layer(D, D, rngs, bias=True)
-    build = lambda rngs: Block(D, c.streams, c, rngs=rngs)
-    self.blocks = stack_blocks(build, c.decoder_layers, rngs)
+    self.blocks = stack_blocks(
+      lambda rngs: Block(D, c.streams, c, rngs=rngs), c.decoder_layers, rngs
+    )
     self.last = _linear_layer(D, 2 * D, rngs, bias=True)
     self.to_patch = _linear_layer(D, c.patch**2 * c.channels, rngs, bias=True)
 
@@ -285,6 +285,7 @@ class Decoder(nnx.Module):
     """
     c = self.config
     keep = c.tokens if keep is None else keep
+    # a mask and not a slice: `keep` may differ between rows and be traced
     there = jnp.arange(ids.shape[1]) < jnp.reshape(keep, (-1, 1))  # [R or 1, K]
     # the grid variant was not trained with dropped tokens: id 0 takes their place
     if not c.registers:
@@ -314,6 +315,7 @@ class Decoder(nnx.Module):
     x = (x + self.places[:h, :w]).reshape(R, h * w, D)
     # in the grid variant a register belongs to a patch
     x = jnp.concatenate([x, registers], 1) if c.registers else x + registers
+    # one row of modulations serves all pictures if they share the time
     features = time_features(t, c.max_timestep).astype(x.dtype)
     time = self.time_out(jax.nn.silu(self.time_in(features)))
     is_patch = np.arange(x.shape[1]) < h * w
@@ -322,6 +324,7 @@ class Decoder(nnx.Module):
       return block(x, time=time, is_patch=is_patch), None
 
     x, _ = scan_blocks(self.blocks, run_block, x)
+    # registers have done their work: only patches become velocities
     shift, scale = jnp.split(self.last(jax.nn.silu(time))[:, None], 2, -1)
     x = self.to_patch(plain_norm(x[:, : h * w]) * (1 + scale) + shift)
     return join_patches(x.reshape(R, h, w, -1), c.patch).astype(jnp.float32)
@@ -341,12 +344,14 @@ def build_model(config: Config, seed=0) -> FlexTok | Encoder | Decoder:
 
   Inside `modules.abstract_module` it uses no memory.
   """
+  # a half has no prefix of its own in its parameters
   kind = {'': FlexTok, 'encoder': Encoder, 'decoder': Decoder}[config.part]
   return kind(config, rngs=nnx.Rngs(seed))
 
 
 def count_velocity_flops(config) -> int:
   """Matmul FLOPs of one velocity of one picture, for one stream of guidance."""
+  # the modulations act once a picture and are not counted
   c = config
   P, D = (c.size // c.patch) ** 2, c.decoder_width
   T = P + c.registers

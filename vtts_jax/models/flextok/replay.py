@@ -28,6 +28,7 @@ def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[
     max_timestep=config['max_timestep'],
   )
   params = convert.load_weights(source, settings)
+  # fixtures hold int64 ids, where jax has int32
   inputs = {
     k: jnp.asarray(v) if v.dtype.kind == 'f' else jnp.asarray(v, jnp.int32)
     for k, v in inputs.items()
@@ -72,6 +73,7 @@ def _run_model(config, model, inputs):
     steps = config['sample_steps']
     latents = flow.sample_latents(decoder, registers, noise, steps, guidance, projected)
     out[f'sample_{name}'] = _channels_first(latents)
+  # guidance alone, step by step, on predictions that the fixture gives
   momentum = 0.0
   for i, (cond, uncond) in enumerate(zip(inputs['pred_cond'], inputs['pred_uncond'])):
     cond, uncond = _channels_last(cond), _channels_last(uncond)

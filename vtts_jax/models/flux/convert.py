@@ -7,12 +7,14 @@ feed-forward, whose places on a mesh differ.
 """
 
 import dataclasses
+import os
 import re
 
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from vtts_jax.checkpoints.convert import convert_weights
+from vtts_jax.checkpoints.source import Source, open_source
 from vtts_jax.models import modules
 from vtts_jax.models.flux import modeling
 from vtts_jax.models.flux.modeling import Config
@@ -25,9 +27,9 @@ SHARDING = [  # of the blocks [L, ...]: heads and hidden channels over 'model'
   # modulations are a quarter of the weights; split by their inputs, they leave the tokens whole,
   # where shifts that are split by channels would have every norm gather its tokens
   (r'_blocks/.*project/kernel', PartitionSpec(None, 'model', None, None)),
-  (r'_blocks/.*ffn/up/kernel', PartitionSpec(None, None, 'model')),
-  (r'_blocks/.*ffn/up/bias', PartitionSpec(None, 'model')),
-  (r'_blocks/.*(out|ffn/down)/kernel', PartitionSpec(None, 'model', None)),
+  (r'_blocks/.*up/kernel', PartitionSpec(None, None, 'model')),
+  (r'_blocks/.*up/bias', PartitionSpec(None, 'model')),
+  (r'_blocks/.*(out|down)/kernel', PartitionSpec(None, 'model', None)),
 ]
 
 _DOUBLE, _SINGLE = r'transformer_blocks\.(\d+)\.', r'single_transformer_blocks\.(\d+)\.'
@@ -65,6 +67,20 @@ DIFFUSERS = [  # name of a layer in diffusers -> in the original
   (_SINGLE + r'proj_out', r'single_blocks.\1.linear2'),
   (r'proj_out', 'final_layer.linear'),
 ]  # fmt: skip
+
+
+def open_weights(weights: str, part: str = '') -> Source:
+  """Opens a file, a folder of weights, or the folder `transformer` of a diffusers pipeline.
+
+  Errors as in `open_source`.
+  """
+  del part  # it has no parts
+  if os.path.exists(weights):
+    is_pipeline = os.path.isdir(os.path.join(weights, 'transformer'))
+  else:
+    # a repository of the hub is a pipeline, unless one of its files is named
+    is_pipeline = not weights.partition('@')[0].endswith('.safetensors')
+  return open_source(weights, subfolder='transformer' if is_pipeline else None)
 
 
 def _original_names(source):
@@ -198,9 +214,10 @@ def _make_rules(c: Config) -> list:
     *stream('txt', 'text'),
     *modulation(single + r'modulation\.lin', 'single_blocks.modulation', 3),
     *heads(single + 'qkv', single + 'norm', 'single_blocks.attn'),
-    *linear(single + 'proj', 'single_blocks.out'),
-    *linear(single + 'mlp_in', 'single_blocks.ffn.up'),
-    *linear(single + 'linear2', 'single_blocks.ffn.down'),
+    (single + r'proj\.weight', 'single_blocks.out.kernel', transpose_kernel),
+    *linear(single + 'mlp_in', 'single_blocks.up'),
+    (single + r'linear2\.weight', 'single_blocks.down.kernel', transpose_kernel),
+    (single + r'linear2\.bias', 'single_blocks.bias', ''),
     *modulation(r'final_layer\.adaLN_modulation\.1', 'last_modulation', 2),
     # diffusers keeps (scale, shift) in the last layer, the original (shift, scale)
     *linear(

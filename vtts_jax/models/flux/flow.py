@@ -46,10 +46,11 @@ def sample_latents(model, noise, text, pooled, times, guidance=None):
   Returns:
     `[R, H, W, C]` float32, as the autoencoder's `unscale_latents` takes them.
   """
-  times = jnp.asarray(times)
+  times = jnp.asarray(times)  # an index that is traced needs an array
 
   def step(i, x):
     t, after = times[i], times[i + 1]
+    # one time for all rows: the network embeds it once
     return x + (after - t) * model(x, t[None], text, pooled, guidance)
 
   return jax.lax.fori_loop(0, len(times) - 1, step, noise.astype(jnp.float32))

@@ -22,7 +22,7 @@ from flax import nnx
 
 from vtts_jax.errors import ConfigError
 from vtts_jax.models.stacked import scan_blocks, stack_blocks
-from vtts_jax.models.vit import FeedForward, multi_head_attention
+from vtts_jax.models.vit import ACTIVATIONS, FeedForward, multi_head_attention
 
 EPS = 1e-6  # of every norm
 FREQUENCIES = 256  # features of a time or a guidance
@@ -235,15 +235,19 @@ class SingleBlock(nnx.Module):
     self.heads = c.heads
     self.modulation = Modulation(c.width, 3, rngs=rngs)
     self.attn = Heads(c, rngs=rngs)
-    # the reference's second layer reads both branches at once; its bias is that of `ffn`
+    # the reference's last layer reads both branches at once; here their sum has the one bias, which
+    # leaves XLA free to reduce the sum over a mesh and not each branch
     self.out = nnx.Linear(c.width, c.width, use_bias=False, rngs=rngs)
-    self.ffn = FeedForward(c.width, c.hidden, 'gelu_tanh', rngs=rngs)
+    self.up = nnx.Linear(c.width, c.hidden, rngs=rngs)
+    self.down = nnx.Linear(c.hidden, c.width, use_bias=False, rngs=rngs)
+    self.bias = nnx.Param(jnp.zeros(c.width))
 
   def __call__(self, x, condition, tables):  # [R, T, D] -> [R, T, D]
     shift, scale, gate = self.modulation(condition)
     y = modulate(x, shift, scale)
     mixed = multi_head_attention(*self.attn(y, tables), self.heads)
-    return x + gate * (self.out(mixed) + self.ffn(y))
+    branches = self.out(mixed) + self.down(ACTIVATIONS['gelu_tanh'](self.up(y)))
+    return x + gate * (branches + self.bias[...])
 
 
 class Flux(nnx.Module):
@@ -323,14 +327,14 @@ def build_model(config: Config, seed=0) -> Flux:
   return Flux(config, rngs=nnx.Rngs(seed))
 
 
-def count_flops(c: Config, height: int, width: int, text: int) -> int:
-  """Matmul FLOPs of one velocity of one picture of `height` x `width` latent cells, with `text`
-  tokens of prompt."""
+def count_flops(c: Config, height: int, width: int, words: int) -> int:
+  """Matmul FLOPs of one velocity of one picture of `height` x `width` latent cells, with `words`
+  tokens of text."""
   D, P = c.width, height // PATCH * (width // PATCH)
-  T = P + text
+  T = P + words
   # a block of either kind: four D x D matrices and a feed-forward for each token, and attention
   block = 2 * T * (4 * D * D + 2 * D * c.hidden) + 4 * T * T * D
   modulations = 2 * D * D * (12 * c.double_layers + 3 * c.single_layers + 2)
-  ends = 2 * D * (P * PATCH**2 * (c.channels + c.out_channels) + text * c.text_width)
+  ends = 2 * D * (P * PATCH**2 * (c.channels + c.out_channels) + words * c.text_width)
   embedders = 2 * D * (c.pooled_width + D + (1 + c.has_guidance) * (FREQUENCIES + D))
   return (c.double_layers + c.single_layers) * block + modulations + ends + embedders

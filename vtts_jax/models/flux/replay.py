@@ -24,7 +24,9 @@ def _run_model(config, model, inputs):
   latents, text, pooled, t = (inputs[name] for name in ('latent', 'txt', 'vec', 't'))
   latents = latents.transpose(0, 2, 3, 1)
   patches, steps = modeling.pack_latents(latents), config['steps']
+  # a fixture of a model without guidance writes 0
   guidance = config['guidance'] if model.config.has_guidance else None
+  # the reference works on patches all the way; Euler steps do not care
   velocity = lambda scale: modeling.pack_latents(model(latents, t, text, pooled, scale))
   out = {
     'img_packed': patches,

@@ -90,6 +90,7 @@ STEM = (
   ('Conv2d_3b_1x1', 80, 1, 1, 'VALID'),
   ('Conv2d_4a_3x3', 192, 3, 1, 'VALID'),
 )
+# the two that published numbers were computed with
 PREPROCESSINGS = ('pytorch_fid', 'tensorflow')
 
 
@@ -163,6 +164,7 @@ def _reduce_windows(x, combine, stride, edge=None):
 
 def mean_pool(x):
   """Averages 3 x 3 windows over the cells inside the grid: padding is not counted."""
+  # cells at the border have fewer neighbours
   count = _reduce_windows(np.ones((1, *x.shape[1:3], 1), np.float32), jnp.add, 1, 0)
   return _reduce_windows(x, jnp.add, 1, 0) / count.astype(x.dtype)
 
@@ -244,6 +246,7 @@ class Inception(nnx.Module):
     return found
 
   def __call__(self, x):
+    # the mean in float32: FID sums features over 50,000 pictures
     return jnp.mean(self.stage_grids(x)['Mixed_7c'], (1, 2), dtype=jnp.float32)
 
   def class_logits(self, features):

@@ -57,6 +57,7 @@ def _tower_config(source, lead, options):
   layer = f'{lead}encoder.layers.0.'
   hidden, width = source.shape_of(f'{layer}mlp.fc1.weight')
   blocks = [n for n in source.tensor_names() if n.startswith(f'{lead}encoder.')]
+  # counted and not read from a config: files without one load too
   numbers = {int(n[len(lead) :].split('.')[2]) for n in blocks}
   return vit.Config(
     width, 1 + max(numbers), options.get('num_attention_heads', width // 64), hidden,
@@ -79,6 +80,7 @@ def config_of(source, part: str = '', **options) -> modeling.Config:
   base = next((b for b in ('owlv2.', 'owlvit.') if f'{b}text_projection.weight' in source), '')
   vision, text = (f'{base}{part}_model.' for part in ('vision', 'text'))
   try:
+    # a tensor that is missing means that this is another model
     patch = source.shape_of(f'{vision}embeddings.patch_embedding.weight')[-1]
     places = source.shape_of(f'{vision}embeddings.position_embedding.weight')[0]
     vocab = source.shape_of(f'{text}embeddings.token_embedding.weight')[0]

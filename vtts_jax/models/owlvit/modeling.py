@@ -149,7 +149,8 @@ class OwlViT(nnx.Module):
     c = self.config = config
     width = c.vision.width
     self.vision, self.text = Vision(c, rngs=rngs), Text(c, rngs=rngs)
-    self.norm = vit.LayerNorm(width, c.vision.eps)  # of tokens times class token
+    # the norm of patch tokens times class token, not that of the tower
+    self.norm = vit.LayerNorm(width, c.vision.eps)
     self.classes = nnx.Linear(width, c.embed, rngs=rngs)
     self.shift, self.scale = (nnx.Linear(width, 1, rngs=rngs) for _ in range(2))
     self.box = Head(width, 4, rngs=rngs)
@@ -157,6 +158,7 @@ class OwlViT(nnx.Module):
 
   def patch_features(self, images):
     """Pictures `[R, S, S, 3]` of `preprocess` -> `[R, T, D]`."""
+    # the class token multiplies every patch: it tells each of them about the whole picture
     x = self.vision.norm(self.vision(images))
     return self.norm(x[:, 1:] * x[:, :1])
 
@@ -165,6 +167,7 @@ class OwlViT(nnx.Module):
 
     The sigmoid of a logit is the score.
     """
+    # queries are normed again with this epsilon, as in the reference
     likeness = jnp.einsum(
       'rte,rqe->rtq', unit_vectors(self.classes(features)), unit_vectors(queries),
       preferred_element_type=jnp.float32,
@@ -249,6 +252,7 @@ def blur_and_sample(old: int, new: int) -> np.ndarray:
   np.add.at(blur, (mirror_index(taps, old), np.arange(old)[:, None]), near / near.sum())
   at = (np.arange(new) + 0.5) * old / new - 0.5
   low = np.floor(at).astype(int)
+  # the blur and the sampling are both linear: one matrix does both
   sample, share = np.zeros((old, new)), at - low
   np.add.at(sample, (mirror_index(low, old), np.arange(new)), 1 - share)
   np.add.at(sample, (mirror_index(low + 1, old), np.arange(new)), share)

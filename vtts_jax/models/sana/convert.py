@@ -133,7 +133,7 @@ def config_of(source, part: str = '') -> modeling.Config:
 
 def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
   """Parameters; errors as in `convert_weights`."""
-  _, template = modules.abstract_module(lambda: modeling.build_model(config))
+  _, template = modules.structure_of(modeling.build_model, config)
   # the cross-attention's queries come from another place than its keys: they stay apart
   source = fuse_projections(source, ('attn1.to_q', 'attn1.to_k', 'attn1.to_v'), 'attn1.qkv')
   source = fuse_projections(source, ('attn2.to_k', 'attn2.to_v'), 'attn2.kv')

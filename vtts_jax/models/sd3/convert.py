@@ -97,15 +97,20 @@ SHARDING = [  # of the stacked blocks [L, D, ...]: heads and hidden channels ove
 def open_weights(weights: str, part: str = '', subfolder: str = 'transformer') -> Source:
   """Opens the network of a pipeline: `subfolder` of a repository or a folder that has one.
 
-  A file, and a folder without that subfolder, are opened as they are. Errors as in `open_source`.
+  A file, and what has no such subfolder, is opened as it is. Errors as in `open_source`.
   """
   del part
+  if weights.partition('@')[0].endswith('.safetensors'):
+    return open_source(weights)
   if os.path.exists(weights):
     # a folder may be the pipeline or the network's own
     inside = os.path.isdir(os.path.join(weights, subfolder))
-  else:
-    inside = not weights.partition('@')[0].endswith('.safetensors')
-  return open_source(weights, subfolder=subfolder if inside else None)
+    return open_source(weights, subfolder=subfolder if inside else None)
+  try:
+    # the subfolder first: the pattern of a root's files would fetch the whole pipeline
+    return open_source(weights, subfolder=subfolder)
+  except FileNotFoundError:
+    return open_source(weights)
 
 
 def config_of(source, part: str = '') -> modeling.Config:
@@ -159,7 +164,7 @@ def config_of(source, part: str = '') -> modeling.Config:
 
 def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
   """Parameters; errors as in `convert_weights`."""
-  _, template = modules.abstract_module(lambda: modeling.build_model(config))
+  _, template = modules.structure_of(modeling.build_model, config)
   # names first, then joins, then stacks: each step reads tensors of the one before it
   source = stack_layers(_name_runs(_fuse_streams(_open_layout(source)), config))
   return convert_weights(source, RULES, template, dtype, sharding)

@@ -36,6 +36,7 @@ def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[
   velocity = lambda t, text, pooled: run(params, x, t, text, pooled)['velocity']
   for i, time in enumerate(config['timesteps']):
     out[f'velocity_t{i}'] = velocity(np.full_like(t, time), *prompt)
+  # guidance at the rows' own times, as the files hold it
   null = velocity(t, inputs['uncond_text'], inputs['uncond_pooled'])
   out['velocity_cfg'] = null + config['guidance_scale'] * (out['velocity'] - null)
   outside = lambda x: jnp.transpose(x, (0, 3, 1, 2))

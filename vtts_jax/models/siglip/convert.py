@@ -8,8 +8,10 @@ from vtts_jax.models.clip.convert import BLOCK, read_exactly, trunk_of
 from vtts_jax.models.siglip import modeling
 from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
 
-HEAD_WIDTHS = {1152: 72, 1536: 96}  # so400m and giant; all others have 64
-SECOND = 256000  # words of version 2, by which it is known
+# shapes do not tell heads: how wide they are in so400m and giant; elsewhere 64
+HEAD_WIDTHS = {1152: 72, 1536: 96}
+# words of version 2, by which it is known
+SECOND = 256000
 
 
 def _tower_rules(name, target):

@@ -147,6 +147,7 @@ class ImageTower(nnx.Module):
 
   def embed_patches(self, pixels):
     """Pixels `[R, S, S, 3]` -> the trunk's input `[R, T, D]`."""
+    # no class token, so a position belongs to each patch and to nothing else
     x = vit.split_patches(pixels, self.side).astype(self.patch.kernel.dtype)
     return self.patch(x) + self.position[...]
 
@@ -174,6 +175,7 @@ class TextTower(nnx.Module):
     return self.norm(self.trunk(self.token(ids) + self.position[...]))
 
   def __call__(self, ids):
+    # the last token is padding in most texts: it was trained to sum the text up
     return self.projection(self.hidden_states(ids)[:, -1])
 
 
@@ -183,6 +185,7 @@ class SigLIP(nnx.Module):
   def __init__(self, config: Config, *, rngs):
     c = self.config = config
     self.image, self.text = ImageTower(c, rngs=rngs), TextTower(c, rngs=rngs)
+    # the paper's initial values, in arrays of one number as the checkpoint has them
     self.scale = nnx.Param(jnp.full(1, math.log(10.0)))
     self.bias = nnx.Param(jnp.full(1, -10.0))
 
@@ -207,6 +210,7 @@ def build_model(config: Config, seed=0) -> SigLIP:
 
 def preprocess(c: Config, images):
   """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`; proportions are lost."""
+  # squeezed to the square, as the released processors do: nothing is cut off
   x = resize_images(images, (c.image_size, c.image_size), c.resample)
   return normalize_channels(x, MEAN, STD)
 

@@ -149,13 +149,16 @@ class SiT(nnx.Module):
   def embed_condition(self, t, labels):
     """Times `[R]` and classes `[R]` (the number `classes` is none) -> `[R, D]`."""
     features = time_features(t).astype(self.time_in.kernel.dtype)
-    return self.time_out(jax.nn.silu(self.time_in(features))) + self.classes(labels)
+    time = self.time_out(jax.nn.silu(self.time_in(features)))
+    # nnx.Embed would answer in the dtype that it was made in
+    return time + self.classes.embedding[...][labels]
 
   def __call__(self, x, t, labels):
     c = self.config
     condition = self.embed_condition(t, labels)
     # the dtype of the weights is that of all but norms, softmax and the result
-    x = self.patch(vit.split_patches(x.astype(self.patch.kernel.dtype), c.patch)) + self.position[...]
+    patches = vit.split_patches(x.astype(self.patch.kernel.dtype), c.patch)
+    x = self.patch(patches) + self.position[...]
     x, _ = scan_blocks(self.blocks, lambda block, x, _: (block(x, condition), None), x)
     shift, scale = jnp.split(self.last(jax.nn.silu(condition)), 2, -1)
     x = join_patches(self.to_patch(modulate(x, shift, scale)), c)

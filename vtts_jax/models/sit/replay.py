@@ -1,4 +1,4 @@
-"""Golden files of SiT: the network, and the published samplers as `generators.diffusion` has them."""
+"""Golden files of SiT: the network, and its samplers as `generators.diffusion` has them."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,15 @@ from vtts_jax.models.sit import convert, dopri5, modeling
 GUIDED = 3  # channels; the reference guides no more of the four
 LAST_STEP = 0.04  # the reference's size of the SDE's last step
 TOLERANCE = 1e-5  # rtol and atol of dopri5 in the files; its defaults, 1e-3 and 1e-6, are 4e-3 off
-SDES = {  # output -> (stepper, whether every point of the trajectory is recorded)
-  'sde_euler_sigma_mean_traj': (steppers.EulerMaruyamaStepper('sigma'), True),
-  'sde_euler_linear_none': (steppers.EulerMaruyamaStepper('linear', last='sample'), False),
-  'sde_euler_sigma_tweedie': (steppers.EulerMaruyamaStepper('sigma', last='data'), False),
+MARUYAMA, HEUN = steppers.EulerMaruyamaStepper, steppers.HeunMaruyamaStepper
+SDES = {  # output -> its stepper; norms 0.7 and 0.5 are not in the files, and no other fits
+  'sde_euler_sigma_mean_traj': MARUYAMA('sigma'),
+  'sde_euler_linear_none': MARUYAMA('linear', 0.7, last='sample'),
+  'sde_euler_sigma_tweedie': MARUYAMA('sigma', 0.5, last='data'),
   # 'Euler' and 'Tweedie' are the same last step on the linear path
-  'sde_heun_sigma_euler': (steppers.HeunMaruyamaStepper('sigma', last='data'), False),
-  'sde_euler_decreasing_mean': (steppers.EulerMaruyamaStepper('decreasing'), False),
-  'sde_euler_incdec_mean': (steppers.EulerMaruyamaStepper('increasing-decreasing'), False),
+  'sde_heun_sigma_euler': HEUN('sigma', last='data'),
+  'sde_euler_decreasing_mean': MARUYAMA('decreasing'),
+  'sde_euler_incdec_mean': MARUYAMA('increasing-decreasing'),
 }
 
 
@@ -45,7 +46,8 @@ def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[
     return modules.bind_module(modeling.build_model, settings, params)(x, t, labels)
 
   def both_velocities(x, t):  # [R, H, W, C] -> [R, 2, 1, H, W, C]
-    one = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), jnp.concatenate([labels, null]))
+    twice = lambda a: jnp.concatenate([a, a])
+    one = velocity(twice(x), twice(t), jnp.concatenate([labels, null]))
     return one.reshape(2, len(x), 1, *x.shape[1:]).swapaxes(0, 1)
 
   def guided_velocity(x, t):
@@ -87,9 +89,10 @@ def replay_outputs(config: dict, source, inputs: dict[str, np.ndarray]) -> dict[
   found['ode_dopri5_final'] = _run_dopri5(doubled_velocity, z)
   grid = np.append(np.linspace(0, 1 - LAST_STEP, steps), 1).astype(np.float32)
   noise = _channels_last(inputs['sde_noise'][:, : len(z)])  # drawn for both streams, used for one
-  for name, (stepper, whole) in SDES.items():
+  for name, stepper in SDES.items():
+    # without a last step of its own, the reference's grid reaches 1
     points = run_sampler(stepper, even if stepper.last == 'sample' else grid, noise=noise)
-    found[name] = points[1:] if whole else points[-1]
+    found[name] = points[1:] if name.endswith('traj') else points[-1]
   times = t[:, None, None, None]
   for name, path in (('score', paths.LinearPath()), ('gvp_score', paths.VariancePreservingPath())):
     _, noise = guidance.VelocityPredictor().split_output(path, x, times, v)

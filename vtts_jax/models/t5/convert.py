@@ -47,6 +47,7 @@ def config_of(source, part: str = '', options: Mapping | None = None) -> modelin
   names = source.tensor_names()
   lead = 'encoder.block.'
   attention = f'{lead}0.layer.0.SelfAttention.'
+  # some checkpoints have no config.json beside them, so shapes must tell all sizes
   try:
     table = next(n for n in ('shared.weight', 'encoder.embed_tokens.weight') if n in source)
     vocab, width = source.shape_of(table)
@@ -67,6 +68,7 @@ def config_of(source, part: str = '', options: Mapping | None = None) -> modelin
     'relative_attention_num_buckets': count,
     'feed_forward_proj': 'gated-gelu' if gated else 'relu',
   }  # fmt: skip
+  # config.json has many options of training and decoding
   known = modeling.Config.__dataclass_fields__
   return modeling.Config(**(found | {k: v for k, v in options.items() if k in known}))
 

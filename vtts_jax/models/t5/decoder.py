@@ -178,6 +178,7 @@ def build_model(config: Config, seed=0) -> T5Decoder:
 
 def count_flops(c: Config, tokens: int, states: int) -> int:
   """Matmul FLOPs for one answer of `tokens` tokens over `states` states."""
+  # in cross-attention the projections of the states are moved to the queries
   inner, gated = c.num_heads * c.d_kv, 3 if c.feed_forward_proj == 'gated-gelu' else 2
   own = 8 * c.d_model * inner + 4 * tokens * inner
   cross = 8 * c.d_model * inner + 4 * c.num_heads * states * c.d_model

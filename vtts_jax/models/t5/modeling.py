@@ -51,6 +51,7 @@ class Config:
       )
 
 
+# one thin layer, for random weights
 _THIN = {'vocab_size': 256, 'd_kv': 4, 'd_ff': 16, 'num_layers': 1, 'num_heads': 2}
 _XL = Config(d_model=2048, d_ff=5120, num_layers=24, num_heads=32)
 SIZES = {
@@ -70,6 +71,7 @@ class RMSNorm(nnx.Module):
     self.scale = nnx.Param(jnp.ones(width))
 
   def __call__(self, x):  # [..., D]
+    # bfloat16 squares overflow nothing but lose the mean's digits
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
     return x.astype(self.scale.dtype) * self.scale[...]
@@ -154,12 +156,14 @@ class T5Encoder(nnx.Module):
   def __init__(self, config: Config, *, rngs):
     c = self.config = config
     self.embed = nnx.Embed(c.vocab_size, c.d_model, rngs=rngs)
+    # the checkpoint keeps this table in the first block, but all blocks use it
     self.position = nnx.Embed(c.relative_attention_num_buckets, c.num_heads, rngs=rngs)
     self.blocks = nnx.List([Block(c, rngs=rngs) for _ in range(c.num_layers)])
     self.norm = RMSNorm(c.d_model, c.layer_norm_epsilon)
 
   def __call__(self, ids, mask=None):
     x = self.embed(ids)  # [R, W, D]
+    # made once: positions and mask are the same in every block
     bias = self.position_bias(ids.shape[1], mask)
     for block in self.blocks:
       x = block(x, bias)
@@ -183,6 +187,7 @@ def build_model(config: Config, seed=0) -> T5Encoder:
 
 def count_flops(c: Config, words: int) -> int:
   """Matmul FLOPs of the encoder for one text of `words` tokens."""
+  # the heads together may be wider than the model: H K is not D
   inner, gated = c.num_heads * c.d_kv, 3 if c.feed_forward_proj == 'gated-gelu' else 2
   layer = 8 * c.d_model * inner + 4 * words * inner + 2 * gated * c.d_model * c.d_ff
   return c.num_layers * words * layer

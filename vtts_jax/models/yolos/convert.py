@@ -9,7 +9,8 @@ NAMES = {
   'norm_attn': 'layernorm_before', 'norm_ffn': 'layernorm_after', 'qkv': 'attention.attention.qkv',
   'out': 'attention.output.dense', 'up': 'intermediate.dense', 'down': 'output.dense',
 }  # fmt: skip
-MIDDLE = r'vit\.encoder\.(interpolation\.)?mid_position_embeddings'  # transformers 5, and before
+# the name in transformers 5, and the one before
+MIDDLE = r'vit\.encoder\.(interpolation\.)?mid_position_embeddings'
 
 
 def _drop_axis(array):
@@ -61,6 +62,7 @@ def config_of(source, part: str = '', **options) -> modeling.Config:
     )  # fmt: skip
     config = modeling.Config(
       trunk,
+      # positions lie on a grid of this size; a KeyError below says that it is missing
       tuple(options['image_size']),
       options.get('shortest', 512 if width == 192 else 800),
       any('mid_position_embeddings' in name for name in source.tensor_names()),
@@ -76,5 +78,6 @@ def config_of(source, part: str = '', **options) -> modeling.Config:
 def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
   """Loads the parameters; errors as in `convert_weights`."""
   _, template = modules.abstract_module(lambda: modeling.build_model(config))
+  # transformers keeps q, k and v apart
   whole = fuse_projections(stack_layers(source, 'layer'), ('query', 'key', 'value'))
   return convert_weights(whole, RULES, template, dtype, sharding)

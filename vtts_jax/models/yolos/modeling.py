@@ -143,7 +143,9 @@ class Yolos(nnx.Module):
     return scan_blocks(self.trunk.blocks, run_block, x, added)
 
   def __call__(self, images):
+    # only detection tokens are read
     x = self.norm(self.hidden_states(images)[0][:, -self.config.tokens :])
+    # float32, so that a bfloat16 box is not a pixel off
     boxes = jax.nn.sigmoid(self.box(x).astype(jnp.float32))
     return self.classes(x).astype(jnp.float32), boxes
 
@@ -155,6 +157,7 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
   """
   table, a = np.zeros((old, new)), -0.75
   for i in range(new):
+    # pixels lie in the middle of their cells (align_corners=False)
     at = (i + 0.5) * old / new - 0.5
     for tap in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
       x = abs(at - tap)
@@ -196,6 +199,7 @@ def preprocess(c: Config, images):
 
 def count_flops(c: Config, height: int, width: int) -> int:
   """Matmul FLOPs for one picture of that size before `preprocess`, without resizing positions."""
+  # the number of patches follows from the resized picture, not from the one given
   rows, columns = (n // c.patch for n in resized_sides(c, height, width))
   d, places = c.trunk.width, rows * columns
   heads = c.tokens * (4 * d * d + d * (4 + c.classes))

@@ -1,0 +1,1 @@
+"""LlamaGen's tokenizer, a VQ autoencoder. See README.md of models/llamagen."""
