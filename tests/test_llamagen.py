@@ -207,15 +207,14 @@ def test_what_is_wrong_is_said(golden):
 # --------------------------------------------------------------------------------------- tokenizer
 
 
-@pytest.mark.parametrize(('name', 'side'), [('vq16', 16), ('vq8', 8)])
-def test_tokenizers(name, side):
-  config = vq_modeling.SIZES[name]
-  assert config.downscale == side
+def test_tokenizers():
+  config = vq_modeling.SIZES['vq16']
+  assert (config.downscale, vq_modeling.SIZES['vq8'].downscale) == (16, 8)
   _, params = modules.structure_of(vq_modeling.build_model, config)
   run = lambda p, ids: modules.bind_module(vq_modeling.build_model, config, p).decode(ids)
-  out = jax.eval_shape(run, params, jax.ShapeDtypeStruct((2, 64), jnp.int32))
-  assert out.shape == (2, 8 * side, 8 * side, 3) and out.dtype == jnp.float32
   traced = jax.make_jaxpr(run)(params, jax.ShapeDtypeStruct((1, 64), jnp.int32))
+  out = traced.out_avals[0]
+  assert out.shape == (1, 128, 128, 3) and out.dtype == jnp.float32
   assert count_traced_flops(traced.jaxpr) == vq_modeling.count_decode_flops(config, 8)
 
 

@@ -159,14 +159,14 @@ def test_flops_of_values_agree_with_the_compiler():
 @pytest.mark.parametrize('scale', [1, 1.5])
 def test_samples_keep_what_is_given_and_return_the_guided_logits(scale):
   graphdef, params = small(prior, SMALL_PRIOR)
-  text, given = inputs(SMALL_PRIOR)
+  text, given = map(jnp.asarray, inputs(SMALL_PRIOR))
   begin = np.array([[0, 3, 8], [5, 0, 1]])
   kept = np.arange(8) < begin[..., None]
 
   @functools.partial(jax.jit, static_argnames='greedy')
   def draw(params, greedy=False):
     model = modules.bind_graph(graphdef, params)
-    return completions.sample_tokens(model, scale, text, given, begin, KEY, greedy)
+    return completions.sample_tokens(model, scale, text, given, jnp.asarray(begin), KEY, greedy)
 
   tokens, logits = map(np.asarray, draw(params))
   np.testing.assert_array_equal(tokens[kept], given[kept])
