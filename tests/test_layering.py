@@ -4,6 +4,7 @@ import ast
 import pathlib
 import subprocess
 import sys
+import textwrap
 
 import vtts_jax
 
@@ -112,3 +113,22 @@ def test_importing_the_package_loads_no_model_and_no_torch():
   code += '("torch", "tensorflow", "jax", "transformers") or m.startswith("vtts_jax.")))'
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert out.stdout.strip() == '[]'
+
+
+def test_the_face_is_there_whatever_was_imported_before():
+  """`search` is a function of the face and a folder of the package."""
+  code = """
+    import vtts_jax as vtts
+    before = vtts.search
+    beam = vtts.load('search.beam', width=2, branch=2)   # imports the folder
+    import vtts_jax.search.beam as module
+    from vtts_jax.testing import toys
+    found = vtts.search(beam, toys.Tokens(), toys.Target(), ['a'])
+    assert before(beam, toys.Tokens(), toys.Target(), ['a']).best.total == found.best.total
+    assert vtts.search.beam is module and module.Beam is type(beam)
+    print(sum(vtts.bill(beam, toys.Tokens(), toys.Target()), vtts.Cost()).observe)
+  """
+  command = [sys.executable, '-c', textwrap.dedent(code)]
+  out = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert out.returncode == 0, out.stderr
+  assert float(out.stdout) > 0

@@ -449,6 +449,10 @@ def test_a_report_goes_where_it_is_asked_to(two, merged, capsys, monkeypatch):
     ),
     ((f'--config={CONFIG}', '--config.mode=quick'), r"mode='quick'"),
     (
+      (f'--config={CONFIG}', '--config.seeds=(0, 4294967296)'),
+      r'seeds=\[0, 4294967296\]: must be different integers in 0 \.\. 2\*\*32 - 1',
+    ),
+    (
       (f'--config={CONFIG}', '--config.metric=metrics.nothing'),
       r"unknown component 'metrics.nothing'",
     ),

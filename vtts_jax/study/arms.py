@@ -133,6 +133,7 @@ def build_study(config: Mapping[str, Any]) -> Study:
     ConfigError: an unknown component or setting, an impossible value, parts that do not fit each
       other, or a search whose bill is above `config.budget`; the message starts with the arm.
   """
+  _check_seeds(config['seeds'])
   mesh = None
   if 'mesh' in config or len(jax.local_devices()) > 1:
     mesh = sharding.make_mesh(config.get('mesh', {}).get('model', 1))
@@ -149,6 +150,13 @@ def build_study(config: Mapping[str, Any]) -> Study:
       # a config without arms has one, 'main', which its author has never named
       raise ConfigError(f'arm {name}: {err}' if config['arms'] else str(err)) from None
   return Study(config, prompts, metric, arms, mesh)
+
+
+def _check_seeds(seeds) -> None:
+  """Raises `ConfigError` unless all are different and none wraps around to another one."""
+  whole = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in seeds)
+  if not seeds or not whole or len(set(seeds)) != len(seeds):
+    raise ConfigError(f'seeds={list(seeds)}: must be different integers in 0 .. 2**32 - 1')
 
 
 def _build_arm(name: str, settings: Mapping[str, Any]) -> Arm:
