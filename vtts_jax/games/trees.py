@@ -75,6 +75,7 @@ def leaf_step(leaves, key, action, place: Place):
   index = place.index * slots + action
   place = Place(place.row, place.depth + 1, index)
   done = place.depth == levels
+  # the index of a leaf is its path in base K
   flat = leaves.reshape(leaves.shape[0], -1)
   # tree search also steps past the leaves, where the index is out of range
   reward = jnp.where(done, flat[place.row, jnp.minimum(index, flat.shape[1] - 1)], 0.0)

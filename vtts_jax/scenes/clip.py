@@ -52,6 +52,7 @@ class ScenesClip(core.Verifier):
 
   def embed_images(self, params, images):
     """Images `[B, M, 32, 32, 3]` to unit embeddings `[B, M, D]`."""
+    # the model knows rows only: prompts and candidates are one batch to it
     rows = self.model_part.bind(params).embed_images(images.reshape(-1, *images.shape[2:]))
     return rows.reshape(*images.shape[:2], -1)
 

@@ -36,6 +36,7 @@ class ScenesDetector(core.Verifier):
 
   def score(self, params, vctx, observed):
     images = observed['image']  # [B, M, 32, 32, 3]
+    # the model knows rows only: prompts and candidates are one batch to it
     rows = MODEL.bind(params)(images.reshape(-1, *images.shape[2:]))
     kind, colour = (x.reshape(*images.shape[:2], *x.shape[1:]) for x in rows)
     return {'scenes_detector': soft_detector.satisfaction_log_prob(kind, colour, vctx)}

@@ -50,6 +50,7 @@ class ScenesFlow(DiffusionGenerator):
   def encode(self, params, prompt):
     """Embeddings `[B, C, E]` of the streams; the null text is all padding."""
     text, model = prompt['text'], self.bind_part(params, 'flow')
+    # training dropped captions by replacing them with padding, so padding is the null prompt
     inputs = {'prompt': text, 'null': jnp.zeros_like(text)}
     embeddings = [model.embed_texts(inputs[stream]) for stream in self.guidance_streams]
     return jnp.stack(embeddings, axis=1)

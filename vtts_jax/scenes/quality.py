@@ -27,6 +27,7 @@ class ScenesQuality(core.Verifier):
 
   def score(self, params, vctx, observed):
     images = observed['image']  # [B, M, 32, 32, 3]
+    # the model knows rows only: prompts and candidates are one batch to it
     logits = MODEL.bind(params)(images.reshape(-1, *images.shape[2:]))
     return {'scenes_quality': jax.nn.sigmoid(logits).reshape(images.shape[:2])}
 

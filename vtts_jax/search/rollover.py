@@ -27,7 +27,7 @@ class Own(NamedTuple):
   Attributes:
     chunk: chunks taken. left: evaluations that it may still spend on this one. used: spent on it.
     bar: the score to beat.
-    found: best of this chunk: slim state `[B, 1, ...]`, key `[B, 1]`, score.
+    found: best of this chunk: state without caches `[B, 1, ...]`, key `[B, 1]`, score.
   """
 
   chunk: Any

@@ -65,30 +65,30 @@ def check_generator(gen: core.Generator, prompts, key, *, stages: int | None = N
 def _check_pieces(trial: GeneratorTrial) -> None:
   """A candidate is the same however it is cut, batched, or rebuilt from what identifies it."""
   gen, params, ctx, cut, end = trial.gen, trial.params, trial.ctx, trial.cut, trial.end
-  whole = trial.slim(trial.whole)
+  whole = trial.bare(trial.whole)
   once = trial.extend(trial.start, trial.keys, 0, end)
-  assert_same(trial.slim(once), whole, 'extend in two pieces')
-  rebuilt = jax.jit(lambda s: gen.rebuild_cache(params, ctx, trial.slim(s), cut))(trial.part)
+  assert_same(trial.bare(once), whole, 'extend in two pieces')
+  rebuilt = jax.jit(lambda s: gen.rebuild_cache(params, ctx, trial.bare(s), cut))(trial.part)
   again = trial.extend(rebuilt, trial.keys, cut, end - cut)
-  assert_same(trial.slim(again), whole, 'rebuild_cache and extend')
+  assert_same(trial.bare(again), whole, 'rebuild_cache and extend')
   one = trial.extend(gen.init(params, ctx, trial.keys[:, :1]), trial.keys[:, :1], 0, end)
   first = jnp.zeros((len(trial.keys), 1), int)
-  assert_same(trial.slim(one), core.take(whole, first), 'a candidate alone')
+  assert_same(trial.bare(one), core.take(whole, first), 'a candidate alone')
   a = trial.extend(trial.part, trial.keys, cut, end - cut, greedy=True)
   c = trial.extend(trial.part, trial.keys[:, ::-1], cut, end - cut, greedy=True)
-  assert_same(trial.slim(a), trial.slim(c), 'greedy extension must not depend on keys')
+  assert_same(trial.bare(a), trial.bare(c), 'greedy extension must not depend on keys')
 
 
 def _check_ragged_stages(trial: GeneratorTrial) -> None:
   """`stage` may be traced, and may differ from candidate to candidate."""
   gen, params, ctx, cut, end = trial.gen, trial.params, trial.ctx, trial.cut, trial.end
-  whole = trial.slim(trial.whole)
+  whole = trial.bare(trial.whole)
 
   @jax.jit
   def extend_traced(state, stage):
     return gen.extend(params, ctx, state, trial.keys, stage, end - cut)
 
-  assert_same(trial.slim(extend_traced(trial.part, jnp.int32(cut))), whole, 'a traced stage')
+  assert_same(trial.bare(extend_traced(trial.part, jnp.int32(cut))), whole, 'a traced stage')
   mixed, reached = mixed_stages(trial)
 
   @jax.jit
@@ -96,7 +96,7 @@ def _check_ragged_stages(trial: GeneratorTrial) -> None:
     ready = gen.rebuild_cache(params, ctx, state, reached)
     return gen.extend(params, ctx, ready, trial.keys, reached, end)
 
-  assert_same(trial.slim(extend_ragged(mixed)), whole, 'extend with a stage for each candidate')
+  assert_same(trial.bare(extend_ragged(mixed)), whole, 'extend with a stage for each candidate')
 
 
 def _check_fork(trial: GeneratorTrial) -> None:
@@ -119,9 +119,9 @@ def _check_fork(trial: GeneratorTrial) -> None:
   first = jnp.broadcast_to(jnp.arange(n) * 4, (b, n))
   next_stage = trial.extend(trial.part, trial.keys, cut, 1)
   assert_same(
-    core.take(trial.slim(forked), first), trial.slim(next_stage), 'child 0 of a fork'
+    core.take(trial.bare(forked), first), trial.bare(next_stage), 'child 0 of a fork'
   )
-  assert_same(core.take(grown, first), trial.slim(trial.whole), 'a forked child 0 run to the end')
+  assert_same(core.take(grown, first), trial.bare(trial.whole), 'a forked child 0 run to the end')
 
 
 def _check_outputs(trial: GeneratorTrial) -> None:
@@ -129,7 +129,7 @@ def _check_outputs(trial: GeneratorTrial) -> None:
   gen, params, ctx, end = trial.gen, trial.params, trial.ctx, trial.end
   names = tuple(sorted(gen.outputs))
   observe = jax.jit(lambda state, stage: gen.observe(params, ctx, state, stage, names))
-  seen = observe(trial.slim(trial.whole), end)
+  seen = observe(trial.bare(trial.whole), end)
   assert set(seen) == set(names), f'observed {set(seen)}, outputs {set(names)}'
   for name, output in gen.outputs.items():
     assert output.kind in core.KINDS, f'{name}: kind {output.kind!r}'
@@ -144,12 +144,12 @@ def _check_outputs(trial: GeneratorTrial) -> None:
 
 def _check_finished(trial: GeneratorTrial) -> None:
   gen, end = trial.gen, trial.end
-  done = gen.finished(trial.slim(trial.whole), end)
+  done = gen.finished(trial.bare(trial.whole), end)
   assert done.shape == trial.keys.shape and bool(done.all()), 'complete candidates are finished'
-  stages = gen.stages_done(trial.slim(trial.whole), end)
+  stages = gen.stages_done(trial.bare(trial.whole), end)
   assert stages.dtype == jnp.int32 and int(stages.max()) <= end, 'stages_done'
   if not core.finishes_early(gen):
-    assert not bool(gen.finished(trial.slim(trial.start), 0).any()), 'empty and yet finished'
+    assert not bool(gen.finished(trial.bare(trial.start), 0).any()), 'empty and yet finished'
 
 
 def _check_generator_costs(trial: GeneratorTrial) -> None:

@@ -61,13 +61,14 @@ class GeneratorTrial:
     # where stages are uniform this is the program that the laws below use again
     self.whole = self.extend(self.part, self.keys, self.cut, self.end - self.cut)
 
-  def slim(self, state):
+  def bare(self, state):
+    """The state without caches: what identifies the candidates."""
     return self.gen.drop_cache(state)
 
 
 def mixed_stages(trial: GeneratorTrial):
   """Candidates with 0, `cut` and `end` stages done, and these numbers `[B, 3]`."""
-  rows = [trial.slim(s) for s in (trial.start, trial.part, trial.whole)]
+  rows = [trial.bare(s) for s in (trial.start, trial.part, trial.whole)]
   mixed = jax.tree.map(lambda *x: jnp.stack([y[:, i] for i, y in enumerate(x)], axis=1), *rows)
   return mixed, jnp.broadcast_to(jnp.array([0, trial.cut, trial.end]), trial.keys.shape)
 
@@ -84,7 +85,7 @@ def assert_refused(call, what: str) -> None:
 def check_offers(trial: GeneratorTrial) -> None:
   """What is offered works, and what is not offered is refused."""
   gen, params, ctx, keys = trial.gen, trial.params, trial.ctx, trial.keys
-  slim, cut = trial.slim(trial.part), trial.cut
+  bare, cut = trial.bare(trial.part), trial.cut
   checks = {
     'fork_distinct': (
       _check_fork_distinct,
@@ -92,15 +93,15 @@ def check_offers(trial: GeneratorTrial) -> None:
         params, ctx, trial.part, core.child_keys(keys, cut, 2), cut, 2, replace=False
       ),
     ),
-    'tokens': (_check_tokens, lambda: gen.tokens(slim)),
-    'rewind': (_check_rewind, lambda: gen.rewind(slim, 0)),
-    'value': (_check_value, lambda: gen.value(params, ctx, slim, cut)),
-    'rollout': (_check_rollout, lambda: gen.rollout(params, ctx, slim, keys, cut, 1)),
+    'tokens': (_check_tokens, lambda: gen.tokens(bare)),
+    'rewind': (_check_rewind, lambda: gen.rewind(bare, 0)),
+    'value': (_check_value, lambda: gen.value(params, ctx, bare, cut)),
+    'rollout': (_check_rollout, lambda: gen.rollout(params, ctx, bare, keys, cut, 1)),
     'perturb': (_check_perturb, lambda: gen.perturb(trial.start, keys, 0.1)),
-    'renoise': (_check_renoise, lambda: gen.renoise(slim, keys, cut, 0)),
+    'renoise': (_check_renoise, lambda: gen.renoise(bare, keys, cut, 0)),
     'log_prob_gradient': (
       _check_log_prob_gradient,
-      lambda: gen.transition_log_probs(params, ctx, slim),
+      lambda: gen.transition_log_probs(params, ctx, bare),
     ),
   }
   unknown = gen.offers - checks.keys() - {'fork', 'stochastic'}
@@ -132,14 +133,14 @@ def _check_tokens(trial: GeneratorTrial) -> None:
   assert tokens.shape == (*trial.keys.shape, trial.end), f'tokens {tokens.shape}'
   grow = jax.jit(lambda state, t: gen.extend_with_tokens(params, ctx, state, t))
   assert_same(
-    trial.slim(grow(trial.start, tokens)), trial.slim(trial.whole), 'extend_with_tokens'
+    trial.bare(grow(trial.start, tokens)), trial.bare(trial.whole), 'extend_with_tokens'
   )
 
 
 def _check_rewind(trial: GeneratorTrial) -> None:
   """A candidate that is cut back draws what it drew before."""
   gen, cut = trial.gen, trial.cut
-  back = gen.rewind(trial.slim(trial.whole), cut)
+  back = gen.rewind(trial.bare(trial.whole), cut)
   assert_same(gen.tokens(back), gen.tokens(trial.part), 'rewind')
   ready = gen.rebuild_cache(trial.params, trial.ctx, back, cut)
   again = trial.extend(ready, trial.keys, cut, trial.end - cut)
@@ -159,7 +160,7 @@ def _check_perturb(trial: GeneratorTrial) -> None:
 
 def _check_renoise(trial: GeneratorTrial) -> None:
   gen = trial.gen
-  back = gen.renoise(trial.slim(trial.whole), trial.keys, trial.end, 0)
+  back = gen.renoise(trial.bare(trial.whole), trial.keys, trial.end, 0)
   assert jax.tree.structure(back) == jax.tree.structure(trial.start), 'renoise: other structure'
   again = trial.extend(back, trial.keys, 0, trial.end)
   for leaf in jax.tree.leaves(gen.observe(trial.params, trial.ctx, again, trial.end,
@@ -169,7 +170,7 @@ def _check_renoise(trial: GeneratorTrial) -> None:
 
 def _check_log_prob_gradient(trial: GeneratorTrial) -> None:
   """Transitions sum to what the sampler says, and have a gradient in the parameters."""
-  gen, ctx, whole = trial.gen, trial.ctx, trial.slim(trial.whole)
+  gen, ctx, whole = trial.gen, trial.ctx, trial.bare(trial.whole)
 
   @jax.jit
   def total(params):
@@ -190,7 +191,7 @@ def _check_value(trial: GeneratorTrial) -> None:
   gen, params, ctx = trial.gen, trial.params, trial.ctx
   assert gen.value_of, "offers 'value' without value_of"
   ask = jax.jit(lambda state, stage: gen.value(params, ctx, state, stage))
-  states = [trial.slim(s) for s in (trial.start, trial.part, trial.whole)]
+  states = [trial.bare(s) for s in (trial.start, trial.part, trial.whole)]
   stages = (0, trial.cut, trial.end)
   mixed, reached = mixed_stages(trial)
   alike = jnp.stack([ask(s, t)[:, i] for i, (s, t) in enumerate(zip(states, stages))], 1)
@@ -214,7 +215,7 @@ def _check_rollout(trial: GeneratorTrial) -> None:
   def run_on(state, keys, stage, count, greedy=False):
     return gen.rollout(params, ctx, state, keys, stage, count, greedy=greedy)
 
-  states = [trial.slim(s) for s in (trial.start, trial.part, trial.whole)]
+  states = [trial.bare(s) for s in (trial.start, trial.part, trial.whole)]
   stages = (0, cut, end)
   done = [gen.rollout(params, ctx, s, keys, t, end - t) for s, t in zip(states, stages)]
   assert_same(done[2], states[2], 'a rollout of a finished candidate')

@@ -45,6 +45,7 @@ class Aesthetic(DualEncoder):
   head: str = 'mlp'
   head_weights: str = ''
 
+  # the prompt is not read, so the text tower is neither loaded nor needed in the file
   part = 'image'
 
   def __post_init__(self):
@@ -52,6 +53,7 @@ class Aesthetic(DualEncoder):
     if self.head not in HEADS:
       allowed = ', '.join(map(repr, HEADS))
       raise ConfigError(f'verifier.head={self.head!r}: must be one of {allowed}')
+    # no repository has the first heads as safetensors, so the user must name a file
     if self.head == 'linear' and not self.head_weights and not self._is_random:
       raise ConfigError(
         "verifier.head_weights='': must be sa_0_4_vit_l_14_linear.pth or another head of LAION's "
@@ -126,6 +128,7 @@ class Aesthetic(DualEncoder):
 
 def _draw_head(shapes):
   """Random layers from a fixed seed."""
+  # scaled by the fan-in, so that five layers neither shrink nor enlarge the score
   leaves, structure = jax.tree.flatten(shapes)
   keys = jax.random.split(jax.random.key(0), len(leaves))
   drawn = [jax.random.normal(k, x.shape) * x.shape[0] ** -0.5 for k, x in zip(keys, leaves)]

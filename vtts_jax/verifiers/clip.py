@@ -37,12 +37,14 @@ class Clip(DualEncoder):
 
   @property
   def names(self):
+    # a plain CLIPScore is named by its backbone alone; other outputs are other numbers
     return (self.backbone_name + ('' if self.output == 'clipscore' else f'_{self.output}'),)
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
     cosine = self.cosine_scores(params, vctx, observed['image'])
     if self.output == 'clipscore':
+      # the published rescaling: cosines of matching pairs lie below 0.4
       cosine = 2.5 * jnp.maximum(cosine, 0)
     elif self.output == 'percent':
       cosine = 100 * cosine

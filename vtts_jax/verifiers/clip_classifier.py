@@ -50,6 +50,7 @@ class ClipClassifier(DualEncoder):
     if self.output not in OUTPUTS:
       allowed = ', '.join(map(repr, OUTPUTS))
       raise ConfigError(f'verifier.output={self.output!r}: must be one of {allowed}')
+    # a template without '{}' would say the same of every class
     odd = [t for t in self.templates if t.count('{}') != 1]
     if odd or not self.templates:
       raise ConfigError(
@@ -90,6 +91,7 @@ class ClipClassifier(DualEncoder):
     return {'model': model, 'classes': unit_vectors(jnp.concatenate(rows))}
 
   def shardings(self, mesh):
+    # the table of classes is small and read by every device: replicate it
     return {'model': super().shardings(mesh), 'classes': core.Verifier.shardings(self, mesh)}
 
   def tokenize(self, prompts):
@@ -108,6 +110,7 @@ class ClipClassifier(DualEncoder):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
     found = self.embed_images(params, observed['image'])
     logits = self.model_part.bind(params['model']).pair_logits
+    # both are unit vectors: the sum of products is their cosine
     own = logits(jnp.sum(found * vctx[:, None], -1))
     if self.output == 'log_prob':
       # only the log-probability needs the logits of the other classes

@@ -74,6 +74,7 @@ class DinoLogit(EncoderVerifier):
       return model.class_logits(part.modeling.preprocess(part.config, images))
 
     logits = map_images(classify_rows, observed['image'])  # [B, M, C]
+    # a logit ignores the other classes and keeps rising; a log-probability saturates at 0
     if self.output == 'log_prob':
       logits = jax.nn.log_softmax(logits, -1)
     # a product instead of a gather: faster on TPUs, and NaN stays with its picture

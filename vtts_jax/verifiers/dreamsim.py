@@ -29,6 +29,7 @@ class DreamSim(ReferenceVerifier):
     if self.branches not in modeling.MEMBERS:
       allowed = ', '.join(modeling.MEMBERS)
       raise ConfigError(f'verifier.branches={self.branches!r}: must be one of {allowed}')
+    # the published files are pickles: there is no repository to default to
     if not self.weights:
       raise ConfigError(
         "verifier.weights='': must be a folder or file of DreamSim's weights, or random:tiny; "
@@ -42,4 +43,5 @@ class DreamSim(ReferenceVerifier):
 
   @property
   def names(self):
+    # a random model must not carry the name of a released one
     return (f'dreamsim_{self.model_part.name if self.model_part.is_random else self.branches}',)

@@ -39,6 +39,7 @@ class Ensemble(core.Verifier):
   mode: str = 'rank'
 
   def __post_init__(self):
+    # a config gives mappings, code may give pairs
     members = self.members.items() if isinstance(self.members, Mapping) else self.members
     names = [name for name, _ in members]
     if self.mode not in MODES:
@@ -109,6 +110,7 @@ class Ensemble(core.Verifier):
     """Outputs `{name: [B, M, ...]}` to the scores of all members, `{score: [B, M]}`."""
     scores = {}
     for name, member in self.members:
+      # a member sees only what it asked for, as it would alone
       seen = {output: observed[output] for output in sorted(member.needs)}
       call = member.score
       # beside a host member the driver runs `score` eagerly; this member is still compiled

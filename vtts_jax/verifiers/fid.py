@@ -66,6 +66,7 @@ class Fid(core.Verifier):
 
   def __post_init__(self):
     inception.check_preprocessing(self.preprocessing)
+    # random weights serve tests and benchmarks, which need no statistics
     if not self.model_part.is_random and not (self.reference_from and self.running_from):
       raise ConfigError(
         f'verifier.reference_from={self.reference_from!r}, running_from={self.running_from!r}: '
@@ -139,6 +140,7 @@ def tabulate_fid(kept: stats.Statistics, mu, sigma) -> dict:
     raise ConfigError(
       f'running_from has {len(kept.mu)} features, reference_from has {len(mu)}: must be the same'
     )
+  # tr sqrt(cov sigma) = tr sqrt(A cov A), and A cov A is symmetric
   n, spread = kept.count, kept.sigma
   mixed, half = stats.mixed_covariance(sigma, spread)
   values, vectors = np.linalg.eigh(mixed)

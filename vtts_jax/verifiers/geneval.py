@@ -69,6 +69,7 @@ class GenEval(core.Verifier):
         )
     if self.entries < 1:
       raise ConfigError(f'verifier.entries={self.entries}: must be at least 1')
+    # a confidence of 0 or 1 would accept everything or nothing
     fits = len(self.limits) == 3 and all(0 < x < 1 for x in self.limits[:2])
     if self.limits and not (fits and 0 < self.limits[2] <= 1):
       raise ConfigError(
@@ -131,6 +132,7 @@ class GenEval(core.Verifier):
     Raises:
       ConfigError: a prompt without metadata, or with more entries than the settings allow.
     """
+    # a row's own metadata come first, then GenEval's grammar on its text
     rows = geneval.metadata_of(prompts)
     targets, names = rules.read_targets(rows, self.entries)
     clip = self.colour_clip

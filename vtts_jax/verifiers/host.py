@@ -50,6 +50,7 @@ class Host(core.Verifier):
   jittable = False
 
   def __post_init__(self):
+    # with both it would be unclear who scores, with none nobody does
     if (self.score_fn is None) == (not self.url):
       raise ConfigError(
         'verifiers.host: give exactly one of score_fn (Python) and url (an http endpoint)'
@@ -89,6 +90,7 @@ class Host(core.Verifier):
     else:
       with _SCORE_FN_LOCK:
         given = self.score_fn(texts, images)
+    # NaN marks a candidate that the search must not select
     scores = np.asarray([np.nan if score is None else score for score in given], np.float32)
     if scores.shape != (len(texts),):
       raise ValueError(
@@ -98,6 +100,7 @@ class Host(core.Verifier):
     return scores
 
   def _request_scores(self, texts, images):
+    """The scores that the endpoint gives to R images, floats or None."""
     body = {'prompts': texts, 'images': [http.base64_png(image) for image in images]}
     request = urllib.request.Request(
       self.url, json.dumps(body).encode(), {'Content-Type': 'application/json'}

@@ -51,6 +51,7 @@ class HPSv2(DualEncoder):
   def preprocess(self, images):
     """Resizes the longer side to S without rounding to 8 bits, and pads with black, as published.
     CLIP's own preprocessing crops instead."""
+    # the sides are static under jit, so the resizing is planned in Python
     size, sides = self.model_part.config.image_size, images.shape[1:3]
     new = tuple(round(side * (size / max(sides))) for side in sides)
     x = preprocess.resize_images(images, new, 'bicubic', rounded=False)

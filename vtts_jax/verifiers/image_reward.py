@@ -58,6 +58,7 @@ class ImageReward(core.Verifier):
     return self.model_part.shardings(mesh)
 
   def tokenize(self, prompts):
+    # random weights have no tokenizer: their words are hashed
     config, place = self.model_part.config, '' if self.model_part.is_random else self.tokenizer
     ids, mask = tokenizers.tokenize_texts(
       core.texts_of(prompts), place, config.length, config.vocab, setting='the length'

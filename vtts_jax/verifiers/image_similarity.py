@@ -26,6 +26,7 @@ class ImageSimilarity(ReferenceVerifier):
 
   @property
   def model_part(self):
+    # an unknown backbone has no default here; `backbone_encoder` names the allowed ones
     weights = self.weights or DEFAULTS.get(self.backbone)
     return backbone_encoder(self.backbone, weights, self.dtype)
 

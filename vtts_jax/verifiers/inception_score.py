@@ -95,6 +95,7 @@ class InceptionScore(core.Verifier):
       self.model_part, params['inception'], rows, self.preprocessing
     )
     logs = jax.nn.log_softmax(logits).reshape(*images.shape[:2], -1)
+    # the running score does not depend on the prompt
     if self.running_from:
       return {self.names[0]: log_is_gain(params['statistics'], logs)}
     # a product instead of a gather, so that a NaN stays with its picture
@@ -128,6 +129,7 @@ def log_is_gain(tables, logs):
   # a class never seen so far has p = 0; the bound keeps its logarithm finite
   share, p = 1 / (tables['n'] + 1), jnp.maximum(tables['p'], 1e-30)
   x = jnp.exp(logs)
+  # q - p, the change of the marginal
   step = share * (x - p)
   marginal = -(step * jnp.log(p) + (p + step) * jnp.log1p(step / p)).sum(-1)
   return marginal + share * ((x * jnp.maximum(logs, -1e30)).sum(-1) - tables['plogp'])

@@ -19,4 +19,5 @@ class Likelihood(core.Verifier):
 
   def score(self, params, vctx, observed):
     """Log-probabilities and lengths `[B, M]` -> `{name: [B, M]}`."""
+    # per token, so that samples of different lengths compare; an empty sample counts as one token
     return {'likelihood': observed['log_prob'] / jnp.maximum(observed['length'], 1)}

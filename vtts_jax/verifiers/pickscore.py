@@ -25,5 +25,6 @@ class PickScore(DualEncoder):
 
   def score(self, params, vctx, observed):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
+    # people's choices were fitted as a softmax over scaled cosines
     cosine = self.cosine_scores(params, vctx, observed['image'])
     return {self.names[0]: self.model_part.bind(params).pair_logits(cosine)}

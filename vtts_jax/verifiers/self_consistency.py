@@ -24,6 +24,7 @@ class SelfConsistency(EncoderVerifier):
   backbone: str = 'dino'
 
   needs = frozenset({'image', 'early_image'})
+  # the bill counts two embeddings per candidate
   images_read = 2
 
   @property
@@ -37,5 +38,6 @@ class SelfConsistency(EncoderVerifier):
 
   def score(self, params, vctx, observed):
     """Images and their early predictions, both `[B, M, H, W, 3]`, to `{name: [B, M]}`."""
+    # both are unit vectors: the sum of products is their cosine
     last, early = (self.embed_images(params, observed[name]) for name in ('image', 'early_image'))
     return {self.names[0]: (last * early).sum(-1)}

@@ -97,8 +97,10 @@ class VqaEndpoint(core.Verifier):
     headers = self._request_headers()
     images = np.asarray(observed['image'])
     b, m = images.shape[:2]
+    # one text for each image: candidates of a prompt lie next to each other
     texts = [text for text in http.unpack_texts(vctx) for _ in range(m)]
     ask = functools.partial(self._request_score, headers)
+    # requests wait for the network, so threads overlap them in spite of the GIL
     with ThreadPoolExecutor(self.concurrency) as pool:
       scores = list(pool.map(ask, texts, images.reshape(b * m, *images.shape[2:])))
     return {self.names[0]: np.array(scores, np.float32).reshape(b, m)}
@@ -125,6 +127,7 @@ class VqaEndpoint(core.Verifier):
 
   def _request_score(self, headers, prompt, image):
     """P(yes) for one picture `[H, W, 3]`; NaN for a picture that is not finite."""
+    # PNG cannot hold NaN; the request would score a black pixel instead
     if not np.isfinite(image).all():
       return math.nan
     picture = {
@@ -135,6 +138,7 @@ class VqaEndpoint(core.Verifier):
     body = {
       'model': self.chat_model,
       'messages': [{'role': 'user', 'content': [text, picture]}],
+      # only the distribution of the first word is read
       'max_tokens': 1,
       'temperature': 1,  # some servers give the probabilities after dividing by it
       'logprobs': True,

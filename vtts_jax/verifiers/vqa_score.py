@@ -84,6 +84,7 @@ class VqaScore(core.Verifier):
     `[B, A]`."""
     template = AFTER.replace('{}', self.question)
     ids, mask = self._token_ids(core.texts_of(prompts), self.length, template)
+    # the same for every prompt, but arrays need the prompt axis
     before, answer = (np.tile(row, (len(ids), 1)) for row in self._fixed_ids())
     return {'before': before, 'after': ids, 'mask': mask, 'answer': answer}
 
@@ -107,6 +108,7 @@ class VqaScore(core.Verifier):
     """Images `[B, M, H, W, 3]` -> `{name: [B, M]}`."""
     images, config = observed['image'], self.model_part.config
     model = self.model_part.bind(params)
+    # one row of words for each candidate: T5 reads them together with its picture
     words = {name: jnp.repeat(value, images.shape[1], axis=0) for name, value in vctx.items()}
 
     def score_rows(rows):
@@ -125,5 +127,6 @@ class VqaScore(core.Verifier):
 
 def check_question(question: str) -> None:
   """Raises `ConfigError` unless the question contains '{}' exactly once."""
+  # the template is filled by replacement: a second place would repeat the prompt
   if question.count('{}') != 1:
     raise ConfigError(f"verifier.question={question!r}: must have '{{}}' once, for the prompt")

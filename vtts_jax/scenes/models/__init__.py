@@ -58,6 +58,7 @@ def read_config(name):
 def load_model(name):
   """(graphdef, float32 params) of model `name`, cached per process; do not modify the arrays."""
   build, config = model_module(name).build_model, read_config(name)
+  # only shapes are built; the file fills them and must match them exactly
   graphdef, template = modules.abstract_module(lambda: build(config))
   return graphdef, read_weights(ASSETS / f'{name}.safetensors', template)
 

@@ -70,6 +70,7 @@ class ReadOut(nnx.Module):
     self.out = nnx.Linear(config.pools * _count_facts(config) + 4, config.dim, rngs=rngs)
 
   def __call__(self, heads, pool):
+    # a place holds one of five shapes or nothing; colours are read apart from shapes
     kind = jax.nn.log_softmax(heads[..., :NOTHING + 1])
     colour = jax.nn.log_softmax(heads[..., NOTHING + 1:])
     shapes = jnp.exp(kind[..., :NOTHING])  # [R, P, 5]
@@ -132,6 +133,7 @@ class ConvTower(nnx.Module):
     # the middles of these cells are the lattice points
     x = x[:, 1:7, 1:7].reshape(len(images), PLACES, -1)
     n = len(world.LATTICE)
+    # rows and columns suffice for relations: an object left of another is in an earlier column
     line, one = jnp.eye(n), jnp.ones((1, n))
     return self.read(self.detect(x), jnp.concatenate([jnp.kron(line, one), jnp.kron(one, line)]))
 
@@ -154,6 +156,7 @@ class Words(nnx.Module):
   def __call__(self, ids):
     x = jnp.pad(self.embed[...][ids], ((0, 0), (BACK, 0), (0, 0)))
     x = jnp.concatenate([x[:, i:i + world.TEXT_LENGTH] for i in range(1 + BACK)], -1)
+    # the gate lets a word change what its neighbours mean, as in `left of`
     up, gate = jnp.split(self.up(x), 2, -1)
     return self.out((up * jnp.tanh(gate)).mean(1))
 
@@ -171,6 +174,7 @@ class Clip(nnx.Module):
   def __init__(self, config, *, rngs):
     self.tower = _TOWER[config.tower](config, rngs=rngs)
     self.words = Words(config, rngs=rngs)
+    # SigLIP's start: a negative bias, because most pairs of a batch do not match
     self.scale = nnx.Param(jnp.full((), 2.3))  # log of 10, as in SigLIP
     self.bias = nnx.Param(jnp.full((), -2.0))
 
@@ -197,6 +201,7 @@ class Clip(nnx.Module):
 
 
 def _unit_vectors(x):
+  # the small term keeps the gradient finite at 0
   return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-8)
 
 

@@ -36,6 +36,7 @@ class Detector(nnx.Module):
 
   def feature_maps(self, images):
     """Images `[R, 32, 32, 3]` to activations `[R, 16, 16, a]`, `[R, 8, 8, b]`, `[R, 8, 8, c]`."""
+    # all three activations are compared by the perceptual loss, from edges to objects
     x = jax.nn.relu(self.stem(2 * images - 1))
     y = jax.nn.relu(self.second(x))
     return x, y, jax.nn.relu(self.third(y))
@@ -77,6 +78,7 @@ def detection_loss(logits, truth):
   terms = {'object': 4 * jnp.mean(jax.nn.softplus(-sign * logits['object']))}
   for name in ('shape', 'colour', 'size'):
     log = jax.nn.log_softmax(logits[name])
+    # cells without an object have class 0 here and are masked below
     pick = jnp.take_along_axis(log, truth[name][..., None], -1)[..., 0]
     terms[name] = -jnp.sum(pick * at) / jnp.sum(at)
   return sum(terms.values()), terms

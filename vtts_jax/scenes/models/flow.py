@@ -63,6 +63,7 @@ class Flow(nnx.Module):
     self.gains = nnx.List([nnx.Linear(c.embed, 2 * c.width, kernel_init=nnx.initializers.zeros,
                                       rngs=rngs) for _ in range(c.blocks)])
     self.norm = RMSNorm(c.width)
+    # zero at the start: the first velocity is 0, which makes early training stable
     self.leave = nnx.Linear(c.width, values, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
   def embed_texts(self, text_ids):
@@ -76,6 +77,7 @@ class Flow(nnx.Module):
     # sinusoidal embedding of the time, with frequencies 1 .. e^5
     angle = jnp.asarray(t)[:, None] * np.exp(np.linspace(0, 5, c.embed // 2, dtype=np.float32))
     cond = jax.nn.relu(emb + self.time(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)))
+    # cells on the leading axis, see `layers`
     h = self.enter(split_patches(x, c.patch, c.patch)) + self.place[...]  # [P, R, D]
     for near, block, gain in zip(self.near, self.blocks, self.gains):
       h = h + jax.nn.relu(near(h))

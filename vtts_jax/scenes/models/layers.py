@@ -54,6 +54,7 @@ class Mixer(nnx.Module):
     x = x + (self.down[...] @ jax.nn.relu(self.up[...] @ h)).reshape(x.shape)
     h = self.norm_channels(x)
     if gain is not None:
+      # the condition scales and shifts channels; at gain 0 it changes nothing
       h = h * (1 + gain[0]) + gain[1]
     return x + self.mlp(h.reshape(-1, x.shape[-1])).reshape(x.shape)
 

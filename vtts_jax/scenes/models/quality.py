@@ -30,6 +30,7 @@ class Quality(nnx.Module):
     self.out = MLP(2 * c, config.hidden, 1, rngs=rngs)
 
   def __call__(self, images):
+    # pixels in -1 .. 1, centred on the grey ground
     x = 2 * images - 1
     for layer in (self.first, self.second, self.third):
       x = jax.nn.relu(layer(x))

@@ -68,6 +68,7 @@ class SoftDetector(nnx.Module):
     x = self.windows(images)
     for norm, block in zip(self.norms, self.blocks):
       x = x + block(norm(x))
+    # places lead inside the network for plain matrix products; rows lead outside
     x = self.head(jax.nn.relu(x)).transpose(1, 0, 2)
     split = NOTHING + 1
     return jax.nn.log_softmax(x[..., :split]), jax.nn.log_softmax(x[..., split:])
@@ -105,6 +106,7 @@ def detection_loss(kind, colour, truth):
   Returns:
     (sum, {name: scalar}).
   """
+  # one-hot products instead of gathers keep the loss fast on every device
   there = (truth[0] != NOTHING).astype(jnp.float32)
   pick = lambda log, index: (log * jax.nn.one_hot(index, log.shape[-1])).sum(-1)
   objects = jnp.maximum(there.sum(), 1)

@@ -87,6 +87,7 @@ class Tokenizer(nnx.Module):
     """Codes before rounding: images `[R, H, W, 3]` to `[K, R, Q]`, each in (-0.5, level - 0.5)."""
     c, R = self.config, len(images)
     x = jax.nn.relu(self.see(split_patches(2 * images - 1, c.cell, c.cell)))  # [C, R, near]
+    # each residual step widens the view of a cell by one cell on every side
     for near in self.look:
       x = x + jax.nn.relu(near(x))
     # in both orders a token starts from its own cells; from a random mixture learning starts late
@@ -102,6 +103,7 @@ class Tokenizer(nnx.Module):
   def round_codes(self, z):
     """Rounds to the nearest codes `[K, R, Q]`; the gradient passes straight through."""
     levels = jnp.array(self.config.levels, jnp.float32)
+    # the forward pass rounds, the backward pass sees the identity
     hard = jnp.clip(jnp.round(z), 0, levels - 1)
     return z + jax.lax.stop_gradient(hard - z)
 
@@ -119,6 +121,7 @@ class Tokenizer(nnx.Module):
     """Codes `[K, R, Q]` to the content of each cell `[C, R, near]`, from the first `keep` (a scalar
     or `[R]`) tokens."""
     c = self.config
+    # codes 0 .. level - 1 become inputs in -1 .. 1
     half = (jnp.array(c.levels, jnp.float32) - 1) / 2
     x = self.from_code(codes / half - 1)  # [K, R, D]
     # masked, not cut: `keep` may be traced, and one program serves all prefixes

@@ -77,6 +77,7 @@ class Value(prior.Prior):
     # all positions before `stage` in parallel, then the one whose output is read
     cache = self.prefill(context['text'], wide, stage)
     last = jnp.take_along_axis(wide, jnp.maximum(stage - 1, 0)[..., None], 2)[..., 0]
+    # before the first token the trunk reads the begin id
     last = jnp.where(stage == 0, self.config.codes, last)
     return self.embedding_scores(context, self.feed_tokens(context['text'], cache, last, stage)[0])
 

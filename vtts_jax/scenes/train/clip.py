@@ -57,6 +57,7 @@ def contrastive_loss(model, images, ids, labels, weight, targets, progress):
   """The loss of a batch and its terms: (scalar, {name: scalar})."""
   embedded, kind, colour = model.embed_and_detect(images)
   logits = model.all_pair_logits(embedded, model.embed_texts(ids))  # [R, 3 R]
+  # true and false pairs are averaged apart: there are many more false ones
   mean = lambda x, w: (x * w).sum() / jnp.maximum(w.sum(), 1)
   true = mean(jax.nn.softplus(-logits), labels)
   false = mean(jax.nn.softplus(logits), 1 - labels)
@@ -88,6 +89,7 @@ def measure_pairs(graphdef, params, count=9216, chunk=64, change=None):
   parts = [score(params, *(v[i:i + chunk] for v in (images, *ids)))
            for i in range(0, count, chunk)]
   right, false = (np.concatenate(part) for part in zip(*parts))
+  # searches compare, so the order of two captions counts, not the sign of a logit
   better = right > false
   out = {'pairs': float(better.mean())}
   for k, name in enumerate(labels.ASPECTS):
@@ -117,6 +119,7 @@ def main():
   def objective(params, data, key, progress):
     images, *rest = data
     if args.which == 'a':
+      # the other half stays clean, so that `a` does not lose accuracy on finished pictures
       half = len(images) // 2
       corrupted = corruptions.corrupt_rows(images[:half], key, ways.values())
       images = jnp.concatenate([corrupted, images[half:]])

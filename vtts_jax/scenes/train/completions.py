@@ -84,7 +84,7 @@ def draw_completions(order, params, text_ids, key):
   keys = jax.random.split(key, 3)
   p, length = len(text_ids), prior.config.tokens
 
-  def scored(given, begin, key):
+  def complete_and_score(given, begin, key):
     tokens, logits = sample_tokens(prior, scale, text_ids, given, begin, key)
     seen = verifier.embed_images(decoder.decode(tokens.reshape(-1, length)))
     seen = seen.reshape(*begin.shape, -1)
@@ -94,12 +94,13 @@ def draw_completions(order, params, text_ids, key):
     return Completions(text_ids, tokens, begin, score, seen, root.astype(jnp.uint8))
 
   none = jnp.zeros((p, FIRST), jnp.int32)
-  a = scored(jnp.zeros((p, FIRST, length), jnp.int32), none, keys[0])
-  # the cut leaves at least two tokens before it and two after it
+  a = complete_and_score(jnp.zeros((p, FIRST, length), jnp.int32), none, keys[0])
   good = jax.lax.top_k(a.score, 2)[1].repeat(MORE // 2, 1)  # [P, MORE]
   given = jnp.take_along_axis(a.tokens, good[..., None], 1)
+  # the cut leaves at least two tokens before it and two after it
   cut = jax.random.randint(keys[1], (p, 2), 2, length - 1).repeat(MORE // 2, 1)
-  b = scored(given, cut, keys[2])
+  b = complete_and_score(given, cut, keys[2])
+  # the text is the same for both draws and has no axis N
   both = (jnp.concatenate([x, y], 1) for x, y in zip(a[1:], b[1:]))
   return Completions(text_ids, *both)
 

@@ -18,6 +18,7 @@ def _row_uniform(key, images, low=0.0, high=1.0):
 
 def blur_images(images, amount):
   """Blurs with a binomial 3 x 3 kernel; `amount [R, 1, 1, 1]` mixes it with the original."""
+  # the edge is repeated: zeros would paint a black border
   x = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode='edge')
   x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
   x = (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 4

@@ -23,6 +23,7 @@ def damage_images(images, key):
   """Random blur, contrast and noise on half of the rows."""
   a, b, c, d, e = jax.random.split(key, 5)
   r = len(images)
+  # clean pictures must stay half of the data: the loss compares with clean pictures
   on = jax.random.bernoulli(a, 0.5, (r,))
   shape = (r, 1, 1, 1)
   # two passes with one amount: the key `b` is used twice

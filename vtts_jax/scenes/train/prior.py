@@ -91,7 +91,7 @@ def main():
     rows = np.random.default_rng((seed, step)).integers(len(text), size=args.batch)
     return text[rows].astype(np.int32), image[rows].astype(np.int32)
 
-  def nats(params, text_ids, ids):
+  def token_nats(params, text_ids, ids):
     logits = modules.bind_graph(graphdef, params)(text_ids, ids)
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], -1)[..., 0]
 
@@ -99,13 +99,14 @@ def main():
     text_ids, ids = batch
     # dropped captions train the unconditional stream of guidance
     kept = jax.random.bernoulli(key, 1 - args.drop, (len(ids), 1))
-    value = nats(params, jnp.where(kept, text_ids, world.PAD), ids).mean()
+    value = token_nats(params, jnp.where(kept, text_ids, world.PAD), ids).mean()
     return value, {}
 
-  validate = jax.jit(nats)
+  validate = jax.jit(token_nats)
 
   def evaluate(params, step):
     params, last = loop.round_weights(params), step == args.steps
+    # by position: the first tokens of 1D pictures carry most of the information
     each = np.concatenate([validate(params, val_text[i:i + 128].astype(np.int32),
                                     val_image[i:i + 128].astype(np.int32))
                            for i in range(0, 1024, 128)]).mean(0)

@@ -29,7 +29,7 @@ WAYS = {  # by their names in the card
 }
 
 
-def cleanness(images, clean):
+def clean_target(images, clean):
   """The target exp(-4 d) in (0, 1], `[R]`."""
   # only inked pixels count: a missing object weighs the same in a picture of one or of four
   inked = lambda x: jnp.abs(x - world.GROUND).max(-1) > 0.05
@@ -48,7 +48,7 @@ def measure_scorer(graphdef, params, count=1024, chunk=64):
   for i, (label, way) in enumerate(WAYS.items()):
     images = jax.jit(way)(clean, jax.random.key(72 + i))
     scores.append(run(images))
-    targets.append(np.asarray(cleanness(images, clean)))
+    targets.append(np.asarray(clean_target(images, clean)))
     # some rectangles miss every object and leave the picture nearly clean
     worse = targets[-1] < 0.8
     metrics[f'pairs_{label}'] = float((good > scores[-1])[worse].mean())
@@ -63,9 +63,10 @@ def main():
 
   def loss(params, clean, key, progress):
     k = jax.random.split(key)
+    # a third stays clean, so that the target 1 is common
     keep = jax.random.bernoulli(k[0], 1 / 3, (len(clean), 1, 1, 1))
     images = jnp.where(keep, clean, corruptions.corrupt_rows(clean, k[1], WAYS.values()))
-    target = cleanness(images, clean)
+    target = clean_target(images, clean)
     logit = modules.bind_graph(graphdef, params)(images)
     # binary cross-entropy with a soft target
     value = (jax.nn.softplus(logit) - target * logit).mean()

@@ -40,6 +40,7 @@ def guided_probabilities(root):
 def guided_divergence(model, text_ids, tokens, root):
   """KL(guided | model) in nats `[P, N, T]`, of text ids `[P, Tt]` and tokens `[P, N, T]`."""
   p = guided_probabilities(root)
+  # the student reads one stream; guidance is inside its targets
   q = jax.nn.log_softmax(model.forced_logits(model.encode_text(text_ids), tokens))
   return (p * (jnp.where(p > 0, jnp.log(jnp.maximum(p, 1e-30)), 0) - q)).sum(-1)
 
@@ -58,6 +59,7 @@ def score_completed(order, graphdef, scale, greedy, params, text_ids, tokens, cu
 
 def correlate_within(a, b):
   """Correlation of two arrays `[P, N]` after subtracting the mean of each prompt."""
+  # a search compares candidates of one prompt, so differences between prompts do not count
   a, b = (x - x.mean(1, keepdims=True) for x in (np.asarray(a), np.asarray(b)))
   return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum() + 1e-12))
 

@@ -127,6 +127,7 @@ def main():
   probe, probe_params = modules.split_module(Probe(config.near, rngs=nnx.Rngs(seed)))
   next_code, next_code_params = modules.split_module(NextCode(config, rngs=nnx.Rngs(seed)))
   perceptual, perceptual_params = load_model('detector')
+  # 2D tokens have no order of importance, so dropping them teaches less
   chance = 0.7 if args.order == '1d' else 0.3
 
   def draw_batch(step):
@@ -150,6 +151,7 @@ def main():
     feature, sure = perceptual_loss(net, out, images)
     # what is missing should be drawn blurred, so short prefixes have little perceptual loss
     share = (keep / config.tokens) ** 2
+    # the probe reads all prefixes, so early tokens learn to tell what is where
     probed, _ = detector.detection_loss(modules.bind_graph(probe, params['probe'])(hidden), truth)
     total = (pixel + share * (0.3 * feature + 0.3 * sure)).mean() + 0.3 * probed
     mean = lambda x: (share * x).sum() / share.sum()

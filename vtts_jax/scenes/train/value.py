@@ -59,10 +59,12 @@ def value_loss(model, std, text, tokens, begin, score, embedding):
   """The loss of P prompts with n completions each, and its terms: (scalar, {name: scalar})."""
   context = model.encode_context(text)
   seen = model.completion_embeddings(context, tokens)  # [P, n, T + 1, E]
+  # in standard deviations, so that the three terms weigh alike
   off = (model.embedding_scores(context, seen) - score[..., None]) / std
   # prefixes before the cut are biased, see `completions`
   mask = (jnp.arange(seen.shape[2]) >= begin[..., None]).astype(jnp.float32)
   mean = lambda x: (mask * x).sum() / mask.sum()
+  # the mean over the completions that may teach this prefix
   middle = (mask * off).sum(1, keepdims=True) / jnp.maximum(mask.sum(1, keepdims=True), 1)
   parts = {
     'score': mean(off**2),

@@ -58,6 +58,7 @@ class ColourClip(Pretrained):
     """
     merge_axes = lambda x: x.reshape(-1, *x.shape[2:])
     masks = None if masks is None else merge_axes(masks)
+    # prompts and pictures become rows; the boxes of a picture stay together
     crops = crop_boxes(merge_axes(images), merge_axes(boxes), self.config.image_size, masks)
     pixels = preprocess.normalize_channels(merge_axes(crops), modeling.MEAN, modeling.STD)
     x = self.bind(params).embed_images(pixels).reshape(*boxes.shape[:3], -1)

@@ -61,6 +61,7 @@ class OwlDetector(Detector):
     """Class names, B lists of E, to `{'ids': [B, Q, W]}`: first each class, then each class in
     each of ten colours."""
     hues = [f'{hue} ' for hue in geneval.COLOURS] if with_colours else []
+    # uncoloured queries first, then one block of E queries per colour
     words = [hue + name for row in names for hue in ['', *hues] for name in row]
     queries = [f'a photo of {geneval.with_article(w)}' for w in words]
     c, place = self.config, '' if self.is_random else self.weights
@@ -133,6 +134,7 @@ class YolosDetector(Detector):
     x = yolos.preprocess(self.config, images.reshape(b * m, *images.shape[2:]))
     logits, boxes = self.bind(params)(x)
     share = jax.nn.softmax(logits).reshape(b, m, *logits.shape[1:])
+    # only the classes of the prompt are kept: 92 columns become E
     scores = jnp.take_along_axis(share, index[:, None, None], 3).swapaxes(2, 3)
     return corners_of(boxes, (width, height)).reshape(b, m, -1, 4), scores, None
 
@@ -152,6 +154,7 @@ def make_detector(weights: str, backbone: str, dtype: str) -> Detector:
   Raises:
     ConfigError: a missing checkpoint, an unknown size or dtype.
   """
+  # the name decides if it can, so that a released checkpoint is not opened for its family
   backbone = backbone or known_backbone(weights) or _read_backbone(weights)
   return FAMILIES[backbone](backbone, weights, dtype)
 

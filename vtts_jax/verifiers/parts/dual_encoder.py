@@ -66,6 +66,7 @@ class DualEncoder(core.Verifier):
   @property
   def model_part(self) -> Pretrained:
     """The model; reads the header of a checkpoint to tell CLIP from SigLIP."""
+    # HPS, PickScore and the aesthetic heads exist for CLIP only
     family = 'clip' if self.size or self.part else _family_of(self.weights)
     return Pretrained(family, self.weights, self.dtype, self.part)
 
@@ -76,6 +77,7 @@ class DualEncoder(core.Verifier):
       name = self.model_part.name
     else:
       known = KNOWN.get(self.weights.partition('@')[0])
+      # checkpoints outside the table are named after their file or repository
       name = known or pretrained.short_name(self.weights).lower()
     return name if name.startswith(('clip', 'siglip')) else f'clip_{name}'
 

@@ -43,6 +43,7 @@ def pack_texts(texts: Sequence[str]) -> dict[str, np.ndarray]:
 
 def unpack_texts(vctx) -> list[str]:
   """The texts that `pack_texts` packed."""
+  # the lengths tell padding from a text that ends in zero bytes
   rows, lengths = np.asarray(vctx['utf8']), np.asarray(vctx['bytes'])
   return [row[:length].tobytes().decode('utf-8') for row, length in zip(rows, lengths)]
 

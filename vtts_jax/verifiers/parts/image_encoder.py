@@ -46,6 +46,7 @@ def backbone_encoder(backbone: str, weights: str, dtype: str) -> ImageEncoder:
   Raises:
     ConfigError: an unknown backbone, size or dtype, or no weights.
   """
+  # checked here, since only these two families have a part that embeds pictures
   if backbone not in PARTS:
     allowed = ', '.join(map(repr, PARTS))
     raise ConfigError(f'verifier.backbone={backbone!r}: must be one of {allowed}')
@@ -54,6 +55,7 @@ def backbone_encoder(backbone: str, weights: str, dtype: str) -> ImageEncoder:
 
 def map_images(call, images):
   """Applies `call` to images `[B, M, H, W, 3]` as rows `[B M, H, W, 3]`; returns `[B, M, ...]`."""
+  # networks know rows only; prompts and candidates are one batch to them
   out = call(images.reshape(-1, *images.shape[2:]))
   return out.reshape(*images.shape[:2], *out.shape[1:])
 
@@ -96,6 +98,7 @@ class EncoderVerifier(core.Verifier):
     return self.model_part.embed_images(params, images)
 
   def cost(self, op):
+    # no prompt is encoded: these verifiers compare pictures
     if op == 'encode':
       return core.Cost()
     return core.Cost(verify=1, flops=self.images_read * self.model_part.embedding_flops)
@@ -148,5 +151,6 @@ class ReferenceVerifier(EncoderVerifier):
 
   def cost(self, op):
     if op == 'encode':
+      # references are embedded once per prompt, padding included
       return core.Cost(flops=self._reference_count * self.model_part.embedding_flops)
     return super().cost(op)
