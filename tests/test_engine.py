@@ -429,5 +429,7 @@ def test_any_mesh_gives_the_same(tmp_path):
     want = runs.pop('one')
     for name, got in runs.items():
       for a, b in zip(want, got):
-        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f'{part} {name}')
+        # weights over 'model' sum in another order; prompts over 'data' do not
+        close = 1e-5 if part == 'scenes' else 1e-6
+        np.testing.assert_allclose(a, b, atol=close, err_msg=f'{part} {name}')
   assert sharded['scenes 4x2'] > 0 and sharded['scenes 2x4'] > 0, 'weights over model'
