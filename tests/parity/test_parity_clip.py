@@ -198,7 +198,9 @@ def test_a_tower_alone(pair):
   for tower in modeling.PARTS:
     config = convert.config_of(source, tower)
     params = convert.load_weights(source, config)
-    assert config == modeling.part_of(ours.config, tower)
+    # the sizes of the tower that is left out do not count
+    assert getattr(config, tower) == getattr(ours.config, tower)
+    assert config.projection == ours.config.projection
     assert set(params) == {tower}
     jax.tree.map(np.testing.assert_array_equal, params[tower], whole[tower])
   options = theirs.config.vision_config.to_dict() | {'projection_dim': 12}
