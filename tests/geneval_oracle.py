@@ -6,6 +6,8 @@ kept apart from the package: it shares no function and no constant with what it 
 
 import math
 
+import numpy as np
+
 
 def relations(a, b):
   offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
@@ -21,7 +23,8 @@ def relations(a, b):
 def overlap(a, b):
   size = lambda box: max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0)
   both = size([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
-  return both / (size(a) + size(b) - both)
+  union = size(a) + size(b) - both
+  return both / union if union else 0
 
 
 def select(detections, tag, confidence=0.3, counting=0.9, near=1.0):
@@ -30,7 +33,8 @@ def select(detections, tag, confidence=0.3, counting=0.9, near=1.0):
   for d in sorted(detections, key=lambda d: -d['score']):
     group = chosen.setdefault(d['class'], [])
     apart = near >= 1 or all(overlap(d['box'], c['box']) < near for c in group)
-    if d['score'] > (counting if tag == 'counting' else confidence) and apart and len(group) < 16:
+    limit = np.float32(counting if tag == 'counting' else confidence)  # as detectors give scores
+    if np.float32(d['score']) > limit and apart and len(group) < 16:
       group.append(d)
   return chosen
 

@@ -385,7 +385,8 @@ def test_any_mesh_gives_the_same(tmp_path):
     for part, given in parts.items():
       for name, mesh in meshes.items():
         options = {'mode': 'stepped', 'batch': 4} if (part, name) == ('tokens', '4x2') else {}
-        if part == 'scenes' and name == '8x1':
+        # the toy has no weights to split, and prompts over 8 devices need no second model
+        if (part, name) in (('scenes', '8x1'), ('tokens', '2x4')):
           continue
         if part == 'tokens':
           options |= {'measure': toys.Brightness(), 'collect': ('best', 'samples', 'measured')}

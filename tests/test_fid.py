@@ -70,12 +70,15 @@ def test_statistics_of_shards_add_up(tmp_path):
 
 
 def test_inception_score_by_hand():
+  # files in the order of classes: in consecutive splits every picture would be of one class
+  classes = np.repeat(np.log(np.eye(10) + 1e-30), 100, axis=0)
+  assert fid.inception_score(classes, 10)[0] > 9
   sure = np.log(np.array([[1.0, 1e-30], [1e-30, 1.0]]))
   assert fid.inception_score(sure, 1)[0] == pytest.approx(2)  # two classes, both sure
   assert fid.inception_score(sure, 2) == pytest.approx((1, 0))  # alone nothing is varied
   rng = np.random.default_rng(5)
   z = rng.normal(size=(23, 6))
-  p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+  p = (np.exp(z) / np.exp(z).sum(1, keepdims=True))[np.random.RandomState(2020).permutation(23)]
   parts = [p[:7], p[7:15], p[15:]]  # 23 in three: bounds i * 23 // 3
   want = [np.exp(np.mean([np.sum(r * np.log(r / q.mean(0))) for r in q])) for q in parts]
   assert fid.inception_score(z, 3) == pytest.approx((np.mean(want), np.std(want)))
@@ -117,10 +120,24 @@ def sets(tmp_path_factory):
   return root
 
 
+def test_sizes_that_take_turns_share_batches():
+  """Four full batches and two half ones, and every picture in its place."""
+  ran = []
+  def network(rows):
+    ran.append(rows.shape)
+    return rows[:, 0, 0, :1], rows[:, 0, 0, 1:]
+
+  pictures = [np.full((2 + i % 2, 3, 3), i, np.uint8) for i in range(20)]
+  features, logits = inception.extract_features(pictures, network, 4)
+  assert len(ran) == 6 and {shape[0] for shape in ran} == {4}
+  np.testing.assert_array_equal(features[:, 0], np.arange(20))
+  np.testing.assert_array_equal(logits[:, 1], np.arange(20))
+
+
 def run(capsys, *args):
   code = fid.main([str(a) for a in args])
   out, err = capsys.readouterr()
-  return (json.loads(out.splitlines()[-1]), out) if code == 0 else err
+  return (json.loads(out.splitlines()[-1]), out + err) if code == 0 else err
 
 
 def test_command(sets, capsys):
@@ -128,6 +145,7 @@ def test_command(sets, capsys):
   both, table = run(capsys, sets / 'made', sets / 'real.npz', *flags, f'--save={sets}/made.npz')
   for name in ('FID', 'Inception Score', 'precision', 'recall', '7 against 6 pictures'):
     assert name in table
+  assert 'warning: 6 pictures are too few for a covariance of' in table
   network = inception.compiled_network('random:tiny')
   made, real = (
     inception.extract_features(inception.read_pictures(sets / name), network, 4)

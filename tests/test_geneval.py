@@ -178,7 +178,8 @@ def test_every_broken_detection_scores_zero_on_every_row():
 
 
 def test_confidence_is_higher_when_counting_and_must_be_exceeded():
-  scores = [0.95, 0.9, 0.5, 0.30001, 0.3, 0.1]
+  # float32(0.3) and float32(0.9) are above 0.3 and 0.9 as doubles, and exceed neither
+  scores = [0.95, float(np.float32(0.9)), 0.5, 0.30001, float(np.float32(0.3)), 0.1]
   found = [{**_at('cup', 20 * i), 'score': s} for i, s in enumerate(scores)][::-1]
   left = lambda tag, **limits: [d['score'] for d in geneval.select_detections(found, tag, **limits)]
   assert left('colors') == scores[:4] and left('counting') == scores[:1]
@@ -197,6 +198,9 @@ def test_sixteen_of_a_class_and_overlaps_are_kept_by_default():
   a, b = (np.array(d['box']) for d in near[:2])
   assert rules.box_overlap(a, b) == oracle.overlap(a, b) == pytest.approx(6 / 16)  # 11 pixels wide
   assert count(near, overlap=6 / 16) == 2 and count(near, overlap=0.4) == 3
+  # corners the wrong way round: a box of no area overlaps nothing, not even itself
+  inverted = np.array([9.0, 9, 2, 2])
+  assert rules.box_overlap(inverted, inverted) == oracle.overlap(inverted, inverted) == 0
 
 
 def test_colours_are_asked_for_the_best_objects_alone():

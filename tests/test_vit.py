@@ -1,4 +1,4 @@
-"""Attention of the shared trunk: a CPU's form against jax.nn's, which every other platform gets."""
+"""Attention of the shared trunk: the forms of a CPU and of a TPU against jax.nn's."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,23 @@ def test_attention(monkeypatch, scores, shape):
   monkeypatch.setattr(vit, 'SCORES', scores)
   have = vit.multi_head_attention(q, k, v, 3, bias)
   np.testing.assert_allclose(have, want.reshape(q.shape), atol=2e-6)
-  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
+  choose = lambda *args, cpu, tpu, default: default(*args)
+  monkeypatch.setattr(jax.lax, 'platform_dependent', choose)
   np.testing.assert_array_equal(vit.multi_head_attention(q, k, v, 3, bias), want.reshape(q.shape))
+
+
+@pytest.mark.parametrize('scores', [1 << 20, 40, 100])  # one piece of queries, many, an odd number
+@pytest.mark.parametrize('split', [1, 2])
+def test_attention_head_by_head(monkeypatch, scores, split):
+  """What long sequences get on a TPU, with heads on one device and on two."""
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, t, 16)), jnp.float32) for t in (21, 7, 7))
+  heads = lambda x: x.reshape(*x.shape[:2], 4, 4)
+  want = jax.nn.dot_product_attention(heads(q), heads(k), heads(v)).reshape(q.shape)
+  monkeypatch.setattr(vit, 'TPU_SCORES', scores)
+  mesh = jax.sharding.AbstractMesh((1, split), ('data', 'model'))
+  monkeypatch.setattr(jax.sharding, 'get_abstract_mesh', lambda: mesh)
+  np.testing.assert_allclose(vit._attend_by_head(q, k, v, 4), want, atol=2e-6)
 
 
 @pytest.mark.parametrize('shape', [None, (5, 7), (6, 1, 1, 7)])

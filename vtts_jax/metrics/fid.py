@@ -27,6 +27,8 @@ from vtts_jax.metrics import inception
 from vtts_jax.metrics import statistics as stats
 from vtts_jax.models.inception import modeling
 
+SHUFFLE = 2020  # seed of the order of pictures, of the Inception Score's splits
+
 
 def frechet_distance(a, b) -> float:
   """Returns the Frechet distance of two Gaussians `(mu [D], sigma [D, D])`.
@@ -48,8 +50,10 @@ def frechet_distance(a, b) -> float:
 def inception_score(logits, splits: int = 10) -> tuple[float, float]:
   """Returns the Inception Score's mean and standard deviation over splits of logits `[N, K]`.
 
-  The score of a split is exp(mean KL(p(y|x) || p(y))), with p(y) over the split. Splits are
-  consecutive, as torch-fidelity cuts them. The published protocol is 10 splits of 50,000 pictures.
+  The score of a split is exp(mean KL(p(y|x) || p(y))), with p(y) over the split. Pictures are
+  shuffled before they are cut into splits, with torch-fidelity's own seed: files are often in the
+  order of classes, and a split of few classes has a low score. The published protocol is 10 splits
+  of 50,000 pictures.
 
   Raises:
     ConfigError: `splits` is not in 1 .. N.
@@ -57,7 +61,8 @@ def inception_score(logits, splits: int = 10) -> tuple[float, float]:
   n = len(logits)
   if not 1 <= splits <= n:
     raise ConfigError(f'splits={splits}: must be 1 .. {n}, the number of pictures')
-  p, logs = stats.class_probabilities(logits)
+  order = np.random.RandomState(SHUFFLE).permutation(n)
+  p, logs = stats.class_probabilities(np.asarray(logits)[order])
   scores = []
   for i in range(splits):
     part = slice(i * n // splits, (i + 1) * n // splits)
@@ -162,7 +167,7 @@ def compare_sets(made: dict, real: dict, splits: int = 10, k: int = 3) -> dict:
 
   Returns:
     {'fid', 'inception_score', 'inception_score_std', 'splits', 'precision', 'recall', 'k', 'count',
-    'reference_count'}; a number is None if a set has no pictures to measure it on.
+    'reference_count', 'features'}; a number is None if a set has no pictures to measure it on.
   """
   out = {'fid': frechet_distance((made['mu'], made['sigma']), (real['mu'], real['sigma']))}
   score, spread = None, None
@@ -178,7 +183,8 @@ def compare_sets(made: dict, real: dict, splits: int = 10, k: int = 3) -> dict:
   if 'features' in made and 'features' in real:
     pair = precision_recall(real['features'], made['features'], k)
   out |= {'precision': pair[0], 'recall': pair[1], 'k': k}
-  return out | {'count': made['count'], 'reference_count': real['count']}
+  counts = {'count': made['count'], 'reference_count': real['count']}
+  return out | counts | {'features': len(made['mu'])}
 
 
 def print_comparison(found: dict) -> None:
@@ -191,6 +197,14 @@ def print_comparison(found: dict) -> None:
 
   table = Table('metric', 'value', 'of')
   spread = found['inception_score_std']
+  few = min(found[name] or np.inf for name in ('count', 'reference_count'))
+  features = found['features']
+  if few <= features:
+    print(
+      f'warning: {few} pictures are too few for a covariance of {features} features (more than '
+      f'{features} are needed): this FID compares only with others of as many pictures',
+      file=sys.stderr,
+    )
   counts = f'{found["count"] or "?"} against {found["reference_count"] or "?"} pictures'
   table.add_row('FID', format_number('fid'), counts)
   more = '' if spread is None else f' +- {spread:.4f}'

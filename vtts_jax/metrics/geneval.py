@@ -49,7 +49,8 @@ def select_detections(detections, tag: str, limits: Limits = OFFICIAL_LIMITS) ->
   threshold = confidence_threshold(np.array(tag == 'counting'), limits)
   kept = []
   # each class on its own: a cup on a table suppresses nothing
-  for group in _by_class(d for d in detections if d['score'] > threshold).values():
+  exceeds = lambda d: np.float32(d['score']) > threshold
+  for group in _by_class(filter(exceeds, detections)).values():
     boxes = np.array([d['box'] for d in group], float)
     scores = np.array([d['score'] for d in group], float)
     index, score = select_best(boxes[None], scores[None], limits.overlap)

@@ -51,8 +51,10 @@ def confidence_threshold(counting, limits: Limits):
 
   `counting` is a bool array: whether a prompt is of the category 'counting'.
   """
-  # the array's own library: numpy on the host, jax inside jit
-  return counting.__array_namespace__().where(counting, limits.counting, limits.confidence)
+  # the array's own library: numpy on the host, jax inside jit; detectors' scores are float32, and
+  # one of exactly float32(0.3) does not exceed 0.3
+  chosen = counting.__array_namespace__().where(counting, limits.counting, limits.confidence)
+  return chosen.astype(np.float32)
 
 
 # ------------------------------------------------------------------------------ what is asked for
@@ -150,7 +152,9 @@ def box_overlap(a, b):
 
   low, high = xp.maximum(a[..., :2], b[..., :2]), xp.minimum(a[..., 2:], b[..., 2:])
   both = box_area(low, high)
-  return both / (box_area(a[..., :2], a[..., 2:]) + box_area(b[..., :2], b[..., 2:]) - both)
+  union = box_area(a[..., :2], a[..., 2:]) + box_area(b[..., :2], b[..., 2:]) - both
+  # boxes of no area, as detectors with inverted corners give them, overlap nothing
+  return both / xp.where(union > 0, union, 1)
 
 
 def select_best(boxes, scores, overlap: float):

@@ -4,7 +4,6 @@ Letters: N pictures · R rows · H W sides · D features · K classes.
 """
 
 import functools
-import itertools
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -111,13 +110,23 @@ def extract_features(
   pictures: Iterable[np.ndarray], network: Callable, batch: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns features `[N, D]` and logits `[N, K]` of pictures of any sizes, `batch` at a time."""
-  found = []
-  # neighbours of one size go together: a batch has one shape
-  for _, group in itertools.groupby(pictures, key=np.shape):
-    while chunk := list(itertools.islice(group, batch)):
-      # the last picture fills the batch up, so that each size compiles once
-      rows = np.stack(chunk + [chunk[-1]] * (batch - len(chunk)))
-      found.append([np.asarray(x)[: len(chunk)] for x in network(rows)])
+  found, waiting = {}, {}
+
+  def run_rows(rows):
+    # the last picture fills the batch up, so that each size compiles once
+    given = [picture for _, picture in rows]
+    out = network(np.stack(given + given[-1:] * (batch - len(given))))
+    found.update(zip((place for place, _ in rows), zip(*(np.asarray(x) for x in out))))
+    rows.clear()
+
+  # a batch has one shape, so pictures wait for others of their size
+  for place, picture in enumerate(pictures):
+    rows = waiting.setdefault(np.shape(picture), [])
+    rows.append((place, picture))
+    if len(rows) == batch:
+      run_rows(rows)
+  for rows in filter(None, waiting.values()):
+    run_rows(rows)
   if not found:
     raise ConfigError('no pictures')
-  return tuple(np.concatenate(part) for part in zip(*found))
+  return tuple(np.stack(part) for part in zip(*(found[place] for place in range(len(found)))))

@@ -2,8 +2,11 @@
 
 `Trunk` is one block stacked over layers (`models.stacked`), with the options that tell those models
 apart. What surrounds it (patches, positions, pooling, heads) belongs to each model. Attention is
-`jax.nn.dot_product_attention` except on a CPU. There it takes 1.2 to 2.5 times as long as products
-with heads leading, which run a B/16 tower at the machine's matmul rate.
+`jax.nn.dot_product_attention` except on a CPU and, for long sequences, on a TPU. On a CPU it takes
+1.2 to 2.5 times as long as products with heads leading, which run a B/16 tower at the machine's
+matmul rate. On a TPU it writes all scores to memory: for the 4,429 tokens of SD3.5 that is 140
+times the traffic of queries, keys, values and result; taken head by head it is 4 times
+(`benchmarks/diffusion.py`).
 
 Letters: R rows · T tokens · S keys · D width · h heads · d = D / h · L layers · P patch side.
 """
@@ -19,6 +22,7 @@ from vtts_jax.errors import ConfigError
 from vtts_jax.models.stacked import scan_blocks, stack_blocks, transpose_kernel
 
 SCORES = 2 << 20  # attention scores computed at a time on a CPU: 8 MB in float32
+TPU_SCORES = 4 << 20  # and on a TPU, where so many stay in the memory on the chip
 # Megatron's split of a block: columns of the first matrix and rows of the second lie on 'model', so
 # that a branch needs one all-reduce
 SHARDING = [
@@ -94,6 +98,11 @@ def multi_head_attention(q, k, v, heads, bias=None):
   # a bfloat16 BLIP has float32 words beside bfloat16 pictures
   k, v = k.astype(q.dtype), v.astype(q.dtype)
 
+  def attend_on_tpu(q, k, v, bias):
+    if bias is None and q.shape[0] * heads * q.shape[1] * k.shape[1] > TPU_SCORES:
+      return _attend_by_head(q, k, v, heads)
+    return attend_on_accelerator(q, k, v, bias)
+
   def attend_on_accelerator(q, k, v, bias):
     q_heads, k_heads, v_heads = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     if bias is not None:
@@ -104,7 +113,9 @@ def multi_head_attention(q, k, v, heads, bias=None):
     return _attend_in_pieces(q, k, v, heads, bias)
 
   # the branch of the other platform is not compiled, so a TPU program holds no loop over rows
-  return jax.lax.platform_dependent(q, k, v, bias, cpu=attend_on_cpu, default=attend_on_accelerator)
+  return jax.lax.platform_dependent(
+    q, k, v, bias, cpu=attend_on_cpu, tpu=attend_on_tpu, default=attend_on_accelerator
+  )
 
 
 def _attend_in_pieces(q, k, v, heads, bias):
@@ -136,6 +147,43 @@ def _attend_whole(q, k, v, heads, bias):
     scores = scores + bias
   mixed = jnp.einsum('rhts,rhsd->rhtd', jax.nn.softmax(scores, -1).astype(v.dtype), v)
   return mixed.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1)
+
+
+def _attend_by_head(q, k, v, heads):
+  """One head of one row after the other, and its queries in pieces whose scores stay on the chip.
+
+  Where a mesh splits the heads, each device takes its own heads one after the other: a loop over an
+  axis that is split would gather it.
+  """
+  (R, T, _), S = q.shape, k.shape[1]
+  split = jax.sharding.get_abstract_mesh().shape.get('model', 1)
+  split = split if heads % split == 0 else 1
+  # rows of 8 fill the registers of a TPU; the pieces are as equal as they can be
+  pieces = -(-T * S // TPU_SCORES)
+  rows = -(-T // (8 * pieces)) * 8
+  pieces = -(-T // rows)
+
+  def lead_heads(x):  # [R, N, D] -> [h / split * R, split, N, d]
+    x = x.reshape(R, x.shape[1], split, heads // split, -1).transpose(3, 0, 2, 1, 4)
+    return x.reshape(-1, *x.shape[2:])
+
+  def attend_head(head):
+    queries, keys, values = head
+
+    def attend_piece(queries):  # [split, rows, d]
+      scores = jnp.einsum('mtd,msd->mts', queries, keys, preferred_element_type=jnp.float32)
+      weights = jax.nn.softmax(scores * queries.shape[-1] ** -0.5, -1).astype(values.dtype)
+      return jnp.einsum('mts,msd->mtd', weights, values)
+
+    return jax.lax.map(attend_piece, queries)
+
+  queries = jnp.pad(q, ((0, 0), (0, rows * pieces - T), (0, 0)))
+  queries = lead_heads(queries)
+  queries = queries.reshape(*queries.shape[:2], pieces, rows, -1).swapaxes(1, 2)
+  mixed = jax.lax.map(attend_head, (queries, lead_heads(k), lead_heads(v)))
+  # [h / split * R, pieces, split, rows, d] -> [R, T, D]
+  mixed = mixed.reshape(heads // split, R, pieces, split, rows, -1).transpose(1, 2, 4, 3, 0, 5)
+  return mixed.reshape(R, pieces * rows, -1)[:, :T]
 
 
 class Attention(nnx.Module):
