@@ -12,7 +12,9 @@ setup(
   long_description_content_type='text/markdown',
   python_requires='>=3.11',
   packages=find_packages(include=['vtts_jax', 'vtts_jax.*']),
-  package_data={'vtts_jax': ['report/*.j2', 'scenes/assets/*', 'data/assets/geneval/*']},
+  package_data={
+    'vtts_jax': ['report/*.j2', 'scenes/assets/*', 'data/assets/geneval/*', 'models/sana/*.txt']
+  },
   install_requires=[
     'jax>=0.10',
     'flax>=0.12',
@@ -21,6 +23,7 @@ setup(
     'safetensors',
     'transformers',  # tokenizers and configs
     'huggingface_hub',
+    'ftfy',  # CLIP's cleaning of texts
     'pyyaml',
     'ml_collections',
     'absl-py',

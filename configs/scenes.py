@@ -3,6 +3,10 @@
     vtts run --config=configs/scenes.py:demo          accuracy rising with budget, 1 min, 2 cores
     vtts run --config=configs/scenes.py:study         token orders x searches, 3 seeds, 45 min
     vtts run --config=configs/scenes.py:verifiers     each verifier searched on and measured, 10 min
+    vtts run --config=configs/scenes.py:noise         searches over the flow model's noise at equal
+                                                      evaluations, 3 seeds, 2 hours
+    vtts run --config=configs/scenes.py:particles     searches over the steps of the flow model, of
+                                                      the papers' presets, at equal evaluations
     vtts run --config=configs/scenes.py:beam          one search, a few minutes: bon, beam,
                                                       lookahead, uniform, smc, rollover, mcts or
                                                       halving
@@ -20,6 +24,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vtts_jax.components import default_settings
+from vtts_jax.study.sweep import build_grid, vary_setting
 
 MEASURED = {
   'clip_a': {'name': 'scenes.clip', 'which': 'a'},
@@ -29,6 +34,7 @@ MEASURED = {
   'likelihood': {'name': 'verifiers.likelihood'},
 }
 ORDERS = ('1d', '2d')
+STUDIES = ('demo', 'study', 'verifiers', 'noise', 'particles')
 BEST_OF_N = {'search': {'name': 'search.best_of_n', 'n': 64}}
 
 
@@ -63,10 +69,8 @@ def get_config(arg: str = 'demo') -> ConfigDict:
     ValueError: an unknown study, search or option.
   """
   what, *options = (arg or 'demo').split(',')
-  if what not in ('demo', 'study', 'verifiers', *SINGLE):
-    raise ValueError(
-      f'configs/scenes.py:{what}: must be demo, study, verifiers, {", ".join(SINGLE)}'
-    )
+  if what not in (*STUDIES, *SINGLE):
+    raise ValueError(f'configs/scenes.py:{what}: must be {", ".join([*STUDIES, *SINGLE])}')
   for option in options:
     if option not in ('runlocal', '1d', '2d'):
       raise ValueError(f'configs/scenes.py:{arg}: option {option!r}: must be runlocal, 1d or 2d')
@@ -106,8 +110,21 @@ def get_config(arg: str = 'demo') -> ConfigDict:
     members = {k: MEASURED[k] for k in ('clip_a', 'clip_b', 'quality')}
     rank = {'name': 'verifiers.ensemble', 'members': members, 'mode': 'rank'}
     config['arms']['ensemble'] = {'verifier': rank}
+  elif what in ('noise', 'particles'):
+    config['generator'] = default_settings('scenes.flow')
+    # the flow model's activations fill a core's cache much earlier than pictures do
+    config['batch'] = 4
+    # a flow has no likelihood at hand
+    config['measure'] = {k: v for k, v in MEASURED.items() if k != 'likelihood'}
+    config['arms'] = noise_arms() if what == 'noise' else particle_arms()
   if 'runlocal' in options:
-    config['prompts']['count'], config['seeds'], config['batch'] = 12, (0,), 12
+    config['prompts']['count'], config['seeds'] = 12, (0,)
+    config['batch'] = min(config['batch'], 12)
+    # the smallest budget of each search, named in the order of the budgets
+    if what in ('noise', 'particles'):
+      smallest = {name.split('/')[0]: name for name in reversed(config['arms'])}
+      config['arms'] = {name: config['arms'][name] for name in reversed(smallest.values())}
+      config['arms']['random']['search']['n'] = 16
   return ConfigDict(config)
 
 
@@ -128,4 +145,52 @@ def study_arms() -> dict:
     free = {'generator': {'order': order, 'prior': 'uniform'}}
     arms[f'{order} uniform best-of-n'] = free | BEST_OF_N
     arms[f'{order} uniform beam'] = free | beam_arm(schedule='fixed')
+  return arms
+
+
+def noise_arms() -> dict:
+  """Searches over noise at the evaluations of 16, 32 and 64 samples of 24 steps."""
+  grid = build_grid({
+    'random': vary_setting('search.best_of_n', 'n', (64,)),
+    'zero order': vary_setting('search.zero_order', 'rounds', (4, 8, 16), neighbours=4),
+    'paths': vary_setting('search.paths', 'expansions', (2, 6, 12), paths=2),
+    'bandit': vary_setting('search.noise_bandit', 'rounds', (2, 4, 8)),
+    'cma-es': vary_setting('search.cma_es', 'generations', (2, 4, 8), population=8),
+    'first order': vary_setting('search.first_order', 'rounds', (4, 8, 16)),
+  })
+  # EvoSearch's schedule and about its proportions, written out for each budget
+  for sizes in ((6, 4, 4, 4, 8), (12, 8, 8, 9, 16), (24, 16, 16, 18, 32)):
+    search = {'name': 'search.evolution', 'sizes': sizes, 'elites': 1}
+    grid[f'evolution/n{sum(sizes)}'] = {'search': search}
+  return grid
+
+
+def particle_arms() -> dict:
+  """Searches over the steps at the evaluations of 16 and 32 samples of 24 steps. Copies diverge by
+  DDPM's steps, which keep the marginals of the flow, or by GLASS's."""
+  ddpm, glass = {'inner_steps': 1, 'correlation': -1.0}, {'steps': 6, 'inner_steps': 4}
+  arms = {}
+  for n in (16, 32):
+    smc, rollover, mcts = ({'name': f'search.{a}'} for a in ('smc', 'rollover', 'mcts'))
+    # strengths are those of the sweep: clip scores differ by tenths
+    fk = smc | {'preset': 'fk', 'particles': n, 'strength': 20.0}
+    # n evaluations choose the noise; a try is two, of its step and of what it shows
+    rbf = {'preset': 'rbf', 'roots': n, 'steps': 23, 'quota': n // 2, 'tries': 23 * n // 2}
+    tree = {'size': 6, 'simulations': n - 1, 'rule_settings': {'sharpness': 20.0, 'widen': 2.0}}
+    searches = {
+      'random': ({}, {'name': 'search.best_of_n', 'n': n}),
+      'fk': (ddpm, fk | {'size': 6}),
+      'fk, glass': (glass, fk | {'size': 2}),
+      # the published gamma, for 24 stages instead of 100
+      'das': (ddpm, smc | {'preset': 'das', 'particles': n, 'strength': 20.0, 'gamma': 0.0336}),
+      'svdd': (ddpm, smc | {'preset': 'svdd', 'branch': n}),
+      'rbf': (ddpm, rollover | rbf),
+      'dts': (ddpm, mcts | {'preset': 'dts', **tree}),
+      'dts star': (
+        ddpm,
+        mcts | {'preset': 'dts_star', **tree, 'rule_settings': {'greedy': True, 'widen': 2.0}},
+      ),
+    }
+    for name, (sampler, search) in searches.items():
+      arms[f'{name}/n{n}'] = {'generator': sampler, 'search': search}
   return arms

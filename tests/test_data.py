@@ -1,17 +1,16 @@
 """Prompts, classes, references and tokens: what is read from files, and what is refused."""
 
+import functools
 import gzip
 import json
 import logging
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from vtts_jax.data import classes, prompts, references, tokenizers
 from vtts_jax.errors import ConfigError
-from vtts_jax.media import preprocess
 from vtts_jax.models.dino import modeling as dino
 from vtts_jax.models.dreamsim import modeling as dreamsim
 
@@ -113,7 +112,8 @@ def folder(tmp_path_factory):
 
 
 def read(*rows, common='', most=3, side=16):
-  return references.read_references(rows, common, most, side)
+  fit = lambda picture: dreamsim.PREPROCESSING.fit_picture(picture, side)
+  return references.read_references(rows, common, most, fit)
 
 
 def test_a_prompts_own_references_and_those_for_all(folder):
@@ -133,14 +133,14 @@ def test_a_prompts_own_references_and_those_for_all(folder):
 
 def test_references_as_the_pipelines_see_them(folder):
   """What PIL makes on the host is what `preprocess` makes in jit."""
-  for shorter, fit in (
-    (dino.RESIZED, lambda x: preprocess.center_crop(preprocess.resize_shortest(x, 256), 224)),
-    (0, lambda x: dreamsim.preprocess(None, x)),
-  ):
-    found = references.read_references([{}], str(folder), 3, 224, shorter)['pictures'][0]
+  for family in (dino, dreamsim):
+    how, side = family.fitting_of(None)
+    fit = functools.partial(how.fit_picture, side=side)
+    found = references.read_references([{}], str(folder), 3, fit)['pictures'][0]
     for picture, name in zip(found[:2], ('1', '2')):
       x = np.asarray(Image.open(folder / f'{name}.png'), np.float32) / 255
-      np.testing.assert_array_equal(picture, np.rint(np.asarray(jax.jit(fit)(x)) * 255))
+      same = family.preprocess(None, picture / np.float32(255), fitted=True)
+      np.testing.assert_allclose(family.preprocess(None, x), same, atol=1e-6)
 
 
 def test_references_that_cannot_be(folder, tmp_path):
@@ -183,3 +183,22 @@ def test_a_template_is_never_cut():
   assert ids.tolist() == plain.tolist()
   with pytest.raises(ConfigError, match='verifier.length=3: too few tokens for any'):
     tokenizers.tokenize_texts(['cat'], '', 3, 30, 'is {} there')
+
+
+@pytest.mark.parametrize(
+  ('text', 'clean'),
+  [
+    ('a cat\u2019s red hat', "a cat's red hat"),
+    ('a sign that says \u201cOPEN\u201d', 'a sign that says "OPEN"'),
+    ('salt &amp; pepper', 'salt & pepper'),
+    ('salt &amp;amp; pepper', 'salt & pepper'),
+    ('\uff2e\uff25\uff2f\uff2e sign', 'NEON sign'),
+    ('an o\ufb03ce', 'an office'),
+    (' two\n lines\tof&nbsp;text ', 'two lines of text'),
+    ('na\u00c3\u00afve', 'na\u00efve'),
+  ],
+)
+def test_texts_are_cleaned_as_open_clip_does(text, clean):
+  """No vocabulary of CLIP is at hand here: the clean text stands for its ids."""
+  assert tokenizers.clean_text(text) == clean
+  assert tokenizers.clean_text(clean) == clean

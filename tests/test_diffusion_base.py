@@ -103,7 +103,7 @@ def run(gen, means, keys):
   'settings',
   [
     {'eta': 0.5, 'early_at': 2},
-    {'steps_per_stage': 2, 'guidance': 1.5, 'words': 'data'},
+    {'steps_per_stage': 2, 'guidance': 1.5, 'words': 'data', 'inner_steps': 2},
     {'method': '2m', 'guidance': 1.5, 'projected': True},
   ],
 )
@@ -253,7 +253,8 @@ def test_the_bill_counts_steps_and_streams():
   gen = Gaussian(steps=6, steps_per_stage=2, guidance=2.0)
   assert gen.num_stages == 3
   assert gen.cost('extend', 1, 2) == core.Cost(generator=4, flops=80)
-  assert gen.cost('fork', 0, 5) == core.Cost(generator=2, flops=40)
+  # the children share the first step's call and take the second step each by itself
+  assert gen.cost('fork', 0, 5) == core.Cost(generator=6, flops=120)
   assert gen.cost('observe:image') == core.Cost(observe=1, flops=3)
   assert Gaussian(steps=6, method='heun').cost('extend', 0, 2) == core.Cost(generator=4, flops=40)
   assert gen.cost('perturb') == gen.cost('renoise') == core.Cost()

@@ -25,19 +25,55 @@ def test_resize_is_pil(method, old, new):
   np.testing.assert_array_equal(np.rint(np.asarray(have) * 255), want)
 
 
-def test_shortest_side_crop_and_normalise():
+def test_channels_are_normalised():
   picture = np.random.default_rng(1).random((2, 3, 30, 47, 3), np.float32)
-  small = images.resize_shortest(picture, 20)
-  assert small.shape == (2, 3, 20, 31, 3)
-  crop = images.center_crop(small, 15)
-  np.testing.assert_array_equal(crop, small[..., 2:17, 8:23, :])
-  np.testing.assert_allclose(
-    images.normalize_channels(crop, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))[..., 2],
-    (crop[..., 2] - 0.3) / 0.5,
-    rtol=1e-6,
-  )  # fmt: skip
-  with pytest.raises(ConfigError, match='crop of 40 from a picture of 30 x 47'):
-    images.center_crop(picture, 40)
+  made = images.normalize_channels(picture, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
+  np.testing.assert_allclose(made[..., 2], (picture[..., 2] - 0.3) / 0.5, rtol=1e-6)
+
+
+# (height, width), options, size after the resize, (top, left) of the crop; negative: padding
+FITS = {
+  'sdxl': ((832, 1216), {}, (224, 327), (0, 52)),  # 51.5: torchvision takes the even pixel
+  'sdxl floor': ((832, 1216), {'crop': 'transformers'}, (224, 327), (0, 51)),
+  'small': ((17, 23), {}, (224, 303), (0, 40)),
+  'small floor': ((17, 23), {'crop': 'transformers'}, (224, 303), (0, 39)),
+  'tall': ((61, 40), {'size': 256, 'method': 'bilinear'}, (390, 256), (83, 16)),
+  'squash': ((40, 61), {'mode': 'squash'}, (224, 224), (0, 0)),
+  'longest': ((40, 61), {'mode': 'longest', 'fill': 1.0}, (147, 224), (-38, 0)),
+  'keep': ((225, 40), {'mode': 'keep', 'crop': 'transformers'}, (225, 40), (0, -92)),
+  'thin': ((4, 4000), {}, (224, 224000), (0, 111888)),
+}
+
+
+@pytest.mark.parametrize('name', FITS)
+def test_pictures_are_resized_and_cut_as_by_pil(name):
+  """By matrices and on the host: PIL's resize of the whole, then a slice or grey around. The thin
+  one would need a matrix of 4000 x 224000 if all of it were made."""
+  old, options, size, (top, left) = FITS[name]
+  how = images.Preprocessing((0, 0, 0), (1, 1, 1), **options)
+  picture = np.random.default_rng(0).integers(0, 256, (*old, 3), np.uint8)
+  resample = getattr(Image.Resampling, how.method.upper())
+  whole = np.asarray(Image.fromarray(picture).resize(size[::-1], resample))
+  want = np.full((224, 224, 3), round(how.fill * 255), np.uint8)
+  part = whole[max(top, 0) :, max(left, 0) :][:224, :224]
+  want[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1]] = part
+  have = how.fit_images(picture[None] / np.float32(255), 224)[0]
+  np.testing.assert_array_equal(np.rint(np.asarray(have) * 255), want)
+  np.testing.assert_array_equal(how.fit_picture(picture, 224), want)
+
+
+def test_what_cannot_be_preprocessed_is_said():
+  for options, said in (
+    ({'mode': 'crop'}, "mode='crop': must be one of 'shortest'"),
+    ({'method': 'box'}, "method='box': must be one of 'bilinear'"),
+    ({'crop': 'pil'}, "crop='pil': must be one of 'torchvision', 'transformers'"),
+  ):
+    with pytest.raises(ConfigError, match=said):
+      images.Preprocessing((0, 0, 0), (1, 1, 1), **options)
+  how = images.Preprocessing((0, 0, 0), (1, 1, 1), mode='longest')
+  for fit, picture in ((how.fit_images, np.float32), (how.fit_picture, np.uint8)):
+    with pytest.raises(ConfigError, match='a picture of 4 x 4000 is too thin: .* to 0 x 224'):
+      fit(np.zeros((4, 4000, 3), picture), 224)
 
 
 def test_what_is_no_picture_is_said():

@@ -12,6 +12,7 @@ from PIL import Image
 from vtts_jax.core import KINDS
 from vtts_jax.errors import ConfigError
 from vtts_jax.media import files
+from vtts_jax.metrics import inception
 
 RNG = np.random.default_rng(0)
 EXAMPLES = {
@@ -54,12 +55,41 @@ def test_pictures_are_rounded_to_8_bits():
     np.testing.assert_array_equal(again, files.image_bytes(image))
 
 
-def test_transparency_is_laid_on_white(tmp_path):
-  pixels = np.zeros((2, 2, 4), np.uint8)
-  pixels[0, 0] = (255, 0, 0, 255)
-  Image.fromarray(pixels).save(tmp_path / 'a.png')
-  got = files.read_image(tmp_path / 'a.png')
-  assert got[0, 0].tolist() == [255, 0, 0] and (got[1] == 255).all()
+RED, WHITE, GREY = [255, 0, 0], [255, 255, 255], [117, 117, 117]
+# a picture of two pixels, options of its file, and what is seen
+SEEN = {
+  'alpha': ([[[255, 0, 0, 255], [9, 9, 9, 0]]], 'uint8', {}, [RED, WHITE]),
+  # a PNG without alpha may name a colour that is transparent
+  'colour': ([[RED, [0, 0, 255]]], 'uint8', {'transparency': (0, 0, 255)}, [RED, WHITE]),
+  'grey': ([[117, 0]], 'uint8', {'transparency': 0}, [GREY, WHITE]),
+  '16 bits': ([[30000, 65535]], 'uint16', {}, [GREY, WHITE]),
+  '16 bits and a colour': ([[30000, 0]], 'uint16', {'transparency': 0}, [GREY, WHITE]),
+}
+
+
+@pytest.mark.parametrize('name', SEEN)
+def test_transparency_is_white_and_16_bits_are_8(name):
+  pixels, dtype, options, seen = SEEN[name]
+  buffer = io.BytesIO()
+  Image.fromarray(np.array(pixels, dtype)).save(buffer, 'png', **options)
+  assert files.read_image(buffer).tolist() == [seen]
+  assert files.read_image(buffer, upright=False).tolist() == [seen]
+
+
+def test_pictures_are_upright_but_for_fid(tmp_path):
+  """A camera that was held on its side, and a CMYK file; a hidden file is no picture."""
+  sideways = np.zeros((2, 3, 3), np.uint8)
+  sideways[0, 0] = RED
+  note = Image.Exif()
+  note[0x0112] = 6
+  Image.fromarray(sideways).save(tmp_path / 'a.png', exif=note)
+  upright = files.read_image(tmp_path / 'a.png')
+  assert upright.shape == (3, 2, 3) and upright[0, 1].tolist() == RED
+  Image.new('CMYK', (2, 2), (0, 255, 255, 0)).save(tmp_path / 'b.jpg')
+  np.testing.assert_allclose(files.read_image(tmp_path / 'b.jpg'), [[RED] * 2] * 2, atol=2)
+  (tmp_path / '._a.png').write_bytes(b'a leftover')
+  np.testing.assert_array_equal(next(inception.read_pictures(tmp_path)), sideways)
+  assert len(list(inception.read_pictures(tmp_path))) == 2
 
 
 def test_sound_and_film_keep_their_rates(tmp_path):

@@ -36,6 +36,7 @@ def test_a_family_keeps_the_contract(family):
   ]  # fmt: skip
   read = list(inspect.signature(whole.convert.config_of).parameters.values())
   assert [p.name for p in read[:2]] == ['source', 'part'] and read[1].default == ''
+  leaves = {}
   for part in ('', *getattr(whole.modeling, 'PARTS', ())):
     model = smallest(family, part=part, dtype='bfloat16')
     assert model.is_random and model.name.endswith('tiny_random')
@@ -44,8 +45,8 @@ def test_a_family_keeps_the_contract(family):
     assert jax.tree.structure(params) == jax.tree.structure(template)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
     model.bind(template)
+    leaves |= {k.replace('.', '/'): v for k, v in flatten_tree(template).items()}
   # each rule is needed, and splits an axis that the weight has
-  leaves = {k.replace('.', '/'): v for k, v in flatten_tree(template).items()}
   for pattern, spec in whole.convert.SHARDING:
     found = [leaf for name, leaf in leaves.items() if re.search(pattern, name)]
     assert found or pattern.endswith('bias'), pattern  # not every size has biases

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtts_jax import core
+from vtts_jax import components, core
 from vtts_jax.engine.search import search
 from vtts_jax.errors import ConfigError
 from vtts_jax.search.best_of_n import BestOfN
@@ -20,55 +20,90 @@ PROMPTS = ['a', 'bb', 'ccc', 'dddd', 'e']
 GEN, VER = toys.Tokens(), toys.Target()
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def score_child(ctx, vctx, state, key, k, begin, size):
-  """Child k of a candidate: its state, key and the score of its greedy completion."""
-  own = jax.lax.dynamic_index_in_dim(core.child_keys(key, begin, 16), k, 2, keepdims=False)
-  grown = GEN.extend({}, ctx, state, own, begin, size)
-  rest = GEN.num_stages - begin - size
-  whole = GEN.extend({}, ctx, grown, own, begin + size, rest, greedy=True)
-  seen = GEN.observe({}, ctx, whole, GEN.num_stages, ('image',))
-  return grown, own, VER.score({}, vctx, seen)['target'][0, 0]
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+def score_child(gen, ctx, vctx, state, key, begin, size, ahead):
+  """A candidate `size` stages on, and the score of what it shows `ahead` greedy stages later."""
+  grown = gen.extend({}, ctx, state, key, begin, size)
+  shown = gen.extend({}, ctx, grown, key, begin + size, ahead, greedy=True)
+  seen = gen.observe({}, ctx, shown, begin + size + ahead, ('image',))
+  return grown, VER.score({}, vctx, seen)['target'][0, 0]
 
 
-def by_hand(text, number, quota, size, threshold=None):
+def by_hand(gen, text, number, algo):
   """The method for one prompt, one candidate at a time: (best total, candidates scored)."""
-  ctx = GEN.encode({}, GEN.tokenize([{'text': text}]))
+  ctx = gen.encode({}, gen.tokenize([{'text': text}]))
   vctx = VER.encode({}, VER.tokenize([{'text': text}]))
-  key = core.candidate_keys(core.prompt_keys(KEY, jnp.array([number])), jnp.arange(1))
-  state = GEN.init({}, ctx, key)
-  best, scored, budget, bar = -np.inf, 0, 0, None
-  for begin in range(0, GEN.num_stages, size):
-    budget += quota
-    chosen, k = (-np.inf, None, None), 0
+  end, size, bar, scored, seen = gen.num_stages, algo.size, None, 0, []
+  ahead = lambda stage: min(algo.lookahead, end - stage) if algo.lookahead >= 0 else end - stage
+
+  def try_child(state, key, begin, count):
+    grown, score = score_child(gen, ctx, vctx, state, key, begin, count, ahead(begin + count))
+    # only what is complete may be returned, where prefixes are no samples
+    if gen.prefixes_are_samples or begin + count + ahead(begin + count) >= end:
+      seen.append(float(score))
+    return grown, float(score)
+
+  keys = core.candidate_keys(core.prompt_keys(KEY, jnp.array([number])), jnp.arange(algo.roots))
+  starts = [(gen.init({}, ctx, keys[:, i : i + 1]), keys[:, i : i + 1]) for i in range(algo.roots)]
+  state, key = starts[0]
+  if algo.roots > 1:  # the best initial noise, whose score is to be beaten
+    scores = [try_child(*start, 0, 0)[1] for start in starts]
+    state, key = starts[int(np.argmax(scores))]
+    bar, scored = max(scores), algo.roots
+  chunks = algo.steps or end // size
+  budget = 0
+  for chunk in range(chunks):
+    begin, chosen, k = chunk * size, (-np.inf, None, None), 0
+    budget += algo.quota
+    if algo.tries and chunk == chunks - 1:
+      budget = algo.tries - (scored - (algo.roots > 1) * algo.roots)
     while budget > 0:
-      grown, own, score = score_child(ctx, vctx, state, key, k, begin, size)
-      score, scored, budget, k = float(score), scored + 1, budget - 1, k + 1
-      best = max(best, score)
+      own = core.child_key(key, begin, jnp.int32(k))
+      grown, score = try_child(state, own, begin, size)
+      scored, budget, k = scored + 1, budget - 1, k + 1
       if score > chosen[0]:
         chosen = (score, grown, own)
-      if threshold is not None and chosen[0] >= threshold:
+      if algo.tries and chunk == chunks - 1:
+        continue
+      if algo.threshold < np.inf and chosen[0] >= algo.threshold:
         break
-      if threshold is None and bar is not None and chosen[0] > bar:
+      if algo.threshold == np.inf and bar is not None and chosen[0] > bar:
         break
       bar = score if bar is None else bar
     bar = max(bar, chosen[0])
     state, key = chosen[1:]
-  return best, scored
+  return max(seen), scored
 
 
-@pytest.mark.parametrize('threshold', [None, -0.12])
-def test_rollover_is_the_published_loop(threshold):
-  algo = Rollover(quota=3, size=2, threshold=np.inf if threshold is None else threshold)
-  for mode in ('fused', 'stepped'):
-    found = search(algo, GEN, VER, PROMPTS, seed=KEY, mode=mode)
-    want = [by_hand(text, i, 3, 2, threshold) for i, text in enumerate(PROMPTS)]
+RUNS = {
+  'rollover': (GEN, Rollover(quota=3, size=2)),
+  'threshold': (GEN, Rollover(quota=3, size=2, threshold=-0.12)),
+  # as the authors run it, shrunk: noise is chosen, the last chunk spends the rest
+  'rbf': (
+    toys.Flow(),
+    components.load('search.rollover', preset='rbf', quota=4, tries=14, roots=5, steps=3),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_rollover_is_the_published_loop(name):
+  gen, algo = RUNS[name]
+  want = [by_hand(gen, text, i, algo) for i, text in enumerate(PROMPTS)]
+  for mode in ('fused', 'stepped') if name == 'rollover' else ('fused',):
+    found = search(algo, gen, VER, PROMPTS, seed=KEY, mode=mode)
     np.testing.assert_allclose(found.best.total, [w[0] for w in want], rtol=1e-5)
-    scored = sum(s.active for s in found.steps)
+    scored = sum(s.active * s.totals.shape[1] for s in found.steps)
     np.testing.assert_array_equal(scored, [w[1] for w in want])
+    np.testing.assert_array_equal(found.spent()[:, -1, 2], scored)
+  if name == 'rbf':
+    assert (scored == 5 + 14).all()
+    # a call to choose the noise, then one for the step and one where it ends
+    total = sum(found.costs, core.Cost())
+    assert (total.generator, total.verify) == (5 + 14 * 2, 5 + 14)
+    laws.check_algorithm(algo, gen, VER, PROMPTS[:3], KEY)
+  else:
     assert scored.min() < 9, 'someone must arrive early'
-    verify = found.spent()[:, -1, 2]
-    np.testing.assert_array_equal(verify, scored)
 
 
 class Calls(toys.Target):

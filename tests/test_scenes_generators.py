@@ -35,7 +35,7 @@ def test_scenes_generators_conform(name, tiny):
 def test_a_search_on_scenes_keeps_the_laws(tiny):
   algo = components.load('search.beam', width=2, branch=2, schedule=(4, 8))
   gen, ver = components.load('scenes.ar'), components.load('scenes.clip', which='b')
-  laws.check_algorithm(algo, gen, ver, PROMPTS, KEY, shapes=False)
+  laws.check_algorithm(algo, gen, ver, PROMPTS, KEY)
 
 
 def test_a_flow_sample_is_compared_with_its_early_prediction(tiny):

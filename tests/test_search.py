@@ -75,8 +75,7 @@ ALGORITHMS = {
   'gumbel': (AHEAD, MCTS(simulations=6, leaves=2, mix=0.5, rollout='small')),
   'dts': (
     FLOW,
-    MCTS(simulations=4, leaves=2, slots=3, size=2, rule='dts', greedy=False, keep_rollouts=True,
-         finish=3),
+    MCTS(simulations=4, leaves=2, slots=3, size=2, rule='dts', greedy=False, keep_rollouts=True),
   ),
   'scales': (SCALES, Beam(width=2, branch=3, schedule='fixed')),
   'scales-smc': (SCALES, SMC(particles=4, size=1)),

@@ -42,7 +42,7 @@ def test_released_sizes():
   traced = {}  # of sizes that differ by the picture's side one is traced
   for name, count in COUNTS.items():
     config = modeling.SIZES[f'siglip_{name}']
-    key = dataclasses.replace(config, image_size=256, resample='bicubic')
+    key = dataclasses.replace(config, image_size=256, preprocessing=modeling.PREPROCESSING)
     if key not in traced:
       _, params = modules.structure_of(modeling.build_model, key)
       traced[key] = modules.count_parameters(params)
@@ -53,6 +53,17 @@ def test_verifier():
   ver = components.load('verifiers.clip', weights='random:siglip_tiny', output='logit')
   assert ver.names == ('siglip_tiny_random_logit',)
   laws.check_verifier(ver, ['a red cat', 'two dogs'], {'image': PICTURES})
+
+
+def test_texts_of_version_2_are_lower_cased(monkeypatch):
+  """Its tokenizer is Gemma's, which keeps capitals; version 1's lowers them itself."""
+  ver = components.load('verifiers.clip', weights='random:siglip_tiny')
+  capitals, small = (ver.token_ids([text])[0].tolist() for text in ('A Cat', 'a cat'))
+  assert capitals != small
+  # SigLIP's pipelines leave quotes as they are
+  assert ver.token_ids(['a cat\u2019s'])[0].tolist() != ver.token_ids(["a cat's"])[0].tolist()
+  monkeypatch.setattr(modeling, 'SECOND', modeling.SIZES['siglip_tiny'].vocab)
+  assert ver.token_ids(['A Cat'])[0].tolist() == small
 
 
 def test_a_checkpoint(tmp_path, tensors):
@@ -73,7 +84,8 @@ def test_a_checkpoint(tmp_path, tensors):
 def test_what_a_file_says(tensors):
   found = convert.config_of(source_of_arrays(tensors))
   assert (found.image_size, found.patch, found.length, found.vocab) == (12, 4, 8, 30)
-  assert (found.image.act, found.image.eps, found.resample) == ('gelu_tanh', 1e-6, 'bicubic')
+  assert (found.image.act, found.image.eps) == ('gelu_tanh', 1e-6)
+  assert found.preprocessing == modeling.PREPROCESSING
   said = {'vision_config': {'image_size': 15}}  # a rest of three pixels
   assert convert.config_of(source_of_arrays(tensors, said)).image_size == 15
   with pytest.raises(ValueError, match='9 positions do not fit pictures of 16 in patches of 4'):
@@ -81,5 +93,3 @@ def test_what_a_file_says(tensors):
   del tensors['vision_model.head.probe']
   with pytest.raises(ValueError, match=r'has no SigLIP: no .*head\.probe'):
     convert.config_of(source_of_arrays(tensors))
-  with pytest.raises(ConfigError, match="resample='box': must be one of bilinear"):
-    modeling.Config(found.image, found.text, resample='box')

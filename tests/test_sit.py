@@ -116,7 +116,7 @@ def test_steps_are_those_of_the_reference(golden, tmp_path):
   arrays = {name: source.read_tensor(name) for name in source.tensor_names()}
   write_weights(tmp_path / 'sit.safetensors', arrays, {'num_heads': config.heads})
   gen = tiny(weights=str(tmp_path / 'sit.safetensors'), guidance=4.0, steps=4)
-  with pytest.raises(ConfigError, match='latent_channels=3, the flow model wants 4'):
+  with pytest.raises(ConfigError, match='latent_channels=3, the network wants 4'):
     gen.check()
   params = {'flow': gen.model_parts()['flow'].load()}
   rows = [{'label': int(y)} for y in inputs['y']]

@@ -21,11 +21,10 @@ from vtts_jax.search.mcts.rules import DTS, PUCT, UCT, Gumbel
 @pytest.mark.parametrize(
   ('slots', 'simulations', 'masked', 'depth', 'recurrent'),
   [
-    (16, 64, False, None, games.random_step),
-    (5, 48, True, None, adversary),
-    (3, 48, True, 3, games.random_step),
+    (16, 64, True, None, adversary),
+    (3, 48, False, 3, games.random_step),
   ],
-  ids=['wide', 'two players, masked', 'shallow, masked'],
+  ids=['two players, wide, masked', 'shallow'],
 )
 def test_mctx_finds_the_same_tree(policy, slots, simulations, masked, depth, recurrent):
   params, start = games.random_tree(jax.random.key(1), 8, slots)
@@ -224,6 +223,7 @@ def test_dts_is_exact_once_all_leaves_were_seen():
   np.testing.assert_allclose(found.q, q, atol=1e-5)
   tilted = np.exp(2 * q) / np.exp(2 * q).sum(-1, keepdims=True)
   np.testing.assert_allclose(found.policy, tilted, atol=1e-5)
+  np.testing.assert_array_equal(found.action, q.argmax(-1))
   # descents draw slots in proportion to exp(sharpness q): mean over 8 rows of 400 draws
   shares = np.asarray(found.visits) / 400
   assert np.abs(shares - tilted).mean() < 0.03
@@ -236,9 +236,8 @@ def test_dts_is_exact_once_all_leaves_were_seen():
     PUCT.alphago(),
     UCT(),
     Gumbel(scale=0.0, rescale=False),  # rescaled, it never leaves the first leaf better than 0
-    DTS(sharpness=4.0),
   ],
-  ids=['puct', 'alphago', 'uct', 'gumbel', 'dts'],
+  ids=['puct', 'alphago', 'uct', 'gumbel'],
 )
 def test_the_best_leaf_is_found(rule):
   keys = jax.random.split(jax.random.key(11))

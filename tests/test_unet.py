@@ -55,7 +55,7 @@ def make_inputs(side=(5, 3), rows=2):
   """Latents of odd sides, text, pooled text and size numbers for `tiny_xl`."""
   rng = np.random.default_rng(1)
   draw = lambda *shape: jnp.asarray(rng.normal(size=(rows, *shape)), jnp.float32)
-  return draw(*side, 4), draw(3, 8), draw(6), 100 * jnp.abs(draw(6))
+  return draw(*side, 3), draw(3, 32), draw(12), 100 * jnp.abs(draw(6))
 
 
 @jax.jit
@@ -98,7 +98,7 @@ def test_flops_are_those_of_the_traced_program():
 def test_rows_times_and_bfloat16():
   params, inputs = draw_parameters(), make_inputs()
   whole = predict(params, jnp.array([3.5, 3.5]), *inputs)
-  assert whole.shape == (2, 5, 3, 4) and whole.dtype == jnp.float32
+  assert whole.shape == (2, 5, 3, 3) and whole.dtype == jnp.float32
   turned = predict(params, jnp.array([700.0, 3.5]), *(x[::-1] for x in inputs))
   np.testing.assert_allclose(turned[1], whole[0], atol=1e-5)
   assert np.abs(turned[0] - whole[1]).max() > 1e-2
@@ -117,7 +117,7 @@ def test_added_condition_by_hand():
     parts += [np.cos(angles), np.sin(angles)]
   want = model.add_embedding(jnp.asarray(np.concatenate(parts, -1), jnp.float32))
   np.testing.assert_allclose(model.embed_added(pooled, time_ids), want, atol=1e-4)
-  with pytest.raises(ConfigError, match=r'time_ids \(2, 5\): must give 30 features, 26 given'):
+  with pytest.raises(ConfigError, match=r'time_ids \(2, 5\): must give 36 features, 32 given'):
     model.embed_added(pooled, time_ids[:, :5])
   for given in ({}, {'pooled': pooled}):
     with pytest.raises(ConfigError, match='this model reads pooled and time_ids'):

@@ -16,7 +16,14 @@ from safetensors.numpy import save_file
 from vtts_jax.checkpoints.cache import convert_with_cache
 from vtts_jax.checkpoints.convert import convert_weights
 from vtts_jax.checkpoints.files import read_metadata, read_weights, write_weights
-from vtts_jax.checkpoints.source import Source, open_source, read_config, source_of_arrays
+from vtts_jax.checkpoints.source import (
+  Source,
+  name_pipeline_part,
+  open_pipeline_part,
+  open_source,
+  read_config,
+  source_of_arrays,
+)
 from vtts_jax.models import modules
 
 RULES = [
@@ -281,6 +288,18 @@ def test_hub_from_the_local_cache_without_a_network(tmp_path, template, monkeypa
     source = open_source(place, subfolder='vae', **options)
     assert source.identity == f'owner/toy@{commit}'
     check(convert_weights(source, RULES, template), values)
+  # a model of a pipeline: by the folder's name, or because the family knows where it lies
+  for source in (
+    open_source(f'owner/toy/vae@{commit}'),
+    open_source(name_pipeline_part(f'owner/toy@{commit}', 'vae')),
+    open_pipeline_part('owner/toy', 'vae'),
+    open_pipeline_part('owner/toy/vae', 'vae'),
+    open_pipeline_part(str(folder), 'vae'),
+  ):
+    check(convert_weights(source, RULES, template), values)
+  assert open_pipeline_part('owner/toy', 'transformer').tensor_names() == ['x']
+  assert name_pipeline_part('random:tiny', 'vae') == 'random:tiny'
+  assert name_pipeline_part('owner/toy/ae.safetensors@v1', 'vae') == ''
   assert open_source('owner/toy').tensor_names() == ['x']
   save_file({'y': np.zeros(1)}, folder / 'ae.safetensors')
   assert open_source('owner/toy', file='ae.safetensors').tensor_names() == ['y']

@@ -31,6 +31,9 @@ from vtts_jax.keys import take as take
 from vtts_jax.keys import where as where
 
 NEG_INF = float('-inf')
+# a backward pass in forward passes: the gradient costs two, and the forward pass is run once more
+# because its activations are not stored
+BACKWARD = 3
 KINDS = ('image', 'video', 'audio', 'text', 'tokens', 'mask', 'boxes', 'scalar')
 Prompt = Mapping[str, Any]  # 'text', 'label', 'image', 'reference', 'include', 'exclude', 'id' ...
 
@@ -141,7 +144,8 @@ class Generator:
     'tokens'             `tokens` and `extend_with_tokens`
     'rewind'             `rewind`: a candidate cut back to an earlier stage
     'value', 'rollout'   a value head, a small and fast rollout model
-    'perturb', 'renoise' neighbours of a candidate's noise; back to an earlier time with fresh noise
+    'perturb', 'renoise' neighbours of a candidate; back to an earlier time with fresh noise
+    'noise'              `initial_noise` and `start_state`: the noise that a candidate starts from
     'log_prob_gradient'  `transition_log_probs`, differentiable in the parameters
   """
 
@@ -267,13 +271,24 @@ class Generator:
     """
     raise ConfigError(f"search: {type(self).__name__} does not offer 'rollout'")
 
-  def perturb(self, state, keys: jax.Array, scale) -> Any:
-    """Neighbours of candidates at stage 0 in noise space, as far away as `scale` says."""
+  def initial_noise(self, state) -> jax.Array:
+    """The noise `[B, N, ...]` that candidates at stage 0 start from, standard normal."""
+    raise ConfigError(f"search: {type(self).__name__} does not offer 'noise'")
+
+  def start_state(self, noise: jax.Array) -> Any:
+    """Candidates at stage 0 that start from `noise [B, N, ...]`."""
+    raise ConfigError(f"search: {type(self).__name__} does not offer 'noise'")
+
+  def perturb(self, state, keys: jax.Array, scale, stage=0) -> Any:
+    """Neighbours of candidates with `stage` stages done (a scalar or `[B, N]`), as far away as
+    `scale` says: at stage 0 it is the angle by which their initial noise turns, later a factor of
+    the noise that the reverse SDE draws in a step that ends there."""
     raise ConfigError(f"search: {type(self).__name__} does not offer 'perturb'")
 
-  def renoise(self, state, keys: jax.Array, stage, to) -> Any:
+  def renoise(self, state, keys: jax.Array, stage, to, noise=None) -> Any:
     """Candidates with `stage` stages done, taken back to `to` with fresh noise of the marginal
-    there; both are scalars or `[B, N]`."""
+    there; both are scalars or `[B, N]`. Standard normal `noise [B, N, ...]`, where it is given,
+    stands in for the draw by keys."""
     raise ConfigError(f"search: {type(self).__name__} does not offer 'renoise'")
 
   def transition_log_probs(self, params, ctx, trajectory) -> jax.Array:
@@ -372,6 +387,9 @@ class Sampler(NamedTuple):
     gen, params, ctx: what is bound.
     score: `(state, stage) -> totals [B, N]`: observed and scored at once, differentiable in the
       state; only for algorithms that need 'gradient', else None.
+    total: `{name: [B, M]} -> totals [B, M]`, -inf for bad scores: what `tell` compares candidates
+      of several steps by, since the totals that it is given may be relative to those of one step.
+    score_names: names of the scores.
     meter: a list of `Call`, to which every call is added while it is traced, or None. (So an
       algorithm must not call the sampler inside a compiled loop of its own.)
   """
@@ -380,6 +398,8 @@ class Sampler(NamedTuple):
   params: Any
   ctx: Any
   score: Callable | None = None
+  total: Callable | None = None
+  score_names: tuple[str, ...] = ()
   meter: list | None = None
 
   @property
@@ -447,13 +467,28 @@ class Sampler(NamedTuple):
   def rewind(self, state, stage):
     return self.gen.rewind(state, stage)
 
-  def perturb(self, state, keys, scale):
-    self._count('perturb', keys.shape[1])
-    return self.gen.perturb(state, keys, scale)
+  def initial_noise(self, state):
+    return self.gen.initial_noise(state)
 
-  def renoise(self, state, keys, stage, to):
+  def start_state(self, noise):
+    return self.gen.start_state(noise)
+
+  def perturb(self, state, keys, scale, stage=0):
+    self._count('perturb', keys.shape[1])
+    return self.gen.perturb(state, keys, scale, stage)
+
+  def renoise(self, state, keys, stage, to, noise=None):
     self._count('renoise', keys.shape[1], stage)
-    return self.gen.renoise(state, keys, stage, to)
+    return self.gen.renoise(state, keys, stage, to, noise)
+
+  def differentiate(self, function, argument):
+    """`((value, extra), gradient)` of `function(argument) -> (value, extra)`. What `function` calls
+    counts 1 + `BACKWARD` times."""
+    before = len(self.meter or ())
+    found = jax.value_and_grad(function, has_aux=True)(argument)
+    if self.meter is not None:
+      self.meter.extend(BACKWARD * self.meter[before:])
+    return found
 
 
 class Phase(NamedTuple):
@@ -587,7 +622,7 @@ class Algorithm:
 
   def step_cost(self, gen: Generator, shape, row) -> tuple[Cost, int]:
     """Generator cost of `ask` and `tell`, and the number M of candidates that are observed and
-    scored."""
+    scored; one that is scored inside `Sampler.differentiate` counts 1 + `BACKWARD` times more."""
     raise NotImplementedError
 
   def observer(self, gen: Generator, shape) -> Generator:

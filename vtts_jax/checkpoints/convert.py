@@ -42,7 +42,8 @@ def convert_weights(source, rules: Sequence[KeyRule], template, dtype=None, shar
 
   Raises:
     ValueError: names missing from the source or unused by the model, a wrong shape, floats where
-      integers belong or the other way round, tied tensors that differ. Every offender is listed.
+      integers belong or the other way round, tied tensors that differ. Every offender is listed. Or
+      a tensor that holds NaN.
   """
   # both sides are compared first: a rule's target must exist, and every leaf must be fed
   want, feeds, unused = flatten_tree(template), {}, []
@@ -118,6 +119,9 @@ def _read_leaf(source, names, target, leaf, dtype, place):
   value = None
   for name, op in names:
     new = source.read_tensor(name)
+    # a broken download or a diverged training would else show as scores that are all NaN
+    if _has_nan(new):
+      raise ValueError(f'{source.where}: {name} holds NaN; the weights are broken')
     if callable(op):
       try:
         new = np.asarray(op(new))
@@ -141,6 +145,21 @@ def _read_leaf(source, names, target, leaf, dtype, place):
     return jnp.asarray(value)
   # each device takes its own slice of the host's array; no device ever holds all of it
   return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+
+def _has_nan(array):
+  """Returns whether an array holds NaN, without a second array of its size."""
+  if not array.size or not _is_floating(array.dtype):
+    return False
+  if array.dtype.itemsize != 2:
+    # the smallest is NaN if any is
+    return bool(np.isnan(array.min()))
+  # numpy compares bits far faster than half floats: NaN is what lies above infinity
+  bits, infinity = array.view(np.uint16), np.array(np.inf, array.dtype).view(np.uint16)
+  return any(
+    int((part & np.uint16(0x7FFF)).max()) > int(infinity)
+    for part in np.array_split(bits.reshape(-1), max(1, bits.size // 2**24))
+  )
 
 
 def leaf_dtype(leaf, dtype):

@@ -21,9 +21,13 @@ from absl import logging
 # stems that transformers and diffusers load, where a folder has several files
 PREFERRED = ('model', 'diffusion_pytorch_model')
 CONFIGS = ('config.yaml', 'config.json', 'open_clip_config.json')
+# other files beside the weights that a family may read: how pictures become the network's input
+SIBLINGS = ('preprocessor_config.json', 'processor_config.json')
 # what is downloaded of a repository: never its pickles
-PATTERNS = ('*.safetensors', '*.safetensors.index.json', *CONFIGS)
+PATTERNS = ('*.safetensors', '*.safetensors.index.json', *CONFIGS, *SIBLINGS)
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+# 'owner/name', then perhaps a file or a folder there, then perhaps '@revision'
+REPOSITORY = re.compile(r'([\w.-]+/[\w.-]+)(?:/([\w./-]+))?(?:@([\w./-]+))?')
 # safetensors' names of dtypes
 _DTYPES = {
   'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64',
@@ -43,6 +47,7 @@ class Source:
     config: options found in the checkpoint; `{}` if there are none.
     identity: a string that changes whenever the content may have changed (sizes and times of the
       files, or the hub's commit); converted copies are kept under it. '' for arrays in memory.
+    folder: the local folder of the files; '' for arrays in memory and for a part of a file.
   """
 
   where: str
@@ -50,6 +55,7 @@ class Source:
   read: Callable[[str], np.ndarray]
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   identity: str = ''
+  folder: str = ''
 
   def tensor_names(self) -> list[str]:
     """Returns every tensor's name, in the order of the files."""
@@ -86,7 +92,17 @@ class Source:
       read=lambda name: self.read(prefix + name),
       config=config or {},
       identity=f'{self.identity}/{prefix}',
+      folder='',
     )
+
+  def read_sibling(self, name: str) -> dict:
+    """Reads a JSON file that lies beside the weights; `{}` if there is none.
+
+    Raises:
+      ValueError: the file does not parse to a mapping.
+    """
+    path = os.path.join(self.folder, name)
+    return _read_mapping(path) if self.folder and os.path.isfile(path) else {}
 
   def find_option(self, *names: str, default=None):
     """Returns the first of `names` that the config holds at any depth, shallow levels first."""
@@ -122,8 +138,10 @@ def open_source(
 
   Args:
     place: `x.safetensors`, a folder (one file, or shards with an index), `owner/name`,
-      `owner/name@revision`, or a file there: `owner/name/x.safetensors@revision`. The local cache
-      is searched first, so a pinned repository works without a network.
+      `owner/name@revision`, or a file or folder there: `owner/name/x.safetensors@revision`,
+      `owner/name/vae@revision`. The local cache is searched first, so a pinned repository works
+      without a network. `x.safetensors#prefix.` is the model whose names begin so in a file of
+      several; it has no config.
     revision: commit, tag or branch; an unpinned repository logs the commit to pin.
     subfolder: folder inside `place`, for example `vae`.
     file: the file to take where a folder has several, for example `ae.safetensors`.
@@ -134,15 +152,18 @@ def open_source(
     ValueError: the file is truncated or no safetensors; a folder has several weights; the shards
       lack tensors that the index promises.
   """
-  # 'owner/name', 'owner/name@revision' or 'owner/name/file.safetensors@revision'
   place, identity = os.fspath(place), ''
-  repository = re.fullmatch(
-    r'([\w.-]+/[\w.-]+)(?:/([\w./-]+\.safetensors))?(?:@([\w./-]+))?', place
-  )
+  if '.safetensors' in place and '#' in place and not os.path.exists(place):
+    whole, _, prefix = place.rpartition('#')
+    return open_source(whole, revision, subfolder, file).select_prefix(prefix)
+  repository = REPOSITORY.fullmatch(place)
   # a local folder 'a/b' wins over the repository of that name
   if repository and not os.path.exists(place):
     name, inside, pinned = repository.groups()
-    file = inside or file
+    if inside and inside.endswith('.safetensors'):
+      file = inside
+    elif inside:
+      subfolder = os.path.join(inside, subfolder or '')
     place, identity = _fetch_snapshot(name, revision or pinned, subfolder or '', file)
   for part in (subfolder, file):
     place = os.path.join(place, part) if part else place
@@ -157,6 +178,56 @@ def open_source(
   return _open_files(place, files, index, identity)
 
 
+def open_pipeline_part(place: str, subfolder: str) -> Source:
+  """Opens one model of a diffusers pipeline: `subfolder` of a repository or of a local folder.
+
+  A file, a folder that is named inside a repository, and what has no such subfolder are opened as
+  they are. Errors as in `open_source`.
+  """
+  if os.path.exists(place):
+    inside = os.path.isdir(os.path.join(place, subfolder))
+    return open_source(place, subfolder=subfolder if inside else None)
+  repository = REPOSITORY.fullmatch(place)
+  if repository is None or repository[2]:
+    return open_source(place)
+  try:
+    # the subfolder first: the pattern of a root's files would fetch the whole pipeline
+    return open_source(place, subfolder=subfolder)
+  except FileNotFoundError:
+    return open_source(place)
+
+
+def name_pipeline_part(place: str, subfolder: str) -> str:
+  """Returns the name of a model or tokenizer beside others in a pipeline: `owner/name@revision` and
+  `vae` give `owner/name/vae@revision`.
+
+  Random weights ('random:tiny') keep their name. A single file has nothing beside it and gives ''.
+  """
+  # a revision holds no ':', and a local path may hold an '@'
+  name, at, revision = (place, '', '') if os.path.exists(place) else place.partition('@')
+  if name.endswith('.safetensors'):
+    return ''
+  return place if place.startswith('random:') else f'{name.rstrip("/")}/{subfolder}{at}{revision}'
+
+
+def read_pipeline_config(place: str, subfolder: str, file: str) -> dict:
+  """Reads a JSON file of a pipeline, such as `scheduler_config.json` in `scheduler`; `{}` where
+  there is none: for random weights, a single file, a model without a pipeline.
+
+  Raises:
+    FileNotFoundError: the hub does not give the file of a repository.
+    ValueError: the file does not parse to a mapping.
+  """
+  folder, repository = place, REPOSITORY.fullmatch(place)
+  if repository and not os.path.exists(place):
+    name, inside, revision = repository.groups()
+    if inside:
+      return {}
+    folder, _ = _fetch_snapshot(name, revision, subfolder, file)
+  path = os.path.join(folder, subfolder, file)
+  return _read_mapping(path) if os.path.isfile(path) else {}
+
+
 # ----------------------------------------------------------------------------------------- the hub
 
 
@@ -164,7 +235,7 @@ def _fetch_snapshot(name, revision, subfolder, file):
   """Returns (local folder, identity) of a snapshot, from the cache or else from the network."""
   import huggingface_hub
 
-  wanted = PATTERNS if file is None else (file, *CONFIGS)
+  wanted = PATTERNS if file is None else (file, *CONFIGS, *SIBLINGS)
   allow = [os.path.join(subfolder, pattern) for pattern in wanted]
   options = {'revision': revision, 'allow_patterns': allow}
   try:
@@ -294,7 +365,7 @@ def _open_files(place, files, index, identity):
   folder = place if os.path.isdir(place) else os.path.dirname(os.path.abspath(place))
   # what a file says of itself wins over a config beside it
   config = {**read_config(folder), **found}
-  return Source(place, header, read_tensor, config, identity or ';'.join(stamp))
+  return Source(place, header, read_tensor, config, identity or ';'.join(stamp), folder)
 
 
 def _list_some(names: Iterable[str], limit=40) -> str:
@@ -340,20 +411,23 @@ def read_config(folder) -> dict:
   """
   for name in CONFIGS:
     path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-      continue
-    with open(path, encoding='utf-8') as handle:
-      text = handle.read()
-    try:
-      if name.endswith('json'):
-        config = json.loads(text)
-      else:
-        import yaml
-
-        config = yaml.safe_load(text)
-    except Exception as error:
-      raise ValueError(f'path={path!r} does not parse: {error}') from error
-    if not isinstance(config, dict):
-      raise ValueError(f'path={path!r} holds a {type(config).__name__}, a mapping is needed')
-    return config
+    if os.path.isfile(path):
+      return _read_mapping(path)
   return {}
+
+
+def _read_mapping(path):
+  with open(path, encoding='utf-8') as handle:
+    text = handle.read()
+  try:
+    if path.endswith('json'):
+      config = json.loads(text)
+    else:
+      import yaml
+
+      config = yaml.safe_load(text)
+  except Exception as error:
+    raise ValueError(f'path={path!r} does not parse: {error}') from error
+  if not isinstance(config, dict):
+    raise ValueError(f'path={path!r} holds a {type(config).__name__}, a mapping is needed')
+  return config

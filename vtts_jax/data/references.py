@@ -2,15 +2,15 @@
 
 A prompt row names its own pictures under 'reference': a picture, a folder of pictures, or a list of
 these (`data/prompts` resolves them relative to its file). A verifier's setting `references`, a
-picture or a folder, serves the prompts that name none. PIL resizes and crops the pictures as the
-verifier's published pipeline does.
+picture or a folder, serves the prompts that name none. The verifier says how the pictures are
+resized and cut.
 
 Letters: B prompts · K pictures of a prompt · S side of a picture · D width of an embedding.
 """
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,10 @@ def _natural_order(name):
 
 
 def read_references(
-  prompts: Sequence[Mapping[str, Any]], common: str, most: int, side: int, shorter: int = 0
+  prompts: Sequence[Mapping[str, Any]],
+  common: str,
+  most: int,
+  fit: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, np.ndarray]:
   """Reads the reference pictures of prompt rows.
 
@@ -57,9 +60,7 @@ def read_references(
     prompts: B rows.
     common: the picture or folder for prompts that name no reference; '' for none.
     most: K.
-    side: S.
-    shorter: a picture's shorter side is resized to this and the middle S x S is cut out; with 0 the
-      picture is resized to S x S, whatever its proportions.
+    fit: resizes and cuts a picture uint8 `[H, W, 3]` to uint8 `[S, S, 3]`.
 
   Returns:
     {'pictures': uint8 `[B, K, S, S, 3]`, 'mask': bool `[B, K]`, true where there is a picture}.
@@ -69,15 +70,18 @@ def read_references(
   """
   # named once here, so that an error shows before any picture is decoded
   shared = find_pictures(common, 'verifier.references') if common else ()
-  pictures = np.zeros((len(prompts), most, side, side, 3), np.uint8)
-  mask, made = np.zeros((len(prompts), most), bool), {}
+  mask, made, places = np.zeros((len(prompts), most), bool), {}, {}
   for row, prompt in enumerate(prompts):
     files = _files_of(prompt, row, shared, most)
     for i, name in enumerate(files):
       # a picture that many prompts share is read once
       if name not in made:
-        made[name] = _read_picture(name, side, shorter)
-      pictures[row, i], mask[row, i] = made[name], True
+        made[name] = fit(read_image(name))
+      places[row, i], mask[row, i] = made[name], True
+  shape = np.shape(next(iter(made.values()), np.zeros((1, 1, 3))))
+  pictures = np.zeros((*mask.shape, *shape), np.uint8)
+  for place, picture in places.items():
+    pictures[place] = picture
   return {'pictures': pictures, 'mask': mask}
 
 
@@ -114,18 +118,3 @@ def mean_embedding(embeddings, mask):
   """
   weight = mask.astype(embeddings.dtype)
   return (embeddings * weight[..., None]).sum(1) / weight.sum(1, keepdims=True)
-
-
-def _read_picture(name, side, shorter):
-  from PIL import Image
-
-  picture = Image.fromarray(read_image(name))
-  if not shorter:
-    return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
-  # torchvision's rounding, as in media/preprocess: down for the longer side, to even for the crop
-  width, height = picture.size
-  short = min(width, height)
-  size = (shorter * width // short, shorter * height // short)
-  left, top = (round((n - side) / 2) for n in size)
-  small = picture.resize(size, Image.Resampling.BICUBIC)
-  return np.asarray(small.crop((left, top, left + side, top + side)))

@@ -5,6 +5,8 @@ Letters: B texts · W tokens of a text.
 
 import bisect
 import functools
+import html
+import os
 import zlib
 from collections.abc import Sequence
 
@@ -29,8 +31,9 @@ def tokenize_texts(
 
   Args:
     texts: B texts.
-    tokenizer: folder or repository (`owner/name@revision`) with a tokenizer of transformers, or ''
-      for random weights, which know no words (`hash_words`).
+    tokenizer: folder, repository (`owner/name@revision`) or folder of one
+      (`owner/name/tokenizer_2@revision`) with a tokenizer of transformers, or '' for random
+      weights, which know no words (`hash_words`).
     width: W.
     vocab: the network's vocabulary; only the hashed ids depend on it.
     template: each text is put into its '{}'. The template itself is never cut: a long text loses
@@ -69,6 +72,22 @@ def tokenize_texts(
   return tuple(np.array([row[i] for row in rows], np.int32).reshape(-1, width) for i in range(2))
 
 
+def clean_text(text: str) -> str:
+  """Cleans a text as OpenAI's CLIP and open_clip do before they split it into tokens.
+
+  Typographic quotes, ligatures and full-width letters become plain (ftfy), HTML entities become
+  their characters, twice, and spaces collapse. Capitals stay: CLIP's tokenizer lowers them itself.
+  transformers does none of that, so a score that was published with it must not either.
+  """
+  # imported here, because most runs clean no text
+  import ftfy
+
+  text = ftfy.fix_text(text)
+  # twice: captions from the web say '&amp;amp;'
+  text = html.unescape(html.unescape(text))
+  return ' '.join(text.split())
+
+
 def _longest_head(text, read, width, setting):
   """Returns as much of the text's beginning as fits."""
   # more characters never give fewer tokens, near enough for a bisection
@@ -95,8 +114,15 @@ def _open_tokenizer(place):
   # imported here: random weights need no transformers
   from transformers import AutoTokenizer
 
-  name, _, revision = place.partition('@')
-  tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or None)
+  name, subfolder, revision = place, '', ''
+  if not os.path.isdir(place) and not os.path.isabs(place):
+    name, _, revision = place.partition('@')
+    # 'owner/name/folder': what follows the repository
+    owner, *rest = name.split('/')
+    name, subfolder = '/'.join([owner, *rest[:1]]), '/'.join(rest[1:])
+  tokenizer = AutoTokenizer.from_pretrained(
+    name, revision=revision or None, subfolder=subfolder
+  )
 
   def split_text(text, width):
     # the length before the cut, for the warning and for templates

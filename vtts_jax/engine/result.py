@@ -96,11 +96,20 @@ class SearchResult:
         'stage': int(trace.stage[row][candidate]),
         'total': float(trace.totals[row][candidate]),
       })
-      parent = int(trace.parent[row][candidate])
-      step -= 1
-      kept = self.steps[step].kept[row] if step >= 0 else ()
-      candidate = int(kept[parent]) if 0 <= parent < len(kept) else -1
+      step, candidate = self._find_kept(row, step - 1, int(trace.parent[row][candidate]))
     return line
+
+  def _find_kept(self, row: int, step: int, slot: int) -> tuple[int, int]:
+    """The step and the candidate that the frontier holds at `slot` after `step`: of that step, or
+    of the one before it since which the slot has stayed as it was; -1 for none."""
+    while slot >= 0 and step >= 0:
+      kept = self.steps[step].kept[row]
+      if slot >= len(kept):
+        break
+      if kept[slot] >= 0:
+        return step, int(kept[slot])
+      step -= 1
+    return -1, -1
 
   def _repr_html_(self) -> str:
     """The best of the first prompts with their scores, for notebooks."""

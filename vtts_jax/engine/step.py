@@ -32,17 +32,31 @@ def encode_prompts(program: SearchProgram, params, prompts) -> Contexts:
 
 def bind_sampler(program: SearchProgram, params, contexts: Contexts, meter=None) -> Sampler:
   """All that the algorithm sees of the models."""
-  sampler = Sampler(program.gen, params['generator'], contexts.generator, meter=meter)
+  sampler = Sampler(
+    program.gen, params['generator'], contexts.generator, meter=meter,
+    total=functools.partial(pool_totals, program.ver), score_names=program.ver.names,
+  )  # fmt: skip
   if 'gradient' not in program.algo.needs:
     return sampler
 
-  def score_totals(state, stage):
+  def score_state(state, stage):
     seen = sampler.observe(state, stage, program.ver.needs)
+    if meter is not None:
+      meter.append(core.Call(program.ver, 'score', jax.tree.leaves(state)[0].shape[1]))
     scores = program.ver.score(params['verifier'], contexts.verifier, seen)
     valid = functools.reduce(jnp.logical_and, map(jnp.isfinite, scores.values()))
     return program.ver.total(scores, valid)
 
-  return sampler._replace(score=score_totals)
+  return sampler._replace(score=score_state)
+
+
+def pool_totals(ver, scores) -> jax.Array:
+  """Totals `[B, M]` of the scores `{name: [B, M]}` of a pool of candidates; -inf for those that
+  have a bad one, whose scores become 0 and are marked as not valid."""
+  named = {name: scores[name] for name in ver.names}
+  valid = functools.reduce(jnp.logical_and, map(jnp.isfinite, named.values()))
+  filled = {name: jnp.where(valid, column, 0) for name, column in named.items()}
+  return jnp.where(valid, ver.total(filled, valid), NEG_INF)
 
 
 def begin_search(
@@ -176,14 +190,11 @@ def score_totals(
     return Judged(jnp.zeros(stage.shape), stage > 0, best, bad)
 
   # A total may be relative to the candidates at hand, so the best so far is judged along with them:
-  # it is the last of the pool. Bad scores become 0 there, and are marked as not valid.
-  valid = functools.reduce(jnp.logical_and, finite.values())
-  valid_pool = jnp.concatenate([valid, jnp.isfinite(best.total)[:, None]], axis=1)
-  pool = {}
-  for name in ver.names:
-    column = jnp.concatenate([scores[name], best.scores[name][:, None]], axis=1)
-    pool[name] = jnp.where(valid_pool, column, 0)
-  totals = jnp.where(valid_pool, ver.total(pool, valid_pool), NEG_INF)
+  # it is the last of the pool.
+  pool = {
+    name: jnp.concatenate([scores[name], best.scores[name][:, None]], axis=1) for name in ver.names
+  }
+  totals = pool_totals(ver, pool)
   totals, before = totals[:, :-1], totals[:, -1]
 
   # Only what may be returned competes with the best: finished candidates, seen in full.

@@ -295,7 +295,7 @@ class FlexTokAR(TokenGenerator):
       sizes, passes = self.part_config('tokenizer'), 1 if self.decode_scale == 1 else 2
       # guidance runs the decoder twice a step, except at scale 1
       steps = self.decode_steps * passes * flextok.count_velocity_flops(sizes)
-      return steps + autoencoder_kl.count_decode_flops(self.part_config('vae'), sizes.size)
+      return steps + autoencoder_kl.count_decode_flops(self.part_config('vae'), *(sizes.size,) * 2)
     prior = self.part_config('prior')
     words = 0 if prior.classes else self._context_words
     if op == 'encode':

@@ -13,12 +13,11 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from vtts_jax import core
 from vtts_jax.data import classes
 from vtts_jax.errors import ConfigError
-from vtts_jax.generators.diffusion import DiffusionGenerator, guidance, steppers
+from vtts_jax.generators.diffusion import guidance, steppers
 from vtts_jax.generators.diffusion.base import flatten_rows
-from vtts_jax.models.autoencoder_kl import modeling as autoencoder_kl
+from vtts_jax.generators.diffusion.latents import LatentGenerator
 from vtts_jax.models.pretrained import Pretrained
 from vtts_jax.models.sit import modeling
 
@@ -29,7 +28,7 @@ TINY = dict.fromkeys(('weights', 'vae_weights'), 'random:tiny')  # settings that
 
 
 @dataclasses.dataclass(frozen=True)
-class SiT(DiffusionGenerator):
+class SiT(LatentGenerator):
   """The SiT family.
 
   Attributes:
@@ -60,7 +59,6 @@ class SiT(DiffusionGenerator):
   diffusion: str = 'sigma'
   last: str = 'mean'
   class_names: str = ''
-  dtype: str = 'float32'
 
   published_guidance = 1.5
 
@@ -92,10 +90,7 @@ class SiT(DiffusionGenerator):
   def model_parts(self):
     return {
       'flow': Pretrained('sit', self.weights, self.dtype, setting='generator.weights'),
-      # a search never encodes pictures
-      'vae': Pretrained(
-        'autoencoder_kl', self.vae_weights, self.dtype, 'decoder', 'generator.vae_weights'
-      ),
+      'vae': self.vae,
     }
 
   @property
@@ -122,27 +117,12 @@ class SiT(DiffusionGenerator):
     return guidance.ClassifierFreeGuidance(self.guidance_scale, interval, GUIDED)
 
   @property
-  def data_shape(self):
-    config = self.part_config('flow')
-    return (config.size, config.size, config.channels)
+  def latent_channels(self):
+    return self.part_config('flow').channels
 
   @property
-  def decoded_output(self):
-    side = self.part_config('flow').size * self.part_config('vae').downscale
-    return core.Output('image', (side, side, 3))
-
-  def check(self):
-    """Raises `ConfigError` if the models do not fit each other."""
-    have, want = self.part_config('vae').latent_channels, self.part_config('flow').channels
-    if have != want:
-      raise ConfigError(
-        f'generator.vae_weights: has latent_channels={have}, the flow model wants {want}'
-      )
-    if self.part_config('vae').scaling_factor is None:
-      raise ConfigError(
-        'generator.vae_weights: no scaling_factor; a config.json with it must be there'
-      )
-    super().check()
+  def latent_sides(self):
+    return (self.part_config('flow').size,) * 2
 
   # ------------------------------------------------------------------------------ prompts, pictures
 
@@ -168,16 +148,9 @@ class SiT(DiffusionGenerator):
     labels, rows, times = flatten_rows(ctx, x, t)
     return self.bind_part(params, 'flow')(rows, times, labels).reshape(x.shape)
 
-  def decode(self, params, x):
-    vae = self.bind_part(params, 'vae')
-    rows = vae.unscale_latents(x.reshape(-1, *x.shape[2:]))
-    images = vae.decode(rows.astype(self.dtype)).astype(jnp.float32)
-    return jnp.clip(images.reshape(*x.shape[:2], *images.shape[1:]) * 0.5 + 0.5, 0, 1)
-
   def count_flops(self, op):
-    flow = self.part_config('flow')
     return {
       'encode': 0,
-      'predict': len(self.guidance_streams) * modeling.count_flops(flow),
-      'decode': autoencoder_kl.count_decode_flops(self.part_config('vae'), flow.size),
+      'predict': len(self.guidance_streams) * modeling.count_flops(self.part_config('flow')),
+      'decode': self.decode_flops,
     }[op]

@@ -1,8 +1,8 @@
 """Files of what a candidate shows: reads pictures, writes every kind of output.
 
-This is the one place that knows endings and encodings. Images are read as 8 bit RGB, with
-transparency laid on white. Files are written whole or not at all. An output is saved by its kind
-(`core.Output`):
+This is the one place that knows endings and encodings. Images are read as 8 bit RGB, as a person
+sees them: upright, with transparency laid on white and 16 bits scaled to 8. Files are written whole
+or not at all. An output is saved by its kind (`core.Output`):
 
   kind     array                                        file
   image    `[H, W, 3]` in [0, 1], or uint8              .webp, lossless (or .png)
@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vtts_jax.errors import ConfigError
 
@@ -79,8 +79,13 @@ def write_atomic(path, data: bytes) -> None:
 # ------------------------------------------------------------------------------------------ images
 
 
-def read_image(source) -> np.ndarray:
+def read_image(source, upright: bool = True) -> np.ndarray:
   """Reads a picture (path or open file) as uint8 `[H, W, 3]`; transparency is laid on white.
+
+  Args:
+    source: path or open file.
+    upright: whether a camera's note of how it was held (EXIF orientation) turns the picture, as it
+      does in any viewer. FID is computed without it, as in pytorch-fid.
 
   Raises:
     ConfigError: the picture cannot be read; the message names a path.
@@ -89,14 +94,29 @@ def read_image(source) -> np.ndarray:
     with _open_binary(source) as file, Image.open(file) as picture:
       # PIL reads lazily: a truncated file fails here and not later
       picture.load()
-      # converting to RGB drops the alpha channel and shows colours that were meant to be hidden
-      if picture.mode in ('RGBA', 'LA', 'P', 'PA'):
+      if upright:
+        picture = ImageOps.exif_transpose(picture)
+      if picture.mode.startswith('I'):
+        return _read_deep_grey(picture)
+      # converting to RGB drops the alpha channel and shows colours that were meant to be hidden;
+      # PNGs without one may name a colour that is transparent
+      if picture.mode in ('RGBA', 'LA', 'P', 'PA') or 'transparency' in picture.info:
         over = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', over.size, 'white'), over)
       return np.asarray(picture.convert('RGB'))
   except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
     where = '' if hasattr(source, 'read') else f'{source}: '
     raise ConfigError(f'{where}cannot be read as a picture: {error}') from None
+
+
+def _read_deep_grey(picture):
+  """Returns a grey picture of 16 bits as uint8 `[H, W, 3]`."""
+  # PIL's own conversion cuts values off at 255 and leaves white almost everywhere
+  grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+  shown = np.rint(grey / 257).astype(np.uint8)
+  if 'transparency' in picture.info:
+    shown[grey == picture.info['transparency']] = 255
+  return np.repeat(shown[..., None], 3, axis=-1)
 
 
 def _open_binary(source):

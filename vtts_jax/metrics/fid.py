@@ -6,6 +6,9 @@ The command prints a table, and as its last line everything as JSON. FID is of H
 arXiv 1706.08500), the Inception Score of Salimans et al. (2016, 1606.03498), precision and recall
 of Kynkaanniemi et al. (2019, 1904.06991), computed on Inception's features as in ADM's evaluator.
 
+Pictures are read as everywhere (transparency on white, 16 bits scaled to 8) but for their EXIF
+orientation, which turns none: so does pytorch-fid.
+
 A FID depends on the number of pictures (fewer pictures give a higher FID), on how the network sees
 them (`--preprocessing`) and on the weights. Numbers that differ in any of these do not compare. All
 sums are float64 on the host.

@@ -71,8 +71,9 @@ def compiled_network(weights: str, preprocessing: str = 'pytorch_fid') -> Callab
 def read_pictures(place) -> Iterator[np.ndarray]:
   """Yields the 8 bit pictures `[H, W, 3]` of a folder or of an .npz.
 
-  A folder is read with its subfolders, in the order of names. An .npz has `arr_0 [N, H, W, 3]`, the
-  layout of ADM's sample and reference batches.
+  A folder is read with its subfolders, in the order of names; names that begin with a dot are no
+  pictures. Pictures are read as everywhere but for the EXIF orientation, which turns none. An .npz
+  has `arr_0 [N, H, W, 3]`, the layout of ADM's sample and reference batches.
 
   Raises:
     FileNotFoundError: there is no such place.
@@ -84,11 +85,12 @@ def read_pictures(place) -> Iterator[np.ndarray]:
       os.path.join(folder, name)
       for folder, _, names in os.walk(place)
       for name in names
-      if name.lower().endswith(files.IMAGE_ENDINGS)
+      if name.lower().endswith(files.IMAGE_ENDINGS) and not name.startswith('.')
     )
     if not paths:
       raise ConfigError(f'{str(place)!r} has no pictures ({", ".join(files.IMAGE_ENDINGS)})')
-    yield from map(files.read_image, paths)
+    # as pytorch-fid, which does not turn pictures by their EXIF orientation
+    yield from (files.read_image(path, upright=False) for path in paths)
     return
   if not os.path.isfile(place):
     raise FileNotFoundError(f'no pictures at {str(place)!r}')

@@ -20,7 +20,8 @@ A family is a folder of `models/`, or a package of yours under its dotted name, 
             if a checkpoint is more than one file: open_weights(weights, part) -> source
 
 Parts: 'image' and 'text' of clip; 'encoder' of dino (no linear head); 'encoder' and 'decoder' of
-flextok; 'decoder' of autoencoder_kl; the name of a released model of dreamsim.
+flextok; 'decoder' of autoencoder_kl, maskgit_vq and titok; 'drawing' of janus (what draws
+pictures); the name of a released model of dreamsim.
 """
 
 import dataclasses
@@ -152,10 +153,16 @@ class Pretrained:
     return ConfigError(f'{self.setting}={self.weights!r}: {error}')
 
 
+def repository_of(weights: str) -> str:
+  """Returns weights without their revision; a folder of the hub's cache as 'owner/name'."""
+  cached = re.search(r'(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$', weights)
+  return '/'.join(cached.groups()) if cached else weights.partition('@')[0]
+
+
 def short_name(weights: str) -> str:
   """Returns a checkpoint's own name, without owner and revision, for the name of a score."""
   # 'language+vision' names two checkpoints, of which the first gives the model its name
-  place = re.split(r'@|\+(?=\w)', weights)[0]
+  place = re.split(r'@|\+(?=\w)', repository_of(weights))[0]
   name = place.rstrip('/').rpartition('/')[2].removesuffix('.safetensors')
   return re.sub(r'\W', '_', name)
 

@@ -19,13 +19,16 @@ from flax import nnx
 
 def stack_blocks(build, layers: int, rngs: nnx.Rngs) -> nnx.Module:
   """Makes `layers` modules by `build(rngs)` and returns them as one with parameters `[L, ...]`."""
-  # every layer has the same structure, so that of one abstract layer serves all
-  graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+  # every layer has the same structure, and the one trace that all share says it
+  structures = []
 
   def init_layer(key):
-    return nnx.split(build(nnx.Rngs(params=key)))[1]
+    graphdef, state = nnx.split(build(nnx.Rngs(params=key)))
+    structures.append(graphdef)
+    return state
 
-  return nnx.merge(graphdef, jax.vmap(init_layer)(jax.random.split(rngs.params(), layers)))
+  state = jax.vmap(init_layer)(jax.random.split(rngs.params(), layers))
+  return nnx.merge(structures[0], state)
 
 
 def scan_blocks(blocks: nnx.Module, body, carry, xs=None):

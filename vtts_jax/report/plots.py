@@ -17,6 +17,7 @@ from vtts_jax.report.budgets import COST_AXES
 
 COLOURS = ('#1f6fb4', '#d9622b', '#2e9f4e', '#8a55b5', '#b8952a', '#c2407e', '#3aa6a6', '#666666')
 RIGHT, WRONG, WINNER = '#2e9f4e', '#cc4b3b', '#d9622b'  # frames of outputs
+MOST_STEPS = 24  # that a genealogy draws
 
 
 def _encode_figure(figure: Figure) -> bytes:
@@ -195,25 +196,31 @@ def plot_genealogy(trace) -> bytes:
     trace: arrays of `study.genealogy.trace_ancestry` and `leader_outputs`.
   """
   totals, parent, winner = (trace[k] for k in ('totals', 'parent', 'winner'))
-  steps, columns = totals.shape
+  # of a long search the steps that the winner came from, the last ones
+  shown = np.arange(len(totals))
+  if len(totals) > MOST_STEPS:
+    shown = np.flatnonzero(winner >= 0)[-MOST_STEPS:]
+  place = {int(s): x for x, s in enumerate(shown)}
   # a figure of one candidate or one step would be cut off at its labels
   tallest = max(max(int(np.isfinite(t).sum()) for t in totals), 2)
-  figure = Figure(figsize=(1.25 * max(steps, 3) + 0.6, 0.95 * tallest + 0.6), dpi=100)
+  width = max(len(shown), 3)
+  figure = Figure(figsize=(1.25 * width + 0.6, 0.95 * tallest + 0.6), dpi=100)
   axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-  axis.set(xlim=(-0.6, max(steps, 3) - 0.4), ylim=(-tallest + 0.3, 0.95))
+  axis.set(xlim=(-0.6, width - 0.4), ylim=(-tallest + 0.3, 0.95))
   axis.axis('off')
-  for s in range(steps):
+  for s, x in place.items():
     axis.text(
-      s, 0.72, f'{int(trace["stage"][s].max())} stages', ha='center', size=8, color='#555555'
+      x, 0.72, f'{int(trace["stage"][s].max())} stages', ha='center', size=8, color='#555555'
     )
-    for j in range(columns):
+    for j in range(totals.shape[1]):
       if not math.isfinite(totals[s, j]):
         continue
       up, own = int(parent[s, j]), winner[s] == j
-      # lines end beside the pictures and lie below them
-      if s and up >= 0:
+      # lines end beside the pictures and lie below them; a parent may be several steps back
+      back = place.get(int(trace['parent_step'][s, j]), -1)
+      if up >= 0 and back >= 0:
         line = {'color': WINNER, 'lw': 2.4} if own else {'color': '#bbbbbb', 'lw': 0.9}
-        axis.plot((s - 1 + 0.28, s - 0.28), (-up, -j), zorder=1, **line)
+        axis.plot((back + 0.28, x - 0.28), (-up, -j), zorder=1, **line)
       if 'images' in trace:
         pixels = trace['images'][s, j]
         picture = OffsetImage(pixels, zoom=52 / pixels.shape[0], interpolation='nearest')
@@ -221,6 +228,6 @@ def plot_genealogy(trace) -> bytes:
         text = textwrap.fill(str(trace['texts'][s, j]), 16)
         picture = TextArea(text, textprops={'size': 6})
       frame = {'edgecolor': WINNER if own else '#999999', 'linewidth': 2.6 if own else 0.6}
-      axis.add_artist(AnnotationBbox(picture, (s, -j), pad=0.1, bboxprops=frame))
-      axis.text(s, -j - 0.42, f'{totals[s, j]:.2f}', ha='center', va='center', size=7)
+      axis.add_artist(AnnotationBbox(picture, (x, -j), pad=0.1, bboxprops=frame))
+      axis.text(x, -j - 0.42, f'{totals[s, j]:.2f}', ha='center', va='center', size=7)
   return _encode_figure(figure)

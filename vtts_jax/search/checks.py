@@ -1,5 +1,8 @@
 """Checks of an algorithm's settings: each raises one `ConfigError` that names the setting."""
 
+import dataclasses
+from collections.abc import Mapping
+
 from vtts_jax.errors import ConfigError
 
 
@@ -40,3 +43,24 @@ def check_choice(name: str, value, allowed) -> None:
   """Raises `ConfigError` unless `search.<name>` is one of `allowed`."""
   if value not in allowed:
     raise ConfigError(f'search.{name}={value!r}: must be one of {", ".join(map(repr, allowed))}')
+
+
+def build_preset(kind: type, presets: Mapping[str, Mapping], preset: str, settings: Mapping):
+  """An algorithm of class `kind` from settings that replace those of a named preset ('': none).
+
+  Raises:
+    ConfigError: an unknown preset or setting, or a value that the algorithm refuses.
+  """
+  if preset:
+    check_choice('preset', preset, presets)
+    settings = {**presets[preset], **settings}
+  known = [field.name for field in dataclasses.fields(kind)]
+  for name, value in settings.items():
+    if name not in known:
+      where = kind.__module__.removeprefix('vtts_jax.')
+      raise ConfigError(
+        f'{where}: unknown setting {name}={value!r}; allowed: preset, {", ".join(known)}'
+      )
+  # a setting must be hashable, and a config's lists are not
+  frozen = lambda value: tuple(value) if isinstance(value, list) else value
+  return kind(**{name: frozen(value) for name, value in settings.items()})

@@ -87,10 +87,11 @@ class Halving(core.Algorithm):
       )
     if self.rungs[-1].draft:
       raise ConfigError('search.rungs: the last one must observe in full (draft=())')
-    if 'features' in self.inner.needs:
-      raise ConfigError(
-        f'search.inner: {type(self.inner).__name__} needs features of all of its candidates'
-      )
+    for name in ('features', 'gradient'):
+      if name in self.inner.needs:
+        raise ConfigError(
+          f'search.inner: {type(self.inner).__name__} needs {name} of all of its candidates'
+        )
 
   @property
   def initial(self):
@@ -176,9 +177,12 @@ class Halving(core.Algorithm):
       index = jnp.take_along_axis(index, kept, axis=1)
       return frontier._replace(own=(inner_own, Proposed(proposed, index))), kept
     # the wrapped algorithm is told of all of its candidates; those that fell out are at -inf
-    whole = jnp.full(proposed.parent.shape, core.NEG_INF)
-    whole = jax.vmap(lambda row, i, t: row.at[i].max(t))(whole, index, totals)
-    proposed = proposed._replace(scores=candidates.scores, context=candidates.context)
+    def spread(values):
+      whole = jnp.full(proposed.parent.shape, core.NEG_INF)
+      return jax.vmap(lambda row, i, v: row.at[i].max(v))(whole, index, values)
+
+    whole, scores = spread(totals), jax.tree.map(spread, candidates.scores)
+    proposed = proposed._replace(scores=scores, context=candidates.context)
     frontier, kept = self.inner.tell(
       sampler, frontier._replace(own=inner_own), proposed, whole, shape.inner, row
     )

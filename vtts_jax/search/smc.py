@@ -3,12 +3,30 @@
 One class spans the published methods: inverse temperature (constant, increasing, infinite) x
 potential (current, difference, max, sum) x resampler x when to resample. That grid is the one of
 "Inference-time scaling of diffusion models through classical search" (2505.23614); `PRESETS` names
-its published points: FK steering (Singhal et al., 2501.06848), DAS (Kim et al., 2501.05803), SVDD
-(Li et al., 2408.08252), TTS-VAR (2507.18537) and the best point of the grid.
+its published points:
+
+  'fk'       FK steering (Singhal et al., 2501.06848) as launched on SDXL: 4 particles, strength
+             10, potential 'max' ('difference', 'sum' and 'current' are its 'diff', 'add' and 'rt'),
+             weighed every 20 of 100 stages. The authors' own times are schedule=(21, 41, 61, 81,
+             100); ess=0.5 is their adaptive resampling. On a flow the copies diverge by `eta` or,
+             as GLASS Flows has it (2509.25170), by `inner_steps` of the generator.
+  'das'      DAS (Kim et al., 2501.05803) without the gradient in its proposals: 4 particles, every
+             stage, strength tempered by gamma = 0.008 (for 100 stages; the strength is that of the
+             verifier: 200 for aesthetics, 100 for CLIP).
+  'svdd'     SVDD-PM (Li et al., 2408.08252): the best of 20 children at every stage, judged by the
+             data predicted at the child. The children share the call at their parent, so a stage is
+             branch + 1 evaluations and the last one 1, as in the authors' code.
+  'tts_var'  TTS-VAR (2507.18537), for 13 scales.
+  'best'     the best point of the grid.
+
+On a diffusion generator a particle shows the data that its last step predicted, so with
+`lookahead` 0 it is judged as in FK steering, by what was known before its last noise; `lookahead=1`
+judges it where it is, at one evaluation more.
 
 Weights stay in logs and are carried forward where no resampling takes place, and the last step
 divides out the potentials of the way, so that the particles target p(x) exp(strength * score)
-whatever the potential (Singhal et al., section 3): checked on an enumerable problem.
+whatever the potential (Singhal et al., section 3): checked on problems with a known answer. (The
+authors' code carries no weights, and cuts off 'max' below at 0.)
 
 A key belongs to the slot and not to the lineage: copies of a particle diverge at the next stage.
 Letters: B prompts, N particles, K children of each, M = N * K, S steps.
@@ -29,14 +47,31 @@ POTENTIALS = ('current', 'difference', 'max', 'sum')
 RESAMPLE = core.CHILD - 2  # folded into the prompt's key, with the step, for the resampler
 
 PRESETS = {
-  'fk': {'strength': 10.0, 'potential': 'max', 'resampler': 'multinomial', 'ess': 0.5},
-  'das': {'anneal': 'increasing', 'potential': 'difference', 'resampler': 'ssp', 'ess': 0.5},
+  'fk': {
+    'particles': 4,
+    'size': 20,
+    'strength': 10.0,
+    'potential': 'max',
+    'resampler': 'multinomial',
+  },
+  'das': {
+    'particles': 4,
+    'size': 1,
+    'anneal': 'increasing',
+    'gamma': 0.008,
+    'potential': 'difference',
+    'resampler': 'ssp',
+    'ess': 0.5,
+  },
   'svdd': {
+    'particles': 1,
+    'branch': 20,
+    'groups': 'particles',
+    'size': 1,
+    'lookahead': 1,
     'anneal': 'infinite',
     'potential': 'current',
     'resampler': 'multinomial',
-    'branch': 10,
-    'groups': 'particles',
   },
   'tts_var': {
     'strength': 10.0,
@@ -78,8 +113,11 @@ class SMC(core.Algorithm):
       'particles' for each one among its own children.
     schedule, size, steps: stages at which particles are weighed; see `schedules.schedule_cuts`.
     strength: inverse temperature, in units of the verifier's score; 0 is best-of-N.
-    anneal: 'constant'; 'increasing', from near 0 to `strength` as 2 ** (s / S) - 1 (the shape of
-      DAS); 'infinite', only the best is copied.
+    anneal: 'constant'; 'increasing', from near 0 to `strength`; 'infinite', only the best is
+      copied.
+    gamma: how 'increasing' does: with i stages done before the one that a particle shows, the
+      share of `strength` is (1 + gamma) ** i - 1, at most 1, and 1 at the end (DAS). 0 takes 2 **
+      (s / S) - 1 after s of the S steps.
     potential: what a particle is weighed by: its score, its gain, its best or its sum.
     resampler: see `select.resample_ancestors`.
     every: weigh and resample every `every` steps, and at the last.
@@ -100,6 +138,7 @@ class SMC(core.Algorithm):
   steps: int = 0
   strength: float = 10.0
   anneal: str = 'constant'
+  gamma: float = 0.0
   potential: str = 'max'
   resampler: str = 'ssp'
   every: int = 1
@@ -127,6 +166,11 @@ class SMC(core.Algorithm):
     checks.check_integer('lookahead', self.lookahead, -1)
     checks.check_number('strength', self.strength, 0)
     checks.check_number('ess', self.ess, 0, 1)
+    checks.check_number('gamma', self.gamma, 0)
+    if self.gamma and self.anneal != 'increasing':
+      raise ConfigError(
+        f"search.gamma={self.gamma}: must be 0 with search.anneal={self.anneal!r}"
+      )
     checks.check_choice('anneal', self.anneal, ANNEAL)
     checks.check_choice('potential', self.potential, POTENTIALS)
     checks.check_choice('resampler', self.resampler, select.RESAMPLERS)
@@ -168,8 +212,12 @@ class SMC(core.Algorithm):
     whether it is the last."""
     steps, rows = self.moves(gen), []
     for number, (move, begin) in enumerate(steps):
-      share = 2 ** ((number + 1) / len(steps)) - 1 if self.anneal == 'increasing' else 1.0
-      last = number == len(steps) - 1
+      last, share = number == len(steps) - 1, 1.0
+      if self.anneal == 'increasing' and self.gamma:
+        before = begin + move.size + move.lookahead - 1
+        share = 1.0 if last else min((1 + self.gamma) ** before - 1, 1.0)
+      elif self.anneal == 'increasing':
+        share = 2 ** ((number + 1) / len(steps)) - 1
       rows.append((move, (begin, number, float(self.strength * share), last)))
     return schedules.group_steps(gen, rows, lambda move: move.before == move.after)
 
@@ -196,10 +244,9 @@ class SMC(core.Algorithm):
   def ask(self, sampler, frontier, shape, row):
     begin = row[0]
     keys = core.child_keys(frontier.keys, begin, self.branch)
-    keys = keys.reshape(len(frontier.keys), -1)
+    moved = self._move_children(sampler, frontier.state, keys, begin, shape.size)
+    keys = keys.reshape(len(keys), -1)
     index = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape)
-    moved = core.repeat(frontier.state, self.branch)
-    moved = sampler.extend(moved, keys, begin, shape.size)
     shown, stage = moved, begin + shape.size
     if shape.lookahead:
       shown = sampler.extend(moved, keys, stage, shape.lookahead, greedy=True)
@@ -210,6 +257,17 @@ class SMC(core.Algorithm):
       own=moved,
       cache_owner=(moved, index),
     )
+
+  def _move_children(self, sampler, state, keys, begin, size):
+    """Children `[B, N * K, ...]` of particles, `size` stages on, with keys `[B, N, K]`."""
+    flat = keys.reshape(len(keys), -1)
+    if self.branch == 1:
+      return sampler.extend(state, flat, begin, size)
+    # what the children of a particle have in common is computed once
+    drawn, owners = sampler.fork(state, keys, begin, self.branch)
+    parent = jnp.broadcast_to(jnp.arange(flat.shape[1]) // self.branch, flat.shape)
+    moved = sampler.rebuild_cache(drawn, begin + 1, share=core.take(owners, parent))
+    return sampler.extend(moved, flat, begin + 1, size - 1) if size > 1 else moved
 
   def tell(self, sampler, frontier, candidates, totals, shape, row):
     _, number, strength, last = row
@@ -280,8 +338,12 @@ class SMC(core.Algorithm):
 
   def step_cost(self, gen, shape, row):
     m, after = shape.before * self.branch, row[0] + shape.size
-    extended = gen.cost('extend', row[0], shape.size)
-    return m * (extended + gen.cost('extend', after, shape.lookahead)), m
+    if self.branch == 1:
+      moved = m * gen.cost('extend', row[0], shape.size)
+    else:
+      rest = gen.cost('extend', row[0] + 1, shape.size - 1)
+      moved = shape.before * gen.cost('fork', row[0], self.branch) + m * rest
+    return moved + m * gen.cost('extend', after, shape.lookahead), m
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,19 +359,9 @@ class Move:
 
 
 def build(preset: str = '', **settings) -> SMC:
-  """From settings; `preset` names a published method whose settings the others replace.
+  """From settings; `preset` names a published method, whose settings the others replace.
 
   Raises:
     ConfigError: an unknown preset or setting.
   """
-  if preset:
-    checks.check_choice('preset', preset, PRESETS)
-    settings = PRESETS[preset] | settings
-  known = [field.name for field in dataclasses.fields(SMC)]
-  for name, value in settings.items():
-    if name not in known:
-      raise ConfigError(
-        f'search.smc: unknown setting {name}={value!r}; allowed: preset, {", ".join(known)}'
-      )
-  as_tuple = lambda value: tuple(value) if isinstance(value, list) else value
-  return SMC(**{name: as_tuple(value) for name, value in settings.items()})
+  return checks.build_preset(SMC, PRESETS, preset, settings)

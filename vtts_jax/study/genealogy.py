@@ -20,26 +20,29 @@ def trace_ancestry(result: SearchResult, row: int) -> dict[str, np.ndarray]:
     A mapping of arrays:
       `index [S, C]`   number of the candidate in its step, -1 for none
       `totals [S, C]`  totals, -inf for none
-      `parent [S, C]`  the parent's column in the step before, -1 for none or one not drawn
+      `parent [S, C]`  the parent's column, -1 for none or one not drawn
+      `parent_step [S, C]`  and its step: the one before, or an earlier one of a parent that stayed
       `winner [S]`     column of the returned candidate or its ancestor, -1 for none
       `stage [S, C]`   stages done
   """
   steps = _observed_steps(result)
-  index, parent = np.full((2, len(steps), COLUMNS), -1)
+  index, parent, parent_step = np.full((3, len(steps), COLUMNS), -1)
   stage = np.zeros((len(steps), COLUMNS), np.int32)
   totals = np.full((len(steps), COLUMNS), -np.inf, np.float32)
-  # a parent is named by its slot in the frontier, and drawn in a column of the step before
-  columns_of_slots: dict[int, int] = {}
+  # a parent is named by its slot in the frontier, and drawn where it was a candidate: in the step
+  # before, or in an earlier one if it has stayed in the frontier since
+  places: dict[int, tuple[int, int]] = {}
   for s, step in enumerate(steps):
     order = step.leaders['index'][row].tolist()
     index[s, : len(order)] = order
     totals[s, : len(order)] = step.totals[row][order]
     stage[s, : len(order)] = step.stage[row][order]
-    parents = step.parent[row][order].tolist()
-    parent[s, : len(order)] = [columns_of_slots.get(p, -1) for p in parents]
+    parents = [places.get(p, (-1, -1)) for p in step.parent[row][order].tolist()]
+    parent_step[s, : len(order)], parent[s, : len(order)] = zip(*parents)
     columns = {candidate: column for column, candidate in enumerate(order)}
-    kept = enumerate(step.kept[row].tolist())
-    columns_of_slots = {slot: columns[c] for slot, c in kept if c in columns}
+    kept = dict(enumerate(step.kept[row].tolist()))
+    stayed = {slot: places[slot] for slot, c in kept.items() if c < 0 and slot in places}
+    places = stayed | {slot: (s, columns[c]) for slot, c in kept.items() if c in columns}
 
   # the winner is the first column with the best total; from there back through the parents
   winner = np.full(len(steps), -1)
@@ -48,8 +51,11 @@ def trace_ancestry(result: SearchResult, row: int) -> dict[str, np.ndarray]:
     s, column = np.argwhere(best)[0].tolist()
     while s >= 0 and column >= 0:
       winner[s] = column
-      s, column = s - 1, int(parent[s, column])
-  return {'index': index, 'totals': totals, 'parent': parent, 'winner': winner, 'stage': stage}
+      s, column = int(parent_step[s, column]), int(parent[s, column])
+  return {
+    'index': index, 'totals': totals, 'parent': parent, 'parent_step': parent_step,
+    'winner': winner, 'stage': stage,
+  }  # fmt: skip
 
 
 def leader_outputs(result: SearchResult, row: int) -> dict[str, np.ndarray]:

@@ -51,11 +51,14 @@ class GeneratorTrial:
   def __post_init__(self):
     gen, params = self.gen, self.params
 
-    @functools.partial(jax.jit, static_argnums=(3, 4), static_argnames='greedy')
-    def extend(ctx, state, keys, stage, count, greedy=False):
+    # weights are arguments of each program: as constants they would be compiled into it
+    @functools.partial(jax.jit, static_argnums=(4, 5), static_argnames='greedy')
+    def extend(params, ctx, state, keys, stage, count, greedy=False):
       return gen.extend(params, ctx, state, keys, stage, count, greedy=greedy)
 
-    self.extend = functools.partial(extend, self.ctx)
+    self.extend = functools.partial(extend, params, self.ctx)
+    rebuild = jax.jit(gen.rebuild_cache, static_argnums=3)
+    self.rebuild = functools.partial(rebuild, params, self.ctx)
     self.start = gen.init(params, self.ctx, self.keys)
     self.part = self.extend(self.start, self.keys, 0, self.cut)
     # where stages are uniform this is the program that the laws below use again
@@ -68,9 +71,19 @@ class GeneratorTrial:
 
 def mixed_stages(trial: GeneratorTrial):
   """Candidates with 0, `cut` and `end` stages done, and these numbers `[B, 3]`."""
-  rows = [trial.bare(s) for s in (trial.start, trial.part, trial.whole)]
-  mixed = jax.tree.map(lambda *x: jnp.stack([y[:, i] for i, y in enumerate(x)], axis=1), *rows)
-  return mixed, jnp.broadcast_to(jnp.array([0, trial.cut, trial.end]), trial.keys.shape)
+  mixed = pick_rows(*(trial.bare(s) for s in (trial.start, trial.part, trial.whole)))
+  return mixed, np.broadcast_to(np.array([0, trial.cut, trial.end], np.int32), trial.keys.shape)
+
+
+@jax.jit
+def pick_rows(*states):
+  """Candidate i of the i-th of the states."""
+  return jax.tree.map(lambda *x: jnp.stack([y[:, i] for i, y in enumerate(x)], axis=1), *states)
+
+
+def first_rows(state):
+  """The first candidate of each prompt."""
+  return jax.tree.map(lambda x: x[:, :1], state)
 
 
 def assert_refused(call, what: str) -> None:
@@ -97,6 +110,7 @@ def check_offers(trial: GeneratorTrial) -> None:
     'rewind': (_check_rewind, lambda: gen.rewind(bare, 0)),
     'value': (_check_value, lambda: gen.value(params, ctx, bare, cut)),
     'rollout': (_check_rollout, lambda: gen.rollout(params, ctx, bare, keys, cut, 1)),
+    'noise': (_check_noise, lambda: gen.initial_noise(trial.start)),
     'perturb': (_check_perturb, lambda: gen.perturb(trial.start, keys, 0.1)),
     'renoise': (_check_renoise, lambda: gen.renoise(bare, keys, cut, 0)),
     'log_prob_gradient': (
@@ -131,10 +145,8 @@ def _check_tokens(trial: GeneratorTrial) -> None:
   gen, params, ctx = trial.gen, trial.params, trial.ctx
   tokens = gen.tokens(trial.whole)
   assert tokens.shape == (*trial.keys.shape, trial.end), f'tokens {tokens.shape}'
-  grow = jax.jit(lambda state, t: gen.extend_with_tokens(params, ctx, state, t))
-  assert_same(
-    trial.bare(grow(trial.start, tokens)), trial.bare(trial.whole), 'extend_with_tokens'
-  )
+  grown = jax.jit(gen.extend_with_tokens)(params, ctx, trial.start, tokens)
+  assert_same(trial.bare(grown), trial.bare(trial.whole), 'extend_with_tokens')
 
 
 def _check_rewind(trial: GeneratorTrial) -> None:
@@ -142,20 +154,31 @@ def _check_rewind(trial: GeneratorTrial) -> None:
   gen, cut = trial.gen, trial.cut
   back = gen.rewind(trial.bare(trial.whole), cut)
   assert_same(gen.tokens(back), gen.tokens(trial.part), 'rewind')
-  ready = gen.rebuild_cache(trial.params, trial.ctx, back, cut)
+  ready = trial.rebuild(back, cut)
   again = trial.extend(ready, trial.keys, cut, trial.end - cut)
   assert_same(gen.tokens(again), gen.tokens(trial.whole), 'rewind and extend')
 
 
+def _check_noise(trial: GeneratorTrial) -> None:
+  """A candidate is its initial noise."""
+  noise = trial.gen.initial_noise(trial.start)
+  assert noise.shape[:2] == trial.keys.shape, f'noise {noise.shape}'
+  assert_same(trial.gen.start_state(noise), trial.start, 'start_state')
+
+
 def _check_perturb(trial: GeneratorTrial) -> None:
-  gen, keys = trial.gen, trial.keys
-  same = gen.perturb(trial.start, keys, 0.0)
-  assert_same(same, trial.start, 'a perturbation of 0')
-  assert_same(
-    gen.perturb(trial.start, keys, 0.3), gen.perturb(trial.start, keys, 0.3), 'equal keys'
-  )
-  moved = jax.tree.leaves(gen.perturb(trial.start, keys, 0.3))
-  assert any(not np.allclose(a, b) for a, b in zip(moved, jax.tree.leaves(same))), 'nothing moved'
+  gen, keys, cut = trial.gen, trial.keys, trial.cut
+  perturb = jax.jit(gen.perturb)  # one program: with a stage for each candidate
+  at = lambda *stages: jnp.broadcast_to(jnp.array(stages), keys.shape)
+  near = perturb(trial.start, keys, 0.3, at(0, 0, 0))
+  assert_same(perturb(trial.start, keys, 0.0, at(0, 0, 0)), trial.start, 'a perturbation of 0')
+  assert_same(perturb(trial.start, keys, 0.3, at(0, 0, 0)), near, 'equal keys')
+  pairs = zip(jax.tree.leaves(near), jax.tree.leaves(trial.start))
+  assert any(not np.allclose(a, b) for a, b in pairs), 'nothing moved'
+  pick = lambda a, b: jnp.stack([a[:, 0], b[:, 1], a[:, 2]], axis=1)
+  mixed = perturb(jax.tree.map(pick, trial.start, trial.part), keys, 0.3, at(0, cut, 0))
+  later = perturb(trial.part, keys, 0.3, at(cut, cut, cut))
+  assert_same(mixed, jax.tree.map(pick, near, later), 'perturb with a stage for each candidate')
 
 
 def _check_renoise(trial: GeneratorTrial) -> None:
@@ -166,41 +189,45 @@ def _check_renoise(trial: GeneratorTrial) -> None:
   for leaf in jax.tree.leaves(gen.observe(trial.params, trial.ctx, again, trial.end,
                                           tuple(gen.outputs))):  # fmt: skip
     assert np.isfinite(np.asarray(leaf, np.float32)).all(), 'renoised and not finite'
+  if 'noise' in gen.offers:  # given noise stands in for the keys
+    noise = gen.initial_noise(trial.start)
+    found = [gen.renoise(trial.bare(trial.whole), keys, trial.end, trial.cut, noise)
+             for keys in (trial.keys, trial.keys[:, ::-1])]  # fmt: skip
+    assert_same(*found, 'renoise with given noise')
 
 
 def _check_log_prob_gradient(trial: GeneratorTrial) -> None:
   """Transitions sum to what the sampler says, and have a gradient in the parameters."""
   gen, ctx, whole = trial.gen, trial.ctx, trial.bare(trial.whole)
 
-  @jax.jit
   def total(params):
     found = gen.transition_log_probs(params, ctx, whole)
     return found.sum(), found
 
-  (_, found), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(trial.params)
+  slope = jax.jit(jax.value_and_grad(total, has_aux=True, allow_int=True))
+  (_, found), gradient = slope(trial.params)
   assert found.dtype == jnp.float32 and found.shape[:2] == trial.keys.shape
   if 'log_prob' in gen.outputs:
     said = gen.observe(trial.params, ctx, whole, trial.end, ('log_prob',))['log_prob']
     assert_same(found.sum(-1), said, 'transition_log_probs', tolerance=1e-4)
   leaves = [x for x in jax.tree.leaves(gradient) if jnp.issubdtype(x.dtype, jnp.floating)]
-  assert all(bool(jnp.isfinite(x).all()) for x in leaves), 'a gradient is not finite'
+  assert all(np.isfinite(np.asarray(x)).all() for x in leaves), 'a gradient is not finite'
 
 
 def _check_value(trial: GeneratorTrial) -> None:
   """A value sees the stages that are done, and nothing else."""
   gen, params, ctx = trial.gen, trial.params, trial.ctx
   assert gen.value_of, "offers 'value' without value_of"
-  ask = jax.jit(lambda state, stage: gen.value(params, ctx, state, stage))
+  ask = functools.partial(jax.jit(gen.value), params, ctx)
   states = [trial.bare(s) for s in (trial.start, trial.part, trial.whole)]
   stages = (0, trial.cut, trial.end)
   mixed, reached = mixed_stages(trial)
-  alike = jnp.stack([ask(s, t)[:, i] for i, (s, t) in enumerate(zip(states, stages))], 1)
+  alike = np.stack([ask(s, t)[:, i] for i, (s, t) in enumerate(zip(states, stages))], 1)
   assert alike.shape == trial.keys.shape and alike.dtype == jnp.float32, f'values {alike.shape}'
   assert np.isfinite(np.asarray(alike)).all(), 'a value is not finite'
   assert_same(ask(mixed, reached), alike, 'value with a stage for each candidate')
-  first = jnp.zeros((len(trial.keys), 1), int)
   part = ask(states[1], trial.cut)
-  assert_same(ask(core.take(states[1], first), trial.cut), part[:, :1], 'value of one alone')
+  assert_same(ask(first_rows(states[1]), trial.cut), part[:, :1], 'value of one alone')
   assert_same(ask(states[2], trial.cut), part, 'value must not see stages that are not done')
   assert gen.cost('value').generator > 0, 'a value costs an evaluation'
 
@@ -212,19 +239,20 @@ def _check_rollout(trial: GeneratorTrial) -> None:
   )  # fmt: skip
 
   @functools.partial(jax.jit, static_argnames=('count', 'greedy'))
-  def run_on(state, keys, stage, count, greedy=False):
+  def rollout(params, ctx, state, keys, stage, count, greedy=False):
     return gen.rollout(params, ctx, state, keys, stage, count, greedy=greedy)
+
+  run_on = functools.partial(rollout, params, ctx)
 
   states = [trial.bare(s) for s in (trial.start, trial.part, trial.whole)]
   stages = (0, cut, end)
-  done = [gen.rollout(params, ctx, s, keys, t, end - t) for s, t in zip(states, stages)]
+  done = [run_on(s, keys, t, end - t) for s, t in zip(states, stages)]
   assert_same(done[2], states[2], 'a rollout of a finished candidate')
   past = [run_on(s, keys, jnp.int32(t), end) for s, t in zip(states, stages)]
   assert_same(past, done, 'a rollout past the end, from a traced stage')
   mixed, reached = mixed_stages(trial)
   ragged = run_on(mixed, keys, reached, end)
-  pick = lambda *rows: jnp.stack([x[:, i] for i, x in enumerate(rows)], axis=1)
-  assert_same(ragged, jax.tree.map(pick, *done), 'a rollout with a stage for each candidate')
+  assert_same(ragged, pick_rows(*done), 'a rollout with a stage for each candidate')
   some = run_on(states[1], keys, cut, 1)
   assert_same(run_on(some, keys, cut + 1, end - cut - 1), done[1], 'a rollout in two pieces')
   a, c = (run_on(states[1], k, cut, end - cut, True) for k in (keys, keys[:, ::-1]))

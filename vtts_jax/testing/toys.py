@@ -242,12 +242,13 @@ class Scales(core.Generator):
     return {'image': jnp.broadcast_to(bars[..., None, None], (*bars.shape, 2, 3))}
 
   def cost(self, op, stage=0, count=1):
-    evals = {'extend': count, 'fork': 1}.get(op, 0)
-    first, last = stage, min(stage + evals, self.scales)
+    # the default fork runs a stage for each of its `count` children
+    stages, copies = {'extend': (count, 1), 'fork': (1, count)}.get(op, (0, 0))
+    first, last = stage, min(stage + stages, self.scales)
     return core.Cost(
-      generator=evals,
+      generator=stages * copies,
       observe=float(op == 'observe:image'),
-      flops=(2**last - 2**first) * self.vocab if evals else 0,
+      flops=(2**last - 2**first) * self.vocab * copies,
     )
 
 
@@ -258,6 +259,8 @@ class Flow(core.Generator):
 
   steps: int = 4
   noise: float = 0.3
+
+  offers = frozenset({'fork', 'stochastic', 'noise', 'perturb', 'renoise'})
 
   SHAPE = (2, 2, 3)
 
@@ -297,8 +300,36 @@ class Flow(core.Generator):
   def observe(self, params, ctx, state, stage, names):
     return {'image': jnp.clip(self._end(ctx, state), 0, 1)}
 
+  def initial_noise(self, state):
+    return state
+
+  def start_state(self, noise):
+    return noise
+
+  def perturb(self, state, keys, scale, stage=0):
+    """At stage 0 the noise turns towards a fresh draw, later a tenth of one is added."""
+    fresh, scale = self._normal(core.fold(keys, core.CHILD - 2)), self._per_picture(scale)
+    length = lambda x: jnp.sqrt((x**2).sum((2, 3, 4), keepdims=True))
+    unit = state / length(state)
+    across = fresh - (fresh * unit).sum((2, 3, 4), keepdims=True) * unit
+    across = across * length(state) / length(across)
+    turned = jnp.cos(scale) * state + jnp.sin(scale) * across
+    moved = state + 0.1 * scale * fresh
+    return jnp.where(self._per_picture(stage) == 0, turned, moved)
+
+  def renoise(self, state, keys, stage, to, noise=None):
+    """The share to / stage of the state is kept."""
+    fresh = self._normal(core.fold(keys, core.CHILD - 3)) if noise is None else noise
+    share = self._per_picture(to) / jnp.maximum(self._per_picture(stage), 1)
+    share = jnp.where(self._per_picture(stage) == self._per_picture(to), 1.0, share)
+    return share * state + jnp.sqrt(1 - share**2) * fresh
+
+  def _per_picture(self, value):
+    """A scalar or `[B, N]`, given axes that broadcast against pictures."""
+    return jnp.reshape(jnp.asarray(value), (*jnp.shape(value), 1, 1, 1))
+
   def cost(self, op, stage=0, count=1):
-    evals = {'extend': count, 'fork': 1}.get(op, 0)
+    evals = {'extend': count, 'fork': count}.get(op, 0)
     return core.Cost(generator=evals, observe=float(op == 'observe:image'), flops=12 * evals)
 
 
@@ -363,7 +394,7 @@ class Words(core.Generator):
     return {name: {'text': letters, 'length': length}[name] for name in names}
 
   def cost(self, op, stage=0, count=1):
-    evals = {'extend': count, 'fork': 1}.get(op, 0)
+    evals = {'extend': count, 'fork': count}.get(op, 0)
     return core.Cost(generator=evals, observe=float(op == 'observe:text'), flops=self.vocab * evals)
 
 

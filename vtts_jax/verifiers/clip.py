@@ -2,7 +2,12 @@
 
 Hessel et al. (2021), arXiv 2104.08718: 2.5 max(cosine, 0). The score's name contains the backbone,
 and the output if it is not CLIPScore: `clip_b16` is CLIPScore with OpenAI's B/16, `clip_b16_cosine`
-is the cosine. Prompts are used unchanged; the paper puts 'A photo depicts' before its captions.
+is the cosine. The paper puts 'A photo depicts' before its captions; here prompts stand alone.
+
+The published pipeline is OpenAI's: texts are cleaned (`data.tokenizers.clean_text`), the shorter
+side is resized, torchvision's centre crop takes the middle. A checkpoint whose own files say
+another preprocessing (size, mean, filter, squash) has that one. SigLIP is as in transformers:
+pictures are squashed; its tokenizer cleans texts itself, and those of version 2 are lower-cased.
 models/clip, models/siglip.
 """
 

@@ -4,7 +4,8 @@ Prompts have a label, or their text is a class number or name. A class is repres
 the unit embeddings of its name in several templates, normalised again (Radford et al. 2021, section
 3.1.4; open_clip's zero_shot_classifier.py). The score, `clip_b16_class_logit` or
 `clip_b16_class_log_prob`, is the class's logit or its log-probability among all classes, as in Ma
-et al. (2025), arXiv 2501.09732. models/clip, models/siglip.
+et al. (2025), arXiv 2501.09732. Texts are cleaned and pictures cut as in open_clip and in OpenAI's
+code (torchvision's centre crop), or as the checkpoint's own files say. models/clip, models/siglip.
 
 Letters: B prompts · M pictures of a prompt · H W their sides · C classes · E width of the joint
 space.

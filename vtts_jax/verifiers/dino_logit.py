@@ -1,8 +1,9 @@
 """How surely a classifier sees the class that a prompt asks for: DINOv2's linear ImageNet head.
 
 The supervised verifier of Ma et al. (2025, arXiv 2501.09732) for class-conditional generators.
-Prompts have a label, or their text is a class number or name. Letters: B prompts, M candidates, H W
-image, C classes.
+Prompts have a label, or their text is a class number or name. Pictures are cut as in DINOv2's own
+evaluation (torchvision's centre crop), not as by transformers' BitImageProcessor. Letters: B
+prompts, M candidates, H W image, C classes.
 """
 
 import dataclasses

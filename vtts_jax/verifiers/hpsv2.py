@@ -2,6 +2,8 @@
 
 The scores `hpsv2_0_h14` and `hpsv2_1_h14` are what `hpsv2.score` returns, the cosine (about 0.2 ..
 0.35); the benchmark's tables show 100 times that. Scores of the two versions are not comparable.
+The published pipeline is its own copy of open_clip: texts are cleaned, pictures are padded and not
+cropped, and a preprocessing beside the weights is not read.
 Wu et al. 2023, arXiv 2306.09341; github.com/tgxs002/HPSv2, hpsv2/img_score.py and its open_clip's
 transform.py; models/clip.
 """

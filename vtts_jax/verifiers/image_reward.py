@@ -91,5 +91,5 @@ class ImageReward(core.Verifier):
 
 def preprocess_pictures(images, size: int):
   """Pictures `[..., H, W, 3]` in [0, 1] to network inputs `[..., size, size, 3]`."""
-  square = preprocess.center_crop(preprocess.resize_shortest(images, size), size)
-  return preprocess.normalize_channels(square, clip.MEAN, clip.STD)
+  how = clip.PREPROCESSING
+  return preprocess.normalize_channels(how.fit_images(images, size), how.mean, how.std)

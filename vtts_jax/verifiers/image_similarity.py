@@ -1,7 +1,9 @@
 """Similarity to reference pictures: DINO-I or CLIP-I, the mean cosine of embeddings.
 
 DreamBooth (Ruiz et al. 2023, arXiv 2208.12242, section 4.1) measures with it whether a subject
-is preserved: DINO ViT-S/16 or CLIP ViT-B/32, averaged over the references of a prompt.
+is preserved: DINO ViT-S/16 or CLIP ViT-B/32, averaged over the references of a prompt. The paper's
+code was not released; pictures are cut as in the backbones' own code (facebookresearch/dino and
+OpenAI's CLIP: torchvision's centre crop), or as a CLIP's own files say.
 """
 
 import dataclasses

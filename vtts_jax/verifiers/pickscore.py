@@ -1,7 +1,8 @@
 """PickScore: which picture people prefer for a prompt, by a CLIP H/14 trained on their choices.
 
-The score `pickscore_h14` is the published one, the scaled cosine (about 20). Kirstain et al. 2023,
-arXiv 2305.01569; github.com/yuvalkirstain/PickScore; models/clip.
+The score `pickscore_h14` is the published one, the scaled cosine (about 20). The published pipeline
+is transformers' CLIPProcessor: texts are not cleaned, and the centre crop takes the first of two
+middles. Kirstain et al. 2023, arXiv 2305.01569; github.com/yuvalkirstain/PickScore; models/clip.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ class PickScore(DualEncoder):
   tokenizer: str = H14
 
   size = 'h14'
+  cleans_text = False
+  crop = 'transformers'
 
   @property
   def names(self):

@@ -5,6 +5,7 @@ sigma) noise. On the linear path that is the step of the ODE in time, on the var
 DDIM, on EDM's Karras's. So a stepper knows neither schedule nor prediction type. It has
 
   evaluations      network calls of one step
+  shares_first     whether the first of them reads x alone, not the noise: copies of x share it
   is_stochastic    whether it draws noise
   is_multistep     whether it reads the data that the step before predicted
   deterministic    the stepper without noise, for greedy sampling
@@ -40,6 +41,7 @@ class _GaussianStepper:
   """Takes its step from `transition`."""
 
   evaluations = 1
+  shares_first = True
   is_multistep = False
 
   def take_step(
@@ -148,6 +150,7 @@ class _SecondOrderStepper:
   """Takes a step along the data and noise that `direction` finds with two network calls."""
 
   evaluations = 2
+  shares_first = True
   is_stochastic = is_multistep = False
 
   @property
@@ -263,6 +266,7 @@ class HeunMaruyamaStepper(EulerMaruyamaStepper):
   Gaussian, so it has no `transition`. The step to t = 1 is that of `EulerMaruyamaStepper`."""
 
   evaluations = 2
+  shares_first = False
 
   def take_step(self, split, path, x, t, after, fresh=None, before=None):
     size = after - t
@@ -278,6 +282,100 @@ class HeunMaruyamaStepper(EulerMaruyamaStepper):
 
   def transition(self, split, path, x, t, after, before=None):
     raise ConfigError('HeunMaruyamaStepper: its step is not Gaussian and has no log-probability')
+
+
+def posterior_deviation(path, t, after):
+  """Standard deviation of the point at `after` given the one at t and the data: the noise that a
+  step of `AncestralStepper(eta=1)` draws."""
+  (alpha, sigma), (alpha_after, sigma_after) = path.alpha_sigma(t), path.alpha_sigma(after)
+  known = alpha * sigma_after / (alpha_after * sigma)
+  return sigma_after * jnp.sqrt(jnp.maximum(1 - known**2, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class GlassStepper:
+  """Samples the transition of a flow by an ODE inside its step (GLASS Flows, Holderrieth et al.
+  2025, arXiv 2509.25170): noise as in an SDE, few steps as with an ODE.
+
+  Given the data, x at t and at `after` have the noises' `correlation`. So x at `after` is a known
+  share of x plus a rest that is `weight` data + `spread` noise: a flow of its own from fresh noise
+  to that rest. x and a point of the inner flow are two noisy views of the same data; their best mix
+  is one view at a later time, which the network reads. All marginals are those of the flow,
+  whatever the correlation.
+
+  Attributes:
+    inner_steps: Euler steps of the inner ODE, one network call each. One step is DDPM's, with its
+      correlation that of `AncestralStepper(eta=1)`.
+    correlation: of the noises at t and `after`, in [0, 1): 0 forgets x, near 1 the step is the
+      ODE's; the paper steers with 0.4. -1 takes the one that DDPM has.
+  """
+
+  inner_steps: int = 4
+  correlation: float = 0.4
+
+  shares_first = is_stochastic = True
+  is_multistep = False
+
+  @property
+  def evaluations(self) -> int:
+    return self.inner_steps
+
+  @property
+  def deterministic(self):
+    return EulerStepper()
+
+  def take_step(self, split, path, x, t, after, fresh=None, before=None):
+    """As `_GaussianStepper.take_step`; the data are those that the last inner step predicted."""
+    kept, weight, spread = self._rest(path, t, after)
+
+    def level(i):
+      share = i / self.inner_steps
+      return share * weight, 1 - share + share * spread
+
+    def inner_step(i, point, data, noise):
+      (alpha, sigma), (alpha_after, sigma_after) = level(i), level(i + 1)
+      return point + (alpha_after - alpha) * data + (sigma_after - sigma) * noise
+
+    def later_step(carry, i):
+      point, (alpha, sigma) = carry[0], level(i)
+      data = self._data_of_both(split, path, x, t, point, alpha, sigma)
+      return (inner_step(i, point, data, (point - alpha * data) / sigma), data), None
+
+    # at its start the inner point is noise and says nothing: the network reads x alone
+    data, _ = split(x, t)
+    carry = inner_step(0, fresh, data, fresh), data
+    if self.inner_steps > 1:
+      carry, _ = jax.lax.scan(later_step, carry, jnp.arange(1.0, self.inner_steps))
+    return kept * x + carry[0], carry[1]
+
+  def transition(self, split, path, x, t, after, before=None):
+    if self.inner_steps > 1:
+      raise ConfigError(
+        f'generator.inner_steps={self.inner_steps}: the step is Gaussian, and has a '
+        'log-probability, with 1 only'
+      )
+    kept, weight, spread = self._rest(path, t, after)
+    data, _ = split(x, t)
+    return kept * x + weight * data, spread, data
+
+  def _rest(self, path, t, after):
+    """The share of x, and the weights of data and noise in the rest."""
+    (alpha, sigma), (alpha_after, sigma_after) = path.alpha_sigma(t), path.alpha_sigma(after)
+    common = self.correlation
+    if common < 0:
+      common = alpha * sigma_after / (alpha_after * sigma)
+    kept = common * sigma_after / sigma
+    return kept, alpha_after - kept * alpha, sigma_after * jnp.sqrt(1 - jnp.square(common))
+
+  def _data_of_both(self, split, path, x, t, point, alpha, sigma):
+    """The data predicted from x at t and a point that is alpha data + sigma noise."""
+    alpha_x, sigma_x = path.alpha_sigma(t)
+    ratio_x, ratio = alpha_x / sigma_x, alpha / sigma
+    # both over their sigma have noise of variance 1; weights in proportion to their ratios keep it
+    both = jnp.sqrt(ratio_x**2 + ratio**2)
+    mixed = (ratio_x * x / sigma_x + ratio * point / sigma) / both
+    later = path.time_at(both, jnp.ones_like(both))
+    return split(path.alpha_sigma(later)[1] * mixed, later)[0]
 
 
 def gaussian_log_prob(x: jax.Array, mean, deviation, axes) -> jax.Array:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from vtts_jax.checkpoints.convert import convert_weights
+from vtts_jax.checkpoints.source import Source, open_pipeline_part
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.autoencoder_kl import modeling, original
@@ -38,6 +39,13 @@ RULES = [
 ENCODER = (r'(encoder\..*|quant_conv\..*)', None, '')
 # convolutions of a VAE are small: every device holds them all
 SHARDING = []
+
+
+def open_weights(weights: str, part: str = '') -> Source:
+  """Opens a file (of the autoencoder, or of a whole Stable Diffusion), a folder of weights, or the
+  folder `vae` of a pipeline; errors as in `open_source`."""
+  del part  # the encoder is read or left by `load_weights`
+  return original.select_autoencoder(open_pipeline_part(weights, 'vae'))
 
 
 def config_of(source, part: str = '', options: Mapping | None = None) -> modeling.Config:

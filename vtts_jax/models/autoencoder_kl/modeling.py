@@ -293,27 +293,28 @@ def build_model(config: Config, seed=0) -> AutoencoderKL:
   return AutoencoderKL(config, rngs=nnx.Rngs(seed))
 
 
-def count_decode_flops(c: Config, side: int) -> int:
-  """FLOPs of the convolutions and matmuls of `decode` for one latent of `side` x `side`."""
+def count_decode_flops(c: Config, height: int, width: int) -> int:
+  """FLOPs of the convolutions and matmuls of `decode` for one latent of `height` x `width`."""
+  cells = height * width
 
-  def conv(side, a, b, size=3):
-    return 2 * (side * size) ** 2 * a * b
+  def conv(cells, a, b, size=3):
+    return 2 * cells * size**2 * a * b
 
-  def resnet(side, a, b):
-    return conv(side, a, b) + conv(side, b, b) + (a != b) * conv(side, a, b, 1)
+  def resnet(cells, a, b):
+    return conv(cells, a, b) + conv(cells, b, b) + (a != b) * conv(cells, a, b, 1)
 
   # norms and activations are not counted
   widths, latent = c.block_out_channels[::-1], c.latent_channels
   inner = widths[0]
-  total = conv(side, latent, inner) + 2 * resnet(side, inner, inner)
-  total += conv(side, latent, latent, 1) if c.use_post_quant_conv else 0
+  total = conv(cells, latent, inner) + 2 * resnet(cells, inner, inner)
+  total += conv(cells, latent, latent, 1) if c.use_post_quant_conv else 0
   if c.mid_block_add_attention:
     # four projections, then two products of all cells with all cells
-    total += 4 * conv(side, inner, inner, 1) + 4 * side**4 * inner
-  for i, width in enumerate(widths):
+    total += 4 * conv(cells, inner, inner, 1) + 4 * cells**2 * inner
+  for i, outer in enumerate(widths):
     if i:
-      side *= 2
-      total += conv(side, inner, inner)
-    total += resnet(side, inner, width) + c.layers_per_block * resnet(side, width, width)
-    inner = width
-  return total + conv(side, inner, c.out_channels)
+      cells *= 4
+      total += conv(cells, inner, inner)
+    total += resnet(cells, inner, outer) + c.layers_per_block * resnet(cells, outer, outer)
+    inner = outer
+  return total + conv(cells, inner, c.out_channels)

@@ -1,4 +1,5 @@
-"""The layout of CompVis' latent diffusion, as in FLUX's `ae.safetensors`.
+"""The layout of CompVis' latent diffusion, as in FLUX's `ae.safetensors` and in the single files of
+Stable Diffusion.
 
 It is the same network as diffusers' `AutoencoderKL` under other names.
 """
@@ -10,6 +11,12 @@ import re
 MARK = 'decoder.mid.block_1.conv1.weight'
 # constants of FLUX's code, which no file holds
 FLUX = {'scaling_factor': 0.3611, 'shift_factor': 0.1159}
+LEAD, NETWORK = 'first_stage_model.', 'model.diffusion_model.'
+BESIDE = [  # a tensor of the network in a single file, and the factors of its autoencoder
+  ('joint_blocks.0.x_block.attn.qkv.weight', {'scaling_factor': 1.5305, 'shift_factor': 0.0609}),
+  ('label_emb.0.0.weight', {'scaling_factor': 0.13025}),  # SDXL
+  ('input_blocks.0.0.weight', {'scaling_factor': 0.18215}),
+]
 _SIDE = r'((?:en|de)coder)\.'
 NAMES = [  # name in the original -> in diffusers
   (_SIDE + r'(down|up)\.(\d+)\.block\.(\d+)\.(.*)', r'\1.\2_blocks.\3.resnets.\4.\5'),
@@ -21,6 +28,15 @@ NAMES = [  # name in the original -> in diffusers
   (_SIDE + r'mid\.attn_1\.proj_out\.(.*)', r'\1.mid_block.attentions.0.to_out.0.\2'),
   (_SIDE + r'norm_out\.(.*)', r'\1.conv_norm_out.\2'),
 ]
+
+
+def select_autoencoder(source):
+  """Returns the autoencoder inside a single file of Stable Diffusion, with its factors; any other
+  source as it is."""
+  if f'{LEAD}{MARK}' not in source:
+    return source
+  factors = next((found for name, found in BESIDE if f'{NETWORK}{name}' in source), {})
+  return source.select_prefix(LEAD, factors)
 
 
 def known_factors(source) -> dict:

@@ -1,8 +1,8 @@
-"""BLIP with ImageReward's head, from two layouts.
+"""BLIP with the head of ImageReward or CycleReward, from two layouts.
 
-One has ImageReward's own names (`blip.visual_encoder`, `blip.text_encoder`, `mlp`). The other names
-the towers as transformers' `BlipForImageTextRetrieval` does (`vision_model`, `text_encoder`).
-README.md says how ImageReward.pt becomes safetensors.
+One has their own names (`blip.visual_encoder`, `blip.text_encoder`, `mlp`). The other names the
+towers as transformers' `BlipForImageTextRetrieval` does (`vision_model`, `text_encoder`). README.md
+says how the pickles become safetensors.
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ from vtts_jax.models import modules, vit
 from vtts_jax.models.blip import modeling
 from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
 
-# the linear layers of `mlp.layers`; the others are dropout
-HEAD = (0, 2, 4, 6, 7)
+# the last linear layer of `mlp.layers` in CycleReward, whose heads have an activation after each;
+# ImageReward's linear layers are 0, 2, 4, 6, 7, and the others are dropout
+CYCLE_END = 8
 _TIMM = {
   'norm_attn': 'norm1', 'norm_ffn': 'norm2', 'qkv': 'attn.qkv', 'out': 'attn.proj',
   'up': 'mlp.fc1', 'down': 'mlp.fc2',
@@ -24,6 +25,14 @@ _HUB = {
   'out': 'self_attn.projection', 'up': 'mlp.fc1', 'down': 'mlp.fc2',
 }  # fmt: skip
 _TEXT = r'text_encoder\.'
+
+
+_HEAD = re.compile(r'mlp\.layers\.(\d+)\.(weight|bias)')
+
+
+def _head_numbers(names):
+  """Returns the numbers of the linear layers of `mlp.layers`, in order."""
+  return sorted({int(m[1]) for n in names if (m := _HEAD.fullmatch(n))})
 
 
 def _linear_rules(theirs, ours):
@@ -101,12 +110,12 @@ def arrange_layers(source):
   bare = {n: n.removeprefix('blip.') for n in source.tensor_names()}
   found = [layer.fullmatch(n) for n in bare.values()]
   last = max((int(m[2]) for m in found if m), default=0)
-  heads = [f'mlp.layers.{n}.' for n in HEAD]
+  heads = _head_numbers(bare.values())
 
   def rename(name):
-    for i, lead in enumerate(heads):
-      if name.startswith(lead):
-        return f'head.{i}.{name.removeprefix(lead)}'
+    linear = _HEAD.fullmatch(name)
+    if linear:
+      return f'head.{heads.index(int(linear[1]))}.{linear[2]}'
     match = layer.fullmatch(name)
     if not match:
       return name
@@ -137,7 +146,8 @@ def config_of(source, part: str = '', **options) -> modeling.Config:
   """Reads the config of a checkpoint off its shapes.
 
   Heads are 64 wide and norms have their published eps, unless the checkpoint's config.json
-  (`vision_config`, `text_config`) or `options` say otherwise.
+  (`vision_config`, `text_config`) or `options` say otherwise. The numbers of the head's layers tell
+  CycleReward from ImageReward.
 
   Args:
     source: `checkpoints.Source`.
@@ -174,8 +184,10 @@ def config_of(source, part: str = '', **options) -> modeling.Config:
     'size': round((tokens - 1) ** 0.5) * patch[-1], 'patch': patch[-1], 'vocab': vocab,
     'positions': positions, 'width': inner, 'layers': pairs + 1, 'hidden': outer,
     'heads': read.get('num_attention_heads', max(1, inner // 64)),
-    'eps': read.get('layer_norm_eps', 1e-12), 'length': min(35, positions), 'head': head,
+    'eps': read.get('layer_norm_eps', 1e-12), 'length': 35, 'head': head,
   }  # fmt: skip
+  found |= modeling.CYCLE if CYCLE_END in _head_numbers(source.tensor_names()) else {}
+  found['length'] = min(found['length'], positions)
   return modeling.Config(vision=trunk, **(found | options))
 
 

@@ -1,12 +1,15 @@
-"""BLIP (Li et al. 2022, arXiv 2201.12086) as ImageReward scores with it (Xu et al., 2304.05977).
+"""BLIP (Li et al. 2022, arXiv 2201.12086) as ImageReward (Xu et al., 2304.05977) and CycleReward
+(Bahng et al., 2506.02095) score with it.
 
 A ViT reads the picture, and a BERT with cross-attention to the picture's tokens reads the text.
-Five linear layers without activations turn the first token into a reward. A text layer is self-
-attention, cross-attention and feed-forward, all post-norm. The self-attention of layer 0 has not
-seen the picture yet, so `encode_text` runs it once per prompt. Of the last layer only the first
-token is read, so only that token goes through it. The layers between are therefore stored in pairs:
-cross-attention and feed-forward of layer i with self-attention of layer i + 1. Checked against
-transformers' `BlipForImageTextRetrieval` (tests/parity).
+Five linear layers turn the first token into a reward: ImageReward's have no activations and their
+result is standardised; CycleReward's have GELUs between them and their result is the reward. A
+text layer is self-attention, cross-attention and feed-forward, all post-norm. The self-attention of
+layer 0 has not seen the picture yet, so `encode_text` runs it once per prompt. Of the last layer
+only the first token is read, so only that token goes through it. The layers between are therefore
+stored in pairs: cross-attention and feed-forward of layer i with self-attention of layer i + 1.
+Checked against transformers' `BlipForImageTextRetrieval` (tests/parity) and the golden files
+`cyclereward*.npz`.
 
 Letters: R rows · S side · P patch side · T image tokens · C image width · W text tokens · D width ·
 L text layers.
@@ -39,6 +42,8 @@ class Config:
     width, layers, heads, hidden, eps: the text's trunk.
     length: W, padding included; longer texts are cut.
     head: widths after each of the head's layers.
+    head_act: activation between the head's layers, '' or one of `vit.ACTIVATIONS`.
+    mean, std: of the raw rewards, by which a reward is standardised.
 
   Raises:
     ConfigError: a width that is no multiple of the heads, fewer than 2 layers.
@@ -56,26 +61,37 @@ class Config:
   eps: float = 1e-12
   length: int = 35
   head: tuple[int, ...] = (1024, 128, 64, 16, 1)
+  head_act: str = ''
+  mean: float = MEAN
+  std: float = STD
 
   def __post_init__(self):
     if self.width % self.heads:
       raise ConfigError(f'width={self.width}: must be a multiple of heads={self.heads}')
     if self.layers < 2:
       raise ConfigError(f'layers={self.layers}: at least 2')
+    if self.head_act not in ('', *vit.ACTIVATIONS):
+      allowed = ', '.join(map(repr, ('', *vit.ACTIVATIONS)))
+      raise ConfigError(f'head_act={self.head_act!r}: must be one of {allowed}')
 
   @property
   def patches(self):
     return (self.size // self.patch) ** 2
 
 
+# what CycleReward has and ImageReward has not
+CYCLE = {'length': 128, 'head_act': 'gelu', 'mean': 0.0, 'std': 1.0}
+_TINY = Config(
+  vision=vit.Config(width=16, layers=2, heads=2, hidden=32, eps=1e-6), size=32, patch=16,
+  vocab=64, positions=12, width=16, layers=3, heads=2, hidden=32, length=12,
+  head=(16, 8, 8, 4, 1),
+)  # fmt: skip
 SIZES = {
-  'tiny': Config(
-    vision=vit.Config(width=16, layers=2, heads=2, hidden=32, eps=1e-6), size=32, patch=16,
-    vocab=64, positions=12, width=16, layers=3, heads=2, hidden=32, length=12,
-    head=(16, 8, 8, 4, 1),
-  ),
+  'tiny': _TINY,
+  'tiny_cycle': dataclasses.replace(_TINY, **CYCLE | {'length': 12}),
   'image_reward': Config(),
-}  # fmt: skip
+  'cycle_reward': Config(**CYCLE),
+}
 
 
 class SelfAttention(nnx.Module):
@@ -192,26 +208,31 @@ class BLIP(nnx.Module):
       The first token after the last layer `[R, D]`, and the output of every earlier layer
       `[L - 1, R, W, D]`.
     """
+    x, states = self.fuse_words(text, mask, image)
+    # the head reads the first token only
+    return self.last(x[:, :1], image)[:, 0], states
+
+  def fuse_words(self, text, mask, image):
+    """As `fuse_image`, up to the self-attention of the last layer: `[R, W, D]`, and the states."""
     bias = _padding_bias(mask)
 
     def run_pair(pair, x, _):
       done, x = pair(x, image, bias)
       return x, done
 
-    x, states = scan_blocks(self.pairs, run_pair, text)
-    # the head reads the first token only
-    return self.last(x[:, :1], image)[:, 0], states
+    return scan_blocks(self.pairs, run_pair, text)
 
   def predict_reward(self, first):
     """First tokens `[R, D]` -> rewards `[R]` float32.
 
-    Over the pictures that people rated for ImageReward, rewards are about standard normal.
+    Over the pictures that people rated for ImageReward, its rewards are about standard normal.
     """
     # float32 as the published code: five layers without activations amplify rounding
-    x = first.astype(jnp.float32)
-    for layer in self.head:
+    c, x = self.config, first.astype(jnp.float32)
+    for i, layer in enumerate(self.head):
+      x = vit.ACTIVATIONS[c.head_act](x) if i and c.head_act else x
       x = layer(x)
-    return (x[:, 0] - MEAN) / STD
+    return (x[:, 0] - c.mean) / c.std
 
 
 def _padding_bias(mask):

@@ -4,13 +4,18 @@ that of open_clip, which OpenAI's own files and HPSv2 have too."""
 import dataclasses
 import re
 
+from absl import logging
+
 from vtts_jax.checkpoints.convert import KeyRule, convert_weights
 from vtts_jax.models import modules, vit
 from vtts_jax.models.clip import modeling
+from vtts_jax.models.preprocessing import read_preprocessing
 from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
 
 # shapes do not tell heads: how wide they are in the image trunks of H, g and bigG; elsewhere 64
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+# sizes that OpenAI released with quick-GELU
+OPENAI_SIZES = ('b32', 'b16', 'l14', 'l14_336')
 # transformers' names for what is one function
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}
 BLOCK = {
@@ -114,7 +119,8 @@ def config_of(source, part: str = '') -> modeling.Config:
   Sizes are read off the shapes. Heads, activation, epsilon and the end of text are those of its
   `config.json`. What the file does not say is as in the layout's own library: quick-GELU in
   transformers, GELU in open_clip unless the file is OpenAI's. Heads are as wide as in the released
-  sizes.
+  sizes. Pictures are preprocessed as the files beside the weights say (models/preprocessing), else
+  as in OpenAI's.
 
   Args:
     source: `checkpoints.Source`.
@@ -122,8 +128,9 @@ def config_of(source, part: str = '') -> modeling.Config:
 
   Raises:
     ValueError: there is no such CLIP.
-    ConfigError: an option that the port does not know.
+    ConfigError: an option or a preprocessing that the port does not know.
   """
+  source = _name_bare_tower(source)
   try:
     image = _image_sizes(source) if part != 'text' else {'image': None}
     text = _text_sizes(source) if part != 'image' else {'text': None}
@@ -134,7 +141,20 @@ def config_of(source, part: str = '') -> modeling.Config:
       f'{source.where}: pictures are projected to {image["projection"]}, texts to '
       f'{text["projection"]}'
     )
-  return modeling.Config(**(image | text))
+  config = modeling.Config(**(image | text))
+  _warn_of_act(source, config)
+  return config
+
+
+def _name_bare_tower(source):
+  """A text tower as transformers 5 saves it, without a name in front, under its older names; any
+  other source as it is."""
+  if 'embeddings.token_embedding.weight' not in source:
+    return source
+  lead = 'text_model.'
+  header = {f'{lead}{name}': value for name, value in source.header.items()}
+  read = lambda name: source.read_tensor(name.removeprefix(lead))
+  return dataclasses.replace(source, header=header, read=read)
 
 
 def _tower_options(source, tower):
@@ -144,8 +164,47 @@ def _tower_options(source, tower):
 
 def _open_act(source):
   # only OpenAI's own files hold the buffer `input_resolution`
-  openai = 'input_resolution' in source or source.find_option('quick_gelu', default=False)
+  openai = 'input_resolution' in source or _says_quick(source)
   return 'quick_gelu' if openai else 'gelu'
+
+
+def _says_quick(source):
+  """Returns open_clip's option `quick_gelu`, None where no file says it."""
+  said = source.find_option('quick_gelu')
+  # a folder may have transformers' config too, which is read before open_clip's
+  beside = dataclasses.replace(source, config=source.read_sibling('open_clip_config.json'))
+  return said if said is not None else beside.find_option('quick_gelu')
+
+
+def _warn_of_act(source, config):
+  """Warns where open_clip's GELU is a guess: OpenAI's sizes, which others trained with GELU too.
+
+  open_clip itself knows it by the model's name (`ViT-B-32-quickgelu`), which no tensor holds.
+  """
+  acts = {tower.act for tower in (config.image, config.text) if tower}
+  if acts != {'gelu'} or _says_quick(source) is not None or source.find_option('hidden_act'):
+    return
+  # transformers' layout has its own default, which is OpenAI's
+  if not any('resblocks' in name for name in source.tensor_names()):
+    return
+  name = next((n for n in OPENAI_SIZES if _is_gelu_twin(config, modeling.SIZES[n])), None)
+  if name:
+    logging.warning(
+      '%s has the sizes of CLIP %s of OpenAI and no file says quick_gelu: GELU is used, as '
+      'open_clip does. If these are weights of OpenAI (or of another -quickgelu model), put '
+      '"quick_gelu": true into open_clip_config.json beside them; false ends this warning.',
+      source.where, name,
+    )  # fmt: skip
+
+
+def _is_gelu_twin(config, known):
+  """Returns whether a config is one of OpenAI's but for the activation."""
+  # a file of one tower says nothing of the other
+  pairs = ((config.image, known.image), (config.text, known.text))
+  if any(c is not None and c != dataclasses.replace(like, act='gelu') for c, like in pairs):
+    return False
+  sides = lambda c: (c.patch, c.image_size)
+  return config.image is None or sides(config) == sides(known)
 
 
 def _image_sizes(source):
@@ -169,6 +228,9 @@ def _image_sizes(source):
   return {
     'image': trunk_of(source, *trunk, HEAD_WIDTHS.get(width, 64)),
     'image_size': size, 'patch': patch, 'projection': projection,
+    'preprocessing': read_preprocessing(
+      source, modeling.PREPROCESSING, size, 'CLIPImageProcessor'
+    ),
   }  # fmt: skip
 
 
@@ -181,10 +243,15 @@ def _text_sizes(source):
     trunk = (f'{lead}transformer.resblocks', options, 'mlp.c_fc', _open_act(source))
     projection, eos = source.shape_of(f'{lead}text_projection')[1], None
   else:
-    vocab = source.shape_of('text_model.embeddings.token_embedding.weight')[0]
+    vocab, width = source.shape_of('text_model.embeddings.token_embedding.weight')
     length = source.shape_of('text_model.embeddings.position_embedding.weight')[0]
-    trunk = ('text_model.encoder.layers', options, 'mlp.fc1', 'quick_gelu')
-    projection = source.shape_of('text_projection.weight')[0]
+    # files of one tower have no config: OpenAI's texts are at most 768 wide, OpenCLIP's H and bigG
+    # have another activation
+    act = 'quick_gelu' if width <= 768 else 'gelu'
+    trunk = ('text_model.encoder.layers', options, 'mlp.fc1', act)
+    # FLUX and Stable Diffusion 1 keep a tower without its projection
+    projected = 'text_projection.weight' in source
+    projection = source.shape_of('text_projection.weight')[0] if projected else 0
     eos = options.get('eos_token_id', 49407)
     # old configs say 2, which is wrong; transformers then reads at the highest id, and so do we
     eos = None if eos == 2 else eos
@@ -202,7 +269,7 @@ def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):
   _, template = modules.abstract_module(lambda: modeling.build_model(config))
   # a file may hold an aesthetic head beside CLIP, which verifiers/aesthetic reads itself
   header = {k: v for k, v in source.header.items() if not re.match(r'layers\.\d', k)}
-  source = dataclasses.replace(source, header=header)
+  source = _name_bare_tower(dataclasses.replace(source, header=header))
   source = fuse_projections(stack_layers(source, 'layers|resblocks'))
   # a rule of a tower that is not loaded knowingly leaves its tensors
   table = [(p, t if t and t.split('.')[0] in template else None, op) for p, t, op in RULES]

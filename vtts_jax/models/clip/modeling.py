@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.media.preprocess import center_crop, normalize_channels, resize_shortest
+from vtts_jax.media.preprocess import Preprocessing, normalize_channels
 from vtts_jax.models import vit
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+# that of OpenAI's CLIP and open_clip: shorter side to S by the bicubic filter, torchvision's crop
+PREPROCESSING = Preprocessing(MEAN, STD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +30,14 @@ class Config:
 
   Attributes:
     image, text: the trunks; None for a tower that is left out.
-    projection: E.
+    projection: E; 0 for a text tower without a projection (that of FLUX and Stable Diffusion 1).
     image_size: S.
     patch: P.
     vocab: V.
     length: most tokens that a text may have.
     eos: id of the end of text, where the text is read. None reads at the first highest id, which is
       the end of text in CLIP's vocabulary.
+    preprocessing: how pictures become S x S.
 
   Raises:
     ConfigError: a picture smaller than a patch.
@@ -48,6 +51,7 @@ class Config:
   vocab: int = 49408
   length: int = 77
   eos: int | None = None
+  preprocessing: Preprocessing = PREPROCESSING
 
   def __post_init__(self):
     if self.image_size < self.patch:
@@ -135,7 +139,8 @@ class TextTower(nnx.Module):
     self.position = vit.random_table(rngs, c.length, t.width)
     self.trunk = vit.Trunk(t, rngs=rngs)
     self.norm = vit.LayerNorm(t.width, t.eps)
-    self.projection = nnx.Linear(t.width, c.projection, use_bias=False, rngs=rngs)
+    linear = lambda: nnx.Linear(t.width, c.projection, use_bias=False, rngs=rngs)
+    self.projection = linear() if c.projection else None
 
   def embed_tokens(self, ids):
     """Ids `[R, T]` -> the trunk's input `[R, T, D]`."""
@@ -150,6 +155,17 @@ class TextTower(nnx.Module):
     # argmax gives the first of equal values, so the first end of text where it also pads
     end = jnp.argmax(ids if self.eos is None else ids == self.eos, -1)
     return tokens[jnp.arange(len(ids)), end]
+
+  def penultimate_states(self, ids):
+    """What SD3 and SDXL read: ids `[R, T]` -> the input of the last block `[R, T, D]`, which is not
+    normed, and the projected text `[R, E]`, None without a projection."""
+    x = self.embed_tokens(ids)
+    states = self.trunk.layer_states(x, vit.causal_bias(ids.shape[1]))
+    before = states[-2] if len(states) > 1 else x
+    # XL's CLIP L has none
+    if self.projection is None:
+      return before, None
+    return before, self.projection(self.pool_tokens(self.norm(states[-1]), ids))
 
   def __call__(self, ids):
     return self.projection(self.pool_tokens(self.hidden_states(ids), ids))
@@ -190,21 +206,21 @@ def build_model(config: Config, seed=0) -> CLIP:
   return CLIP(config, rngs=nnx.Rngs(seed))
 
 
-def picture_sides(c: Config) -> tuple[int, int]:
-  """Returns (side of the square that is cut out, size of the shorter side before the cut)."""
-  return c.image_size, c.image_size
+def fitting_of(c: Config) -> tuple[Preprocessing, int]:
+  """Returns how pictures are resized and cut, and the side S of the square that is left."""
+  return c.preprocessing, c.image_size
 
 
 def preprocess(c: Config, images, fitted: bool = False):
-  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`, as CLIP's processor makes them.
+  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`, by `c.preprocessing`.
 
-  The shorter side is resized to S, the middle is cut out, and channels are normalised. Pictures
-  that are `fitted` are S x S already.
+  In the released models the shorter side is resized to S, the middle is cut out, and channels are
+  normalised. Pictures that are `fitted` are S x S already.
   """
+  how = c.preprocessing
   if not fitted:
-    images = resize_shortest(images, c.image_size, 'bicubic')
-    images = center_crop(images, c.image_size)
-  return normalize_channels(images, MEAN, STD)
+    images = how.fit_images(images, c.image_size)
+  return normalize_channels(images, how.mean, how.std)
 
 
 def count_flops(c: Config, op: str) -> int:

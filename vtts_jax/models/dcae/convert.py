@@ -1,16 +1,14 @@
 """DC-AE: from diffusers' `AutoencoderDC` and from MIT's own file, to `modeling.DCAE`."""
 
 import dataclasses
-import functools
 import re
 
 from vtts_jax.checkpoints.convert import convert_weights
-from vtts_jax.checkpoints.source import Source
+from vtts_jax.checkpoints.source import Source, open_pipeline_part
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.dcae import modeling
 from vtts_jax.models.sana.convert import depthwise_filters, pointwise_kernel
-from vtts_jax.models.sd3 import convert as sd3_convert
 from vtts_jax.models.sd3.convert import rename_tensors
 from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
 
@@ -96,8 +94,12 @@ def make_rules(config: modeling.Config):
 ENCODER = (r'encoder\..*', None, '')  # known, and left by the decoder alone
 SHARDING = []  # a picture's cells are many and its weights few: every device holds them all
 
-# a pipeline keeps it in `vae`, MIT's own repositories at their root
-open_weights = functools.partial(sd3_convert.open_weights, subfolder='vae')
+
+def open_weights(weights: str, part: str = '') -> Source:
+  """Opens a file, a folder of weights (MIT's repositories), or the folder `vae` of a pipeline;
+  errors as in `open_source`."""
+  del part  # the encoder is read or left by `load_weights`
+  return open_pipeline_part(weights, 'vae')
 
 
 def config_of(source, part: str = '') -> modeling.Config:

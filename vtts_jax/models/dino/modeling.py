@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vtts_jax.media.preprocess import center_crop, normalize_channels, resize_shortest
+from vtts_jax.media.preprocess import Preprocessing, normalize_channels
 from vtts_jax.models import vit
 
-# the published evaluation resizes the shorter side to 256 and cuts out the middle 224
-SIDE, RESIZED = 224, 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Both published evaluations (facebookresearch/dino, facebookresearch/dinov2) are torchvision's:
+# the shorter side to 256 by the bicubic filter, then the middle 224. The files beside the copies of
+# transformers say otherwise (DINO's squash to 224 bilinearly) and are not what was published.
+SIDE, PREPROCESSING = 224, Preprocessing(MEAN, STD, size=256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,21 +221,22 @@ def build_model(config: Config, seed=0) -> Dino:
   return Dino(config, rngs=nnx.Rngs(seed))
 
 
-def picture_sides(c: Config) -> tuple[int, int]:
-  """Returns (side of the square that is cut out, size of the shorter side before the cut)."""
+def fitting_of(c: Config) -> tuple[Preprocessing, int]:
+  """Returns how pictures are resized and cut, and the side of the square that is left."""
   del c
-  return SIDE, RESIZED
+  return PREPROCESSING, SIDE
 
 
 def preprocess(c: Config, images, fitted: bool = False):
   """Pictures `[..., H, W, 3]` in [0, 1] -> `[..., 224, 224, 3]`, as both published evaluations.
 
-  PIL's bicubic resizes the shorter side to 256, the middle 224 is cut out, and channels are
-  normalised, for models of every size. Pictures that are `fitted` are 224 x 224 already.
+  PIL's bicubic resizes the shorter side to 256, torchvision's centre crop takes the middle 224, and
+  channels are normalised, for models of every size. Pictures that are `fitted` are 224 x 224
+  already.
   """
   del c
   if not fitted:
-    images = center_crop(resize_shortest(images, RESIZED), SIDE)
+    images = PREPROCESSING.fit_images(images, SIDE)
   return normalize_channels(images, MEAN, STD)
 
 

@@ -14,10 +14,12 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from vtts_jax.media.preprocess import normalize_channels, resize_images
+from vtts_jax.media.preprocess import Preprocessing, normalize_channels
 from vtts_jax.models.dino import modeling as dino
 
 SIDE = 224
+# no normalisation: each branch has its own
+PREPROCESSING = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1), mode='squash')
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 _CLIP = {'eps': 1e-5, 'embed_norm': True, 'project': 512}
@@ -92,10 +94,10 @@ def build_model(config: Config, seed=0) -> DreamSim:
   return DreamSim(config, rngs=nnx.Rngs(seed))
 
 
-def picture_sides(c: Config) -> tuple[int, int]:
-  """Returns (side of the picture, 0): pictures are squeezed to a square, not cut."""
+def fitting_of(c: Config) -> tuple[Preprocessing, int]:
+  """Returns how pictures are resized, and the side of the square that is left."""
   del c
-  return SIDE, 0
+  return PREPROCESSING, SIDE
 
 
 def preprocess(c: Config, images, fitted: bool = False):
@@ -104,7 +106,7 @@ def preprocess(c: Config, images, fitted: bool = False):
   Pictures that are `fitted` have that size already.
   """
   del c
-  return images if fitted else resize_images(images, (SIDE, SIDE))
+  return images if fitted else PREPROCESSING.fit_images(images, SIDE)
 
 
 def count_flops(c: Config, op: str = 'image') -> int:

@@ -7,14 +7,13 @@ feed-forward, whose places on a mesh differ.
 """
 
 import dataclasses
-import os
 import re
 
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from vtts_jax.checkpoints.convert import convert_weights
-from vtts_jax.checkpoints.source import Source, open_source
+from vtts_jax.checkpoints.source import Source, open_pipeline_part
 from vtts_jax.models import modules
 from vtts_jax.models.flux import modeling
 from vtts_jax.models.flux.modeling import Config
@@ -70,17 +69,10 @@ DIFFUSERS = [  # name of a layer in diffusers -> in the original
 
 
 def open_weights(weights: str, part: str = '') -> Source:
-  """Opens a file, a folder of weights, or the folder `transformer` of a diffusers pipeline.
-
-  Errors as in `open_source`.
-  """
+  """Opens a file, a folder of weights, or the folder `transformer` of a pipeline; errors as in
+  `open_source`."""
   del part  # it has no parts
-  if os.path.exists(weights):
-    is_pipeline = os.path.isdir(os.path.join(weights, 'transformer'))
-  else:
-    # a repository of the hub is a pipeline, unless one of its files is named
-    is_pipeline = not weights.partition('@')[0].endswith('.safetensors')
-  return open_source(weights, subfolder='transformer' if is_pipeline else None)
+  return open_pipeline_part(weights, 'transformer')
 
 
 def _original_names(source):

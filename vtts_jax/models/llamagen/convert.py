@@ -20,7 +20,7 @@ SHARDING = [
 ]
 
 
-def _split_kernel(parts, heads=0):
+def split_kernel(parts, heads=0):
   """`[L, parts * out, in]` -> `[L, in, parts, out]`; see `_gather_pairs` for `heads`."""
 
   def split(weight):
@@ -48,9 +48,9 @@ def make_rules(config: Config):
     (r'cls_embedding\.embedding_table\.weight', 'classes', ''),
     (r'cls_embedding\.cap_proj\.(fc[12])\.weight', r'text_mlp.\1.kernel', 'T'),
     (r'cls_embedding\.uncond_embedding', 'null_text', ''),
-    (BLOCK + r'attention\.wqkv\.weight', 'blocks.attn.qkv.kernel', _split_kernel(3, config.heads)),
+    (BLOCK + r'attention\.wqkv\.weight', 'blocks.attn.qkv.kernel', split_kernel(3, config.heads)),
     (BLOCK + r'attention\.wo\.weight', 'blocks.attn.out.kernel', transpose_kernel),
-    (BLOCK + r'feed_forward\.up\.weight', 'blocks.ffn.up.kernel', _split_kernel(2)),
+    (BLOCK + r'feed_forward\.up\.weight', 'blocks.ffn.up.kernel', split_kernel(2)),
     (BLOCK + r'feed_forward\.w2\.weight', 'blocks.ffn.down.kernel', transpose_kernel),
     (BLOCK + r'attention_norm\.weight', 'blocks.norm_attn.weight', ''),
     (BLOCK + r'ffn_norm\.weight', 'blocks.norm_ffn.weight', ''),

@@ -26,6 +26,7 @@ import numpy as np
 from flax import nnx
 
 from vtts_jax.errors import ConfigError
+from vtts_jax.models.shared_prefix import read_layer, write_cache
 from vtts_jax.models.stacked import scan_blocks, stack_blocks
 
 
@@ -299,11 +300,26 @@ class LlamaGen(nnx.Module):
       hidden: `[B, N, T, C, D]`; the one at t predicts token t from those before it.
       cache: `[B, N, C, L, T, D]` of all tokens.
     """
-    T, C = tokens.shape[2], ctx['score'].shape[1]
-    table = rotation_table(self.config)[:, None, None, :T, None]  # [2, 1, 1, T, 1, d / 2]
-    # the streams of guidance read the same tokens
-    x = jnp.repeat(self.embedding[...][tokens][:, :, :, None], C, 3)
-    visible = jnp.tri(T, dtype=bool)
+    table = rotation_table(self.config)[:, None, None, : tokens.shape[2]]  # [2, 1, 1, T, d / 2]
+    x, cache = self.run_sequence(ctx, self.embedding[...][tokens], table)
+    first = jnp.broadcast_to(ctx['hidden'][:, None, None], (*x.shape[:2], 1, *x.shape[3:]))
+    return jnp.concatenate([first, x[:, :, :-1]], 2), cache
+
+  def run_sequence(self, ctx, x, table, first=0):
+    """Runs whole sequences of embeddings through all layers, each after those before it.
+
+    Args:
+      ctx: context.
+      x: `[B, N, Q, D]`; the streams of guidance read the same.
+      table: cosines and sines, `[2, B, N, Q, d / 2]`; axes of 1 where they are shared.
+      first: embeddings (or slots of a cache) before it are never seen.
+
+    Returns:
+      hidden: `[B, N, Q, C, D]`, normed.
+      cache: `[B, N, C, L, Q, D]`.
+    """
+    x, table = jnp.repeat(x[:, :, :, None], ctx['score'].shape[1], 3), table[..., None, :]
+    visible = jnp.tri(x.shape[2], dtype=bool) & (jnp.arange(x.shape[2]) >= first)
 
     def run_layer(block, x, values):
       q, k, v = block.attn.project_rotated(block.norm_attn(x), table)
@@ -312,9 +328,7 @@ class LlamaGen(nnx.Module):
       return block.finish_layer(x), {'k': k, 'v': v}
 
     x, cache = scan_blocks(self.blocks, run_layer, x, jnp.moveaxis(ctx['values'], 2, 0))
-    first = jnp.broadcast_to(ctx['hidden'][:, None, None], (*tokens.shape[:2], 1, C, x.shape[-1]))
-    hidden = jnp.concatenate([first, self.norm(x[:, :, :-1])], 2)
-    return hidden, {name: jnp.moveaxis(y, 0, 3) for name, y in cache.items()}
+    return self.norm(x), {name: jnp.moveaxis(y, 0, 3) for name, y in cache.items()}
 
   def init_cache(self, ctx, candidates: int, slots: int | None = None):
     """Returns an empty cache for N candidates; as many slots as a picture has tokens by default."""
@@ -338,44 +352,45 @@ class LlamaGen(nnx.Module):
     position = jnp.asarray(position)
     slot = jnp.maximum(position - 1, 0)
     table = jnp.asarray(rotation_table(self.config))[:, slot]
-    # axes of candidates, queries and streams between the 2 and d / 2
-    table = table[:, :, :, None, None] if slot.ndim else table[:, None, None, None, None]
-    shape = *tokens.shape, 1, ctx['score'].shape[1], self.config.width
-    x = jnp.broadcast_to(self.embedding[...][tokens][:, :, None, None], shape)
-    visible = (jnp.arange(cache['k'].shape[4]) <= slot[..., None])[..., None, :]
+    # axes of candidates and queries between the 2 and d / 2
+    table = table[:, :, :, None] if slot.ndim else table[:, None, None, None]
+    x, cache = self.run_cached(ctx, cache, self.embedding[...][tokens][:, :, None], table, slot)
+    first = (position == 0)[..., None, None]
+    return jnp.where(first, ctx['hidden'][:, None], x[:, :, 0]), cache
+
+  def run_cached(self, ctx, cache, x, table, slot, first=0):
+    """Runs a few embeddings through all layers; each sees the cache up to its own slot.
+
+    Args:
+      ctx, cache, x, table, first: as in `run_sequence`.
+      slot: where the first one is written, the others behind it; a scalar, or `[B, N]`.
+
+    Returns:
+      hidden: `[B, N, Q, C, D]`, normed.
+      cache: with the new keys and values.
+    """
+    Q, slot = x.shape[2], jnp.asarray(slot)
+    x, table = jnp.repeat(x[:, :, :, None], ctx['score'].shape[1], 3), table[..., None, :]
+    slots, own = jnp.arange(cache['k'].shape[4]), slot[..., None] + jnp.arange(Q)
+    visible = (slots <= own[..., None]) & (slots >= first)  # [Q, S] or [B, N, Q, S]
 
     def run_layer(block, carry, inputs):
       (x, cache), (values, layer) = carry, inputs
       q, k, v = block.attn.project_rotated(block.norm_attn(x), table)
-      cache = {name: _write_cache(cache[name], new, layer, slot) for name, new in zip('kv', (k, v))}
-      k, v = (jax.lax.dynamic_index_in_dim(cache[n], layer, 3, keepdims=False) for n in 'kv')
+      cache = {name: write_cache(cache[name], new, layer, slot) for name, new in zip('kv', (k, v))}
+      k, v = (read_layer(cache[name], layer) for name in 'kv')
       x = x + block.attn.mix_values(q, k, v, visible, (values, ctx['score']))
       return (block.finish_layer(x), cache), None
 
-    # the cache is carried, not stacked anew: a call writes one slot and not the whole cache
+    # the cache is carried, not stacked anew: a call writes its slots and not the whole cache
     layers = jnp.moveaxis(ctx['values'], 2, 0), jnp.arange(self.config.layers)
     (x, cache), _ = scan_blocks(self.blocks, run_layer, (x, cache), layers)
-    first = (position == 0)[..., None, None]
-    return jnp.where(first, ctx['hidden'][:, None], self.norm(x[:, :, 0])), cache
+    return self.norm(x), cache
 
   def token_logits(self, hidden):
     """Hidden `[..., D]` -> logits `[..., V]` float32."""
     # float32 out of bfloat16 factors: sampling compares logits that lie close together
     return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
-
-
-def _write_cache(cache, new, layer, slot):
-  """Writes `new [B, N, 1, C, D]` into `cache [B, N, C, L, S, D]` at `layer` and `slot`."""
-  new = new.swapaxes(2, 3)[:, :, :, None].astype(cache.dtype)  # [B, N, C, 1, 1, D]
-  # one slot for all candidates is one contiguous write
-  if jnp.ndim(slot) == 0:
-    return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, layer, slot, 0))
-
-  def write_row(cache, new, slot):
-    return jax.lax.dynamic_update_slice(cache, new, (0, layer, slot, 0))
-
-  # candidates at different positions write to different slots
-  return jax.vmap(jax.vmap(write_row))(cache, new, slot)
 
 
 def guide_logits(logits, scale):

@@ -6,11 +6,11 @@ NVlabs' own files are pickles, which are never read.
 from jax.sharding import PartitionSpec
 
 from vtts_jax.checkpoints.convert import convert_weights
+from vtts_jax.checkpoints.source import Source, open_pipeline_part
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules, vit
 from vtts_jax.models.sana import modeling
 from vtts_jax.models.sd3.convert import linear_rules
-from vtts_jax.models.sd3.convert import open_weights as open_weights  # a pipeline's `transformer`
 from vtts_jax.models.stacked import fuse_projections, stack_layers
 
 HEAD = 32  # channels of a head of the self-attention in every released model
@@ -65,6 +65,13 @@ SHARDING = [  # of the blocks [L, D, ...]: heads and hidden channels over 'model
   (r'blocks/ffn/offset', PartitionSpec(None, 'model')),
   (r'blocks/(attn/out|cross/out|ffn/leave)/kernel', PartitionSpec(None, 'model', None)),
 ]
+
+
+def open_weights(weights: str, part: str = '') -> Source:
+  """Opens a file, a folder of weights, or the folder `transformer` of a pipeline; errors as in
+  `open_source`."""
+  del part  # it has no parts
+  return open_pipeline_part(weights, 'transformer')
 
 
 def config_of(source, part: str = '') -> modeling.Config:

@@ -101,12 +101,26 @@ def _small(**options):
   )
 
 
-SIZES = {
-  'tiny': Config(
-    in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
-    num_cross_attention_heads=2, cross_attention_head_dim=8, caption_channels=12, hidden=24,
+def _tiny(**options):
+  """Sizes for tests."""
+  return Config(
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=8,
+    caption_channels=12,
+    hidden=24,
     sample_size=4,
-  ),
+    **options,
+  )
+
+
+SIZES = {
+  'tiny': _tiny(),
+  'sprint_tiny': _tiny(qk_norm=True, guidance_embeds=True),
   'sana_600m_512': _small(sample_size=16),
   'sana_600m_1024': _small(),
   'sana_1600m_512': Config(sample_size=16),
@@ -117,7 +131,7 @@ SIZES = {
   'sana1_5_4800m_1024': Config(num_layers=60, qk_norm=True),
   'sana_sprint_600m_1024': _small(qk_norm=True, guidance_embeds=True),
   'sana_sprint_1600m_1024': Config(qk_norm=True, guidance_embeds=True),
-}  # fmt: skip
+}
 
 
 def linear_attention(q, k, v):

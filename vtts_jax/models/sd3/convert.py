@@ -6,14 +6,13 @@ built alike, which `stack_layers` stacks.
 """
 
 import dataclasses
-import os
 import re
 
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from vtts_jax.checkpoints.convert import convert_weights
-from vtts_jax.checkpoints.source import Source, open_source
+from vtts_jax.checkpoints.source import Source, open_pipeline_part
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules, vit
 from vtts_jax.models.sd3 import modeling
@@ -94,23 +93,11 @@ SHARDING = [  # of the stacked blocks [L, D, ...]: heads and hidden channels ove
 ]
 
 
-def open_weights(weights: str, part: str = '', subfolder: str = 'transformer') -> Source:
-  """Opens the network of a pipeline: `subfolder` of a repository or a folder that has one.
-
-  A file, and what has no such subfolder, is opened as it is. Errors as in `open_source`.
-  """
-  del part
-  if weights.partition('@')[0].endswith('.safetensors'):
-    return open_source(weights)
-  if os.path.exists(weights):
-    # a folder may be the pipeline or the network's own
-    inside = os.path.isdir(os.path.join(weights, subfolder))
-    return open_source(weights, subfolder=subfolder if inside else None)
-  try:
-    # the subfolder first: the pattern of a root's files would fetch the whole pipeline
-    return open_source(weights, subfolder=subfolder)
-  except FileNotFoundError:
-    return open_source(weights)
+def open_weights(weights: str, part: str = '') -> Source:
+  """Opens a file, a folder of weights, or the folder `transformer` of a pipeline; errors as in
+  `open_source`."""
+  del part  # it has no parts
+  return open_pipeline_part(weights, 'transformer')
 
 
 def config_of(source, part: str = '') -> modeling.Config:

@@ -5,13 +5,12 @@ import numpy as np
 from vtts_jax.checkpoints.convert import convert_weights
 from vtts_jax.models import modules, vit
 from vtts_jax.models.clip.convert import BLOCK, read_exactly, trunk_of
+from vtts_jax.models.preprocessing import read_preprocessing
 from vtts_jax.models.siglip import modeling
 from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
 
 # shapes do not tell heads: how wide they are in so400m and giant; elsewhere 64
 HEAD_WIDTHS = {1152: 72, 1536: 96}
-# words of version 2, by which it is known
-SECOND = 256000
 
 
 def _tower_rules(name, target):
@@ -53,12 +52,12 @@ def config_of(source, part: str = '') -> modeling.Config:
   """Reads the config of a checkpoint.
 
   Sizes are read off the shapes. Heads, activation, epsilon and the picture's size are those of its
-  `config.json`, which on the hub holds what differs from transformers' defaults. Pictures are
-  resized as the released processors do: bilinearly in version 2, which its vocabulary tells.
+  `config.json`, which on the hub holds what differs from transformers' defaults. How pictures are
+  resized and normalised is as the files beside the weights say, else as in the released models.
 
   Raises:
     ValueError: there is no SigLIP.
-    ConfigError: an option that the port does not know.
+    ConfigError: an option or a preprocessing that the port does not know.
   """
   # the two towers are always loaded together
   del part
@@ -84,9 +83,11 @@ def config_of(source, part: str = '') -> modeling.Config:
     raise ValueError(
       f'{source.where}: {tokens} positions do not fit pictures of {size} in patches of {patch}'
     )
-  resample = 'bilinear' if vocab == SECOND else 'bicubic'
-  return modeling.Config(**sides, image_size=size, patch=patch, vocab=vocab, length=length,
-                         resample=resample)  # fmt: skip
+  released = modeling.released_preprocessing(vocab)
+  return modeling.Config(
+    **sides, image_size=size, patch=patch, vocab=vocab, length=length,
+    preprocessing=read_preprocessing(source, released, size, 'SiglipImageProcessor'),
+  )  # fmt: skip
 
 
 def load_weights(source, config: modeling.Config, *, dtype=None, sharding=None):

@@ -17,12 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.media.preprocess import FILTERS, normalize_channels, resize_images
+from vtts_jax.media.preprocess import Preprocessing, normalize_channels
 from vtts_jax.models import vit
 from vtts_jax.models.clip.modeling import unit_vectors
 
 EPS = 1e-6
 MEAN = STD = (0.5, 0.5, 0.5)
+# squeezed to the square, as the released processors do: nothing is cut off
+PREPROCESSING = Preprocessing(MEAN, STD, mode='squash')
+SECOND = 256000  # words of version 2 (Gemma's), by which it is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +38,10 @@ class Config:
     patch: P.
     vocab: V.
     length: tokens of every text, padding included.
-    resample: filter by which pictures are resized.
+    preprocessing: how pictures become S x S.
 
   Raises:
-    ConfigError: a picture smaller than a patch, or an unknown filter.
+    ConfigError: a picture smaller than a patch.
   """
 
   image: vit.Config
@@ -47,14 +50,11 @@ class Config:
   patch: int = 16
   vocab: int = 32000
   length: int = 64
-  resample: str = 'bicubic'
+  preprocessing: Preprocessing = PREPROCESSING
 
   def __post_init__(self):
     if self.image_size < self.patch:
       raise ConfigError(f'image_size={self.image_size}: must be at least patch={self.patch}')
-    if self.resample not in FILTERS:
-      allowed = ', '.join(FILTERS)
-      raise ConfigError(f'resample={self.resample!r}: must be one of {allowed}')
 
   @property
   def projection(self) -> int:
@@ -65,6 +65,17 @@ class Config:
   def tokens(self) -> int:
     """Number of patches of a picture."""
     return (self.image_size // self.patch) ** 2
+
+  @property
+  def lower_cases(self) -> bool:
+    """Whether texts must be lower-cased: version 2 was trained so, and its tokenizer is Gemma's,
+    which keeps capitals. That of version 1 lowers them itself."""
+    return self.vocab == SECOND
+
+
+def released_preprocessing(vocab: int) -> Preprocessing:
+  """Returns the preprocessing of the released models: version 2 resizes bilinearly."""
+  return dataclasses.replace(PREPROCESSING, method='bilinear' if vocab == SECOND else 'bicubic')
 
 
 def _make_trunk(width, layers, heads, hidden):
@@ -92,7 +103,7 @@ def _released_sizes():
   }
   for lead, table, more in (
     ('', first, {}),
-    ('v2_', second, {'vocab': 256000, 'resample': 'bilinear'}),
+    ('v2_', second, {'vocab': SECOND, 'preprocessing': released_preprocessing(SECOND)}),
   ):
     for name, (image, sides) in table.items():
       # the giant has the text tower of so400m
@@ -134,16 +145,15 @@ class Pool(nnx.Module):
     return x + self.ffn(self.norm(x))
 
 
-class ImageTower(nnx.Module):
-  """`__call__(pixels [R, S, S, 3]) -> [R, E]`; pixels as `preprocess` makes them."""
+class PatchTower(nnx.Module):
+  """The image tower without its pool, which Janus reads; pixels as `preprocess` makes them."""
 
-  def __init__(self, c: Config, *, rngs):
-    t, self.side = c.image, c.patch
-    self.patch = nnx.Linear(3 * c.patch**2, t.width, rngs=rngs)
-    self.position = vit.random_table(rngs, c.tokens, t.width)
+  def __init__(self, t: vit.Config, patch: int, tokens: int, *, rngs):
+    self.side = patch
+    self.patch = nnx.Linear(3 * patch**2, t.width, rngs=rngs)
+    self.position = vit.random_table(rngs, tokens, t.width)
     self.trunk = vit.Trunk(t, rngs=rngs)
     self.norm = vit.LayerNorm(t.width, t.eps)
-    self.pool = Pool(t, rngs=rngs)
 
   def embed_patches(self, pixels):
     """Pixels `[R, S, S, 3]` -> the trunk's input `[R, T, D]`."""
@@ -154,6 +164,14 @@ class ImageTower(nnx.Module):
   def hidden_states(self, pixels):
     """Pixels `[R, S, S, 3]` -> the trunk's output `[R, T, D]`, normed."""
     return self.norm(self.trunk(self.embed_patches(pixels)))
+
+
+class ImageTower(PatchTower):
+  """`__call__(pixels [R, S, S, 3]) -> [R, E]`."""
+
+  def __init__(self, c: Config, *, rngs):
+    super().__init__(c.image, c.patch, c.tokens, rngs=rngs)
+    self.pool = Pool(c.image, rngs=rngs)
 
   def __call__(self, pixels):
     return self.pool(self.hidden_states(pixels))
@@ -209,10 +227,9 @@ def build_model(config: Config, seed=0) -> SigLIP:
 
 
 def preprocess(c: Config, images):
-  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`; proportions are lost."""
-  # squeezed to the square, as the released processors do: nothing is cut off
-  x = resize_images(images, (c.image_size, c.image_size), c.resample)
-  return normalize_channels(x, MEAN, STD)
+  """Pictures `[R, H, W, 3]` in [0, 1] -> pixels `[R, S, S, 3]`, by `c.preprocessing`."""
+  how = c.preprocessing
+  return normalize_channels(how.fit_images(images, c.image_size), how.mean, how.std)
 
 
 def count_flops(c: Config, op: str) -> int:

@@ -56,6 +56,7 @@ _THIN = {'vocab_size': 256, 'd_kv': 4, 'd_ff': 16, 'num_layers': 1, 'num_heads':
 _XL = Config(d_model=2048, d_ff=5120, num_layers=24, num_heads=32)
 SIZES = {
   'tiny': Config(d_model=8, **_THIN),
+  'tiny_wide': Config(d_model=32, **_THIN),  # as wide as two tiny CLIPs, as SD3 wants it
   'thin_xl': Config(d_model=2048, **_THIN),  # states as wide as those of XL: for timing searches
   'flan_t5_xl': _XL,
   't5_v1_1_xl': _XL,

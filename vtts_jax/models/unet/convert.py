@@ -1,14 +1,13 @@
 """UNet: from the diffusers layout and from original single files (`model.diffusion_model.*`)."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
 from vtts_jax.checkpoints.convert import convert_weights
-from vtts_jax.checkpoints.source import Source, open_source
+from vtts_jax.checkpoints.source import Source, open_pipeline_part
 from vtts_jax.errors import ConfigError
 from vtts_jax.models import modules
 from vtts_jax.models.stacked import fuse_projections, stack_layers, transpose_kernel
@@ -105,18 +104,10 @@ KNOWN = {
 
 
 def open_weights(weights: str, part: str = '') -> Source:
-  """Opens a file, a folder, or the folder `unet` of a pipeline; errors as in `open_source`."""
-  del part
-  if weights.partition('@')[0].endswith('.safetensors'):
-    return open_source(weights)
-  # a repository of the hub is tried as a pipeline first, and as a UNet alone if it is none
-  if os.path.isdir(os.path.join(weights, 'unet')) or not os.path.exists(weights):
-    try:
-      return open_source(weights, subfolder='unet')
-    except FileNotFoundError:
-      if os.path.exists(weights):
-        raise
-  return open_source(weights)
+  """Opens a file, a folder of weights, or the folder `unet` of a pipeline; errors as in
+  `open_source`."""
+  del part  # it has no parts
+  return open_pipeline_part(weights, 'unet')
 
 
 def config_of(source, part: str = '', options: Mapping | None = None) -> modeling.Config:

@@ -13,6 +13,7 @@ P width of the pooled text · K size numbers of a picture · L layers of a trans
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from vtts_jax.errors import ConfigError
-from vtts_jax.models import vit
+from vtts_jax.models import modules, vit
 from vtts_jax.models.stacked import scan_blocks, stack_blocks
 
 TRANSFORMER_EPS = 1e-6  # of the group norm before a transformer; every other is `norm_eps`
@@ -95,15 +96,18 @@ class Config:
 
 _SD21 = Config(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024)
 SIZES = {
+  # they fit the tiny sizes of autoencoder_kl and clip; the first has one resolution and a
+  # transformer in the middle only, because tests compile it many times
   'tiny': Config(
-    block_out_channels=(8, 16), has_attention=(True, False), attention_head_dim=(2, 2),
-    transformer_layers_per_block=(1, 1), layers_per_block=1, cross_attention_dim=8, sample_size=8,
-    norm_num_groups=4,
+    block_out_channels=(8,), has_attention=(False,), attention_head_dim=(2,),
+    transformer_layers_per_block=(1,), layers_per_block=1, cross_attention_dim=16, in_channels=3,
+    out_channels=3, sample_size=4, norm_num_groups=4,
   ),
   'tiny_xl': Config(
     block_out_channels=(8, 16), has_attention=(False, True), attention_head_dim=(1, 2),
-    transformer_layers_per_block=(1, 2), layers_per_block=1, cross_attention_dim=8, sample_size=8,
-    norm_num_groups=4, addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 + 6 * 4,
+    transformer_layers_per_block=(1, 2), layers_per_block=1, cross_attention_dim=2 * 16,
+    in_channels=3, out_channels=3, sample_size=4, norm_num_groups=4, addition_time_embed_dim=4,
+    projection_class_embeddings_input_dim=12 + 6 * 4,
   ),
   'sd15': Config(),
   'sd15_inpaint': Config(in_channels=9),  # noisy latents, mask, latents of the masked picture
@@ -127,38 +131,51 @@ def time_features(t, width: int):
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
-class KeyStream:
-  """What modules use of `nnx.Rngs`, with a plain number as the counter.
+# Modules are built of zeros, and `random_parameters` draws: initialisers take long to compile, and
+# most of the time of a trace.
+ZEROS = nnx.initializers.zeros_init()
+Linear = functools.partial(nnx.Linear, kernel_init=ZEROS)
+LinearGeneral = functools.partial(nnx.LinearGeneral, kernel_init=ZEROS)
 
-  The counter of `nnx.Rngs` is a traced array inside a trace, and flax searches the whole trace at
-  each draw: 6 of the 8 seconds that an abstract SDXL took.
-  """
+
+class SameKey:
+  """What modules use of `nnx.Rngs`, without the counter: it is a traced array inside a trace, and
+  flax searches the whole trace at each draw."""
 
   def __init__(self, key):
-    self.key, self.count = key, 0
+    self.key = key
 
   def params(self):
-    self.count += 1
-    return jax.random.fold_in(self.key, self.count)
+    return self.key
 
 
-def make_group_norm(width, c, rngs, eps=None):
-  eps = c.norm_eps if eps is None else eps
-  # statistics are float32, the variance in two passes: E[x^2] - E[x]^2 loses digits
-  return nnx.GroupNorm(width, c.norm_num_groups, epsilon=eps, use_fast_variance=False, rngs=rngs)
+class GroupNorm(nnx.Module):
+  """Norm of D / groups channels over all cells, in float32: `[R, ..., D] -> [R, ..., D]`."""
+
+  def __init__(self, width, c, eps=None):
+    self.groups, self.eps = c.norm_num_groups, c.norm_eps if eps is None else eps
+    self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+
+  def __call__(self, x):
+    y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+    # two passes: E[x^2] - E[x]^2 loses digits where the mean is large
+    y = y - y.mean((1, 3), keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, (1, 3), keepdims=True) + self.eps)
+    return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 def make_conv(inner, outer, size, rngs, stride=1):
   # symmetric padding also where the stride is 2, unlike the autoencoder's
-  return nnx.Conv(inner, outer, (size, size), stride, padding=size // 2, rngs=rngs)
+  padding = size // 2
+  return nnx.Conv(inner, outer, (size, size), stride, padding=padding, kernel_init=ZEROS, rngs=rngs)
 
 
 class Embedding(nnx.Module):
   """`[R, features] -> [R, M]`."""
 
   def __init__(self, inner, outer, *, rngs):
-    self.linear_1 = nnx.Linear(inner, outer, rngs=rngs)
-    self.linear_2 = nnx.Linear(outer, outer, rngs=rngs)
+    self.linear_1 = Linear(inner, outer, rngs=rngs)
+    self.linear_2 = Linear(outer, outer, rngs=rngs)
 
   def __call__(self, x):
     # features are float32 and reach 1000 before the cosine; from here on bfloat16 is enough
@@ -170,9 +187,9 @@ class Resnet(nnx.Module):
   """A residual block; the time is added between its two convolutions."""
 
   def __init__(self, inner, outer, c, *, rngs):
-    self.norm1, self.conv1 = make_group_norm(inner, c, rngs), make_conv(inner, outer, 3, rngs)
-    self.time_emb_proj = nnx.Linear(c.time_width, outer, rngs=rngs)
-    self.norm2, self.conv2 = make_group_norm(outer, c, rngs), make_conv(outer, outer, 3, rngs)
+    self.norm1, self.conv1 = GroupNorm(inner, c), make_conv(inner, outer, 3, rngs)
+    self.time_emb_proj = Linear(c.time_width, outer, rngs=rngs)
+    self.norm2, self.conv2 = GroupNorm(outer, c), make_conv(outer, outer, 3, rngs)
     self.conv_shortcut = None if inner == outer else make_conv(inner, outer, 1, rngs)
 
   def __call__(self, x, time):  # [R, H, W, D], [R or 1, M] -> [R, H, W, D']
@@ -189,8 +206,8 @@ class SelfAttention(nnx.Module):
 
   def __init__(self, width, heads, *, rngs):
     self.heads = heads
-    self.qkv = nnx.LinearGeneral(width, (3, width), use_bias=False, rngs=rngs)
-    self.out = nnx.Linear(width, width, rngs=rngs)
+    self.qkv = LinearGeneral(width, (3, width), use_bias=False, rngs=rngs)
+    self.out = Linear(width, width, rngs=rngs)
 
   def __call__(self, x):  # [R, HW, D]
     q, k, v = jnp.moveaxis(self.qkv(x), -2, 0)
@@ -202,9 +219,9 @@ class CrossAttention(nnx.Module):
 
   def __init__(self, width, heads, c, *, rngs):
     self.heads = heads
-    self.q = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-    self.kv = nnx.LinearGeneral(c.cross_attention_dim, (2, width), use_bias=False, rngs=rngs)
-    self.out = nnx.Linear(width, width, rngs=rngs)
+    self.q = Linear(width, width, use_bias=False, rngs=rngs)
+    self.kv = LinearGeneral(c.cross_attention_dim, (2, width), use_bias=False, rngs=rngs)
+    self.out = Linear(width, width, rngs=rngs)
 
   def __call__(self, x, text):  # [R, HW, D], [R, S, E]
     k, v = jnp.moveaxis(self.kv(text), -2, 0)
@@ -215,8 +232,8 @@ class GEGLU(nnx.Module):
   """value * gelu(gate): the first half of the wide layer is the value, GELU is the exact one."""
 
   def __init__(self, width, *, rngs):
-    self.up = nnx.LinearGeneral(width, (2, 4 * width), rngs=rngs)
-    self.down = nnx.Linear(4 * width, width, rngs=rngs)
+    self.up = LinearGeneral(width, (2, 4 * width), rngs=rngs)
+    self.down = Linear(4 * width, width, rngs=rngs)
 
   def __call__(self, x):
     value, gate = jnp.moveaxis(self.up(x), -2, 0)
@@ -242,10 +259,10 @@ class Transformer(nnx.Module):
   """`depth` stacked blocks over the cells of one resolution, added to their input."""
 
   def __init__(self, width, heads, depth, c, *, rngs):
-    self.norm = make_group_norm(width, c, rngs, TRANSFORMER_EPS)
+    self.norm = GroupNorm(width, c, TRANSFORMER_EPS)
     # a 1 x 1 convolution in SD 1.5's files and a matrix in the others': the same numbers
-    self.proj_in, self.proj_out = (nnx.Linear(width, width, rngs=rngs) for _ in range(2))
-    build = lambda rngs: Block(width, heads, c, rngs=KeyStream(rngs.params()))
+    self.proj_in, self.proj_out = (Linear(width, width, rngs=rngs) for _ in range(2))
+    build = lambda rngs: Block(width, heads, c, rngs=SameKey(rngs.params()))
     self.blocks = stack_blocks(build, depth, rngs)
 
   def __call__(self, x, text):  # [R, H, W, D], [R, S, E] -> [R, H, W, D]
@@ -341,7 +358,7 @@ class UNet(nnx.Module):
       ups.append(Up(inner, used, level, c, rngs=rngs))
       inner = widths[level]
     self.up_blocks = nnx.List(ups)
-    self.conv_norm_out = make_group_norm(inner, c, rngs)
+    self.conv_norm_out = GroupNorm(inner, c)
     self.conv_out = make_conv(inner, c.out_channels, 3, rngs)
 
   def embed_added(self, pooled, time_ids):
@@ -419,9 +436,26 @@ class UNet(nnx.Module):
     return self.run_up(x, skips, time, text).astype(jnp.float32)
 
 
-def build_model(config: Config, seed=0) -> UNet:
-  """Builds a random UNet; inside `modules.abstract_module` it uses no memory."""
-  return UNet(config, rngs=KeyStream(jax.random.key(seed)))
+def build_model(config: Config) -> UNet:
+  """Builds a UNet of zeros; inside `modules.abstract_module` it uses no memory."""
+  return UNet(config, rngs=SameKey(jax.random.key(0)))
+
+
+def random_parameters(config: Config, dtype: str = 'float32'):
+  """Returns random parameters, drawn on the host; they are the same at every call."""
+  draw = np.random.default_rng(0)
+
+  def draw_leaf(path, leaf):
+    names, shape = [entry.key for entry in path], leaf.shape
+    if names[-1] != 'kernel':
+      return jnp.full(shape, names[-1] in ('scale', 'weight'), dtype)
+    # a stack has the layer first, and a fused projection its parts before the outputs
+    inner = shape[1:] if 'blocks' in names else shape
+    inputs = inner[0] if len(inner) == 3 else math.prod(inner[:-1])
+    return jnp.asarray(draw.standard_normal(shape, np.float32) * inputs**-0.5, dtype)
+
+  _, template = modules.structure_of(build_model, config)
+  return jax.tree_util.tree_map_with_path(draw_leaf, template)
 
 
 def count_flops(c: Config, height: int, width: int, words: int = 77) -> int:

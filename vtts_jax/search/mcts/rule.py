@@ -111,7 +111,8 @@ class Rule:
     return mask_invalid(logits, invalid), jnp.zeros_like(logits)
 
   def final_policy(self, row: NodeStatistics, root: RootStatistics) -> jax.Array:
-    """Logits `[B, K]` of the search's own policy at the root: proportional to visits."""
+    """Logits `[B, K]` of the search's own policy at the root: proportional to visits. Rules that
+    draw read no `root`, so that theirs holds at any node."""
     total = row.visits.sum(-1, keepdims=True)
     share = jnp.where(total > 0, row.visits / jnp.maximum(total, 1), 1 / row.visits.shape[-1])
     return jnp.where(row.logits > NEVER, jnp.log(jnp.maximum(share, TINY)), jnp.log(TINY))

@@ -7,8 +7,22 @@ and K slots, whatever the vocabulary. As the policy draws the continuations, the
 rollout, as in AlphaGo (Silver et al. 2016). The tree and its rules are `tree.py` and `rules.py`,
 checked against mctx; a leaf's caches are rebuilt from its tokens by one prefill.
 
+Where the initial noise is drawn too (diffusion), a child of the root draws its own: the root stands
+for the prompt alone.
+
 Rollouts are complete samples, so the best sample so far is there after every step. Without them
 (mix 0) samples come at the end: `finish` completions of the line with the most visits.
+
+`PRESETS` has diffusion tree sampling and search (Jain et al., 2506.20701) for any generator:
+
+  'dts'       a leaf's rollout is drawn by the sampler, and all of its chunks become nodes
+              (`keep_rollouts`); a node's value is the soft mean of its children; descents draw a
+              child by exp(sharpness value), and open a new one as visits allow. The lines that
+              `finish` draws are samples of p(x) exp(sharpness score), exact in the limit.
+  'dts_star'  takes the best child instead (DTS*): a search for high scores.
+
+The constants of the widening, 2 n ** 0.8 children after n visits, are ours; the paper's chunks are
+single steps. On a flow whose last step draws nothing (all but GLASS's) the last chunk needs two.
 
 Leaves of all depths run in lockstep: a rollout runs as many stages as one from the root's child
 needs, and the bill counts these.
@@ -23,7 +37,7 @@ import jax.numpy as jnp
 from vtts_jax import core
 from vtts_jax.errors import ConfigError
 from vtts_jax.search import checks, schedules
-from vtts_jax.search.mcts import rules, simulate, tree
+from vtts_jax.search.mcts import lines, rules, simulate, tree
 from vtts_jax.search.mcts.rule import Rule
 
 RULES = {
@@ -32,6 +46,12 @@ RULES = {
   'uct': rules.UCT,
   'gumbel': rules.Gumbel,
   'dts': rules.DTS,
+}
+SOFT = {'rule': 'dts', 'leaves': 1, 'size': 1, 'greedy': False, 'keep_rollouts': True}
+WIDENING = (('widen', 2.0), ('widen_power', 0.8))
+PRESETS = {
+  'dts': {**SOFT, 'rule_settings': WIDENING},
+  'dts_star': {**SOFT, 'rule_settings': (('greedy', True), *WIDENING)},
 }
 ROLLOUT, NOISE, FINISH, COMMIT = (core.CHILD - i for i in range(3, 7))  # folded into keys
 
@@ -54,7 +74,10 @@ class MCTS(core.Algorithm):
     mix: share of the rollout in a leaf's value; below 1 the generator needs a value head.
     rollout: 'policy', or 'small' for the generator's small rollout model.
     greedy: whether rollouts take the most likely stage or draw.
-    finish: completions at the end of the line with the most visits.
+    keep_rollouts: every `size` stages of a rollout become a node of the tree; for rollouts that
+      draw from the policy, and a `size` that divides the stages.
+    finish: completions at the end of the line with the most visits; with the rule 'dts' each at the
+      end of a line drawn by exp(sharpness value).
     initial: stages that are given and not drawn.
   """
 
@@ -69,6 +92,7 @@ class MCTS(core.Algorithm):
   mix: float = 1.0
   rollout: str = 'policy'
   greedy: bool = True
+  keep_rollouts: bool = False
   finish: int = 0
   initial: int = 0
 
@@ -84,6 +108,12 @@ class MCTS(core.Algorithm):
     checks.check_number('temperature', self.temperature, 0)
     checks.check_choice('rollout', self.rollout, ('policy', 'small'))
     checks.check_flag('greedy', self.greedy)
+    checks.check_flag('keep_rollouts', self.keep_rollouts)
+    if self.keep_rollouts and (self.greedy or self.mix < 1 or self.rollout != 'policy'):
+      raise ConfigError(
+        f"search.keep_rollouts=True: needs greedy=False, mix=1, rollout='policy'; not "
+        f'greedy={self.greedy}, mix={self.mix}, rollout={self.rollout!r}'
+      )
     for name in ('simulations', 'commit'):
       if getattr(self, name) % self.leaves:
         raise ConfigError(
@@ -104,7 +134,7 @@ class MCTS(core.Algorithm):
 
   @property
   def needs(self):
-    needs = {'ragged_stages'}
+    needs = {'ragged_stages', 'stochastic'}
     if self.mix < 1:
       needs.add('value')
     if self.mix and self.rollout == 'small':
@@ -120,7 +150,12 @@ class MCTS(core.Algorithm):
 
   def check(self, gen):
     checks.check_integer('initial', self.initial, 0, gen.num_stages - 1)
-    checks.check_integer('size', self.size, 1, gen.num_stages - self.initial)
+    stages = gen.num_stages - self.initial
+    checks.check_integer('size', self.size, 1, stages)
+    if self.keep_rollouts and stages % self.size:
+      raise ConfigError(
+        f'search.size={self.size}: must divide the {stages} stages with search.keep_rollouts'
+      )
 
   def plan(self, gen):
     """A row of 'grow' holds the number of the step, from 1."""
@@ -128,9 +163,20 @@ class MCTS(core.Algorithm):
     finish = (core.Phase('finish', ((self.grow_steps + 1,),)),) if self.finish else ()
     return (core.Phase('root', ((0,),)), grow, *finish)
 
+  @property
+  def _draws_lines(self) -> bool:
+    """Whether each completion at the end goes down a line of its own."""
+    return self.tree_rule().random
+
   def _depth(self, gen) -> int:
     """Nodes below the root on the longest line."""
     return -(-(gen.num_stages - self.initial) // self.size)
+
+  def _nodes(self, gen) -> int:
+    """Room for the root and for what each simulation adds."""
+    if self.keep_rollouts:  # at most a whole line each, the root's own rollout included
+      return 1 + (1 + self.simulations) * self._depth(gen)
+    return 1 + self.simulations
 
   # ---------------------------------------------------------------------------------- ask and tell
 
@@ -149,8 +195,8 @@ class MCTS(core.Algorithm):
     value = self._predicted_value(sampler, leaf, begin)
     ready = sampler.rebuild_cache(leaf, self.initial)
     count = sampler.num_stages - self.initial
-    shown, stage = self._rollout(sampler, leaf, ready, keys, begin, count)
-    own = ((leaf, jax.random.key_data(keys), begin), value)
+    shown, stage, chain = self._rollout(sampler, leaf, ready, keys, begin, count)
+    own = ((leaf, jax.random.key_data(keys), begin), chain, value)
     return core.Candidates(shown, stage, jnp.full(stage.shape, -1), own)
 
   def _ask_leaves(self, sampler, frontier):
@@ -161,50 +207,99 @@ class MCTS(core.Algorithm):
     # each leaf continues the prefix of the node that it hangs from, with the key of its slot
     above, data, begin = tree.parent_embeddings(grown, paths)
     keys = core.child_key(_typed_keys(data, frontier.keys), begin, paths.action)
+    if not self.initial:  # a child of the root starts by itself: from noise of its own
+      above = self._fresh_starts(sampler, above, keys, begin)
     ready = sampler.rebuild_cache(above, begin)
     ready = sampler.extend(ready, keys, begin, self.size)
     leaf, stage = sampler.drop_cache(ready), jnp.minimum(begin + self.size, gen.num_stages)
     value = self._predicted_value(sampler, leaf, stage)
     count = gen.num_stages - self.initial - self.size
-    shown, seen = self._rollout(sampler, leaf, ready, keys, stage, count)
-    own = (prompt, grown, paths, (leaf, jax.random.key_data(keys), stage), value)
+    shown, seen, chain = self._rollout(sampler, leaf, ready, keys, stage, count)
+    own = (prompt, grown, paths, (leaf, jax.random.key_data(keys), stage), chain, value)
     return core.Candidates(shown, seen, jnp.full(seen.shape, -1), own)
+
+  def _fresh_starts(self, sampler, states, keys, begin):
+    """States at stage 0 drawn anew under their own keys, the others as they are."""
+    fresh = sampler.drop_cache(sampler.init(keys))
+
+    def choose(new, old):
+      return jnp.where(begin.reshape(begin.shape + (1,) * (old.ndim - 2)) == 0, new, old)
+
+    return jax.tree.map(choose, fresh, states)
 
   def _ask_finish(self, sampler, frontier):
     prompt, grown = frontier.own
-    # down the line with the most visits, as far as there are any
+    numbers, depth = jnp.arange(self.finish), self._depth(sampler.gen)
+    keys = jnp.broadcast_to(core.fold(frontier.keys, FINISH), (len(prompt), self.finish))
+    none = jnp.full(keys.shape, -1)
+    if self._draws_lines:
+      node = lines.draw_lines(grown, self.tree_rule(), core.fold(keys, numbers), depth)
+    else:
+      node = self._most_visited(grown, depth)[:, None]
+    leaf, data, begin = jax.tree.map(lambda x: tree.at_nodes(x, node), grown.embedding)
+    if self._draws_lines and self.keep_rollouts:  # all of its lines end in finished samples
+      return core.Candidates(leaf, begin, none, own=(prompt, grown))
+    ready = sampler.rebuild_cache(leaf, begin)
+    if not self._draws_lines:
+      ready = core.repeat(ready, self.finish)
+    own_keys = core.fold(_typed_keys(data, frontier.keys), FINISH)
+    keys = core.fold(jnp.broadcast_to(own_keys, keys.shape), numbers)
+    count = sampler.num_stages - self.initial
+    done = sampler.extend(ready, keys, jnp.broadcast_to(begin, keys.shape), count)
+    return core.Candidates(
+      sampler.drop_cache(done), sampler.num_stages, none, own=(prompt, grown)
+    )
+
+  def _most_visited(self, grown, depth):
+    """Where the line with the most visits ends `[B]`."""
     node = grown.root
-    for _ in range(self._depth(sampler.gen)):
+    for _ in range(depth):
       counts = tree.at_nodes(grown.counts, node)
       child = tree.at_nodes(grown.child, node)
       child = jnp.take_along_axis(child, counts.argmax(1)[:, None], 1)[:, 0]
       node = jnp.where(counts.max(1) > 0, child, node)
-    embedding = jax.tree.map(lambda x: tree.at_nodes(x, node[:, None]), grown.embedding)
-    leaf, data, begin = embedding
-    ready = core.repeat(sampler.rebuild_cache(leaf, begin), self.finish)
-    keys = core.fold(_typed_keys(data, frontier.keys), FINISH)
-    keys = core.fold(jnp.broadcast_to(keys, (len(keys), self.finish)), jnp.arange(self.finish))
-    count = sampler.num_stages - self.initial
-    done = sampler.extend(ready, keys, jnp.broadcast_to(begin, keys.shape), count)
-    none = jnp.full(keys.shape, -1)
-    return core.Candidates(
-      sampler.drop_cache(done), sampler.num_stages, none, own=(prompt, grown)
-    )
+    return node
 
   def _predicted_value(self, sampler, leaf, stage):
     return sampler.value(leaf, stage) if self.mix < 1 else jnp.zeros(stage.shape)
 
   def _rollout(self, sampler, leaf, ready, keys, stage, count):
-    """Complete samples and their stages; without rollouts no candidate is shown."""
+    """Complete samples, their stages and the nodes on the way (or ()); without rollouts no
+    candidate is shown."""
     if not self.mix:
-      return jax.tree.map(lambda x: x[:, :0], leaf), stage[:, :0]
+      return jax.tree.map(lambda x: x[:, :0], leaf), stage[:, :0], ()
+    end = jnp.full(stage.shape, sampler.num_stages)
+    if self.keep_rollouts:  # child 0 has its parent's key, so a rollout is a line of these
+      shown, chain = self._rollout_chunks(sampler, ready, keys, stage, count)
+      return shown, end, chain
     keys = core.fold(keys, ROLLOUT)  # or child 0 would draw the same sample again
     if self.rollout == 'small':
       shown = sampler.rollout(leaf, keys, stage, count, greedy=self.greedy)
     else:
       shown = sampler.extend(ready, keys, stage, count, greedy=self.greedy)
       shown = sampler.drop_cache(shown)
-    return shown, jnp.full(stage.shape, sampler.num_stages)
+    return shown, end, ()
+
+  def _rollout_chunks(self, sampler, ready, keys, stage, count):
+    """Complete samples, and their states and stages `[B, L, C, ...]` after each of C chunks."""
+    gen, quiet = sampler.gen, sampler._replace(meter=None)
+
+    def run_chunk(carry, _):
+      state, at = carry
+      state = quiet.extend(state, keys, at, self.size)
+      at = jnp.minimum(at + self.size, gen.num_stages)
+      return (state, at), (sampler.drop_cache(state), at)
+
+    start = ready, jnp.asarray(stage, jnp.int32)
+    (last, at), chain = jax.lax.scan(run_chunk, start, None, length=count // self.size)
+    # a meter does not see into a compiled loop
+    if sampler.meter is not None:
+      evals = None
+      if core.finishes_early(gen):
+        evals = (gen.stages_done(last, at) - gen.stages_done(ready, stage)).sum(axis=1)
+      sampler.meter.append(core.Call(gen, 'extend', keys.shape[1], stage, count, evals))
+    chain = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), chain)
+    return sampler.drop_cache(last), chain if count else ()
 
   def tell(self, sampler, frontier, candidates, totals, shape, row):
     tell = {'root': self._tell_root, 'grow': self._tell_leaves, 'finish': self._tell_finish}[shape]
@@ -212,16 +307,28 @@ class MCTS(core.Algorithm):
     return frontier._replace(own=own), jnp.zeros((totals.shape[0], 0), jnp.int32)
 
   def _tell_root(self, sampler, frontier, candidates, totals, row):
-    (prompt,), (embedding, value) = frontier.own, candidates.own
-    value = self._leaf_value(value, totals, 0.0, jnp.zeros(totals.shape, bool))[:, 0]
-    embedding = jax.tree.map(lambda x: x[:, 0], embedding)
+    (prompt,), (embedding, chain, value) = frontier.own, candidates.own
+    value = self._leaf_value(value, totals, 0.0, jnp.zeros(totals.shape, bool))
+    root = jax.tree.map(lambda x: x[:, 0], embedding)
     uniform = jnp.zeros((len(value), self.slots))
-    keys = prompt if self.tree_rule().random else None
-    grown = tree.init_tree(embedding, uniform, value, self.simulations + 1, keys)
-    return prompt, tree.add_root_noise(grown, self.tree_rule(), core.fold(prompt, NOISE))
+    keys, gen = prompt if self.tree_rule().random else None, sampler.gen
+    grown = tree.init_tree(root, uniform, value[:, 0], self._nodes(gen), keys)
+    grown = tree.add_root_noise(grown, self.tree_rule(), core.fold(prompt, NOISE))
+    if chain:  # the root's one visit is its rollout, whose value it has
+      paths = lines.root_paths(grown, self._depth(gen))
+      grown, paths = self._keep_rollouts(gen, grown, paths, embedding, chain, value)
+      grown = lines.close_finished(grown, self.tree_rule(), paths)
+    return prompt, grown
+
+  def _keep_rollouts(self, gen, grown, paths, embedding, chain, value):
+    """The trees with the chunks of rollouts below their leaves, and the paths to these ends."""
+    (_, data, stage), (states, stages) = embedding, chain
+    data = jnp.broadcast_to(data[:, :, None], (*stages.shape, data.shape[-1]))
+    left = (gen.num_stages - stage) // self.size
+    return lines.append_chains(grown, paths, (states, data, stages), left, value)
 
   def _tell_leaves(self, sampler, frontier, candidates, totals, row):
-    prompt, grown, paths, embedding, value = candidates.own
+    prompt, grown, paths, embedding, chain, value = candidates.own
     # the worst value so far stands for a rollout that could not be scored
     used = jnp.arange(grown.raw.shape[1]) < grown.used[:, None]
     worst = jnp.where(used & (grown.visits > 0), grown.raw, jnp.inf).min(1, keepdims=True)
@@ -229,8 +336,11 @@ class MCTS(core.Algorithm):
     value = self._leaf_value(value, totals, worst, closed)
     uniform, zero = jnp.zeros((*value.shape, self.slots)), jnp.zeros(value.shape)
     grown = tree.expand_leaves(grown, paths, embedding, uniform, value, zero, zero + 1, closed)
+    ends = paths
+    if chain:
+      grown, ends = self._keep_rollouts(sampler.gen, grown, paths, embedding, chain, value)
     grown = tree.back_up(grown, self.tree_rule(), paths, value)
-    grown = self._close_finished(sampler.gen, grown)
+    grown = lines.close_finished(grown, self.tree_rule(), ends)
     if self.commit:
       grown = self._commit_child(prompt, grown, row[0])
     return prompt, grown
@@ -253,20 +363,6 @@ class MCTS(core.Algorithm):
       logits=jnp.where(due, moved.logits, grown.logits),
     )
 
-  def _close_finished(self, gen, grown):
-    """No sample is observed twice: slots below which all is finished are not tried again."""
-
-    def below(done):
-      children = jnp.maximum(grown.child, 0)
-      return (grown.child >= 0) & jnp.take_along_axis(done[:, :, None], children, axis=1)
-
-    done = grown.embedding[2] >= gen.num_stages
-    for _ in range(self._depth(gen) - 1):
-      done |= below(done).all(-1)
-    grown = grown._replace(logits=jnp.where(below(done), -jnp.inf, grown.logits))
-    nodes = jnp.broadcast_to(jnp.arange(grown.raw.shape[1]), grown.raw.shape)
-    return tree.refresh_choices(grown, self.tree_rule(), nodes)
-
   def _leaf_value(self, value, totals, worst, closed):
     """Values of leaves `[B, L]`; a rollout without a finite score is worth `worst`, and a finished
     sample just its score."""
@@ -283,8 +379,11 @@ class MCTS(core.Algorithm):
   def step_cost(self, gen, shape, row):
     whole = gen.num_stages - self.initial
     if shape == 'finish':
+      if self._draws_lines and self.keep_rollouts:
+        return core.Cost(), self.finish
+      heads = self.finish if self._draws_lines else 1
       completed = self.finish * gen.cost('extend', self.initial, whole)
-      return gen.cost('rebuild_cache') + completed, self.finish
+      return heads * gen.cost('rebuild_cache') + completed, self.finish
     one = gen.cost('rebuild_cache')
     if self.mix < 1:
       one += gen.cost('value')
@@ -299,3 +398,12 @@ class MCTS(core.Algorithm):
 def _typed_keys(data, like):
   """Keys of the kind of `like` from the numbers that a tree holds."""
   return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+
+
+def build(preset: str = '', **settings) -> MCTS:
+  """From settings; `preset` names a published method, whose settings the others replace.
+
+  Raises:
+    ConfigError: an unknown preset or setting.
+  """
+  return checks.build_preset(MCTS, PRESETS, preset, settings)

@@ -309,7 +309,7 @@ def back_up(tree: Tree, rule: Rule, paths: Paths, values) -> Tree:
     visits = at_nodes(tree.visits, nodes)
     value = (at_nodes(tree.value, nodes) * visits + returns) / (visits + times)
     if rule.soft:
-      row = _statistics_of(tree, rule, nodes)
+      row = node_statistics(tree, rule, nodes)
       value = jnp.where((row.visits > 0).any(-1), rule.soft_value(row), value)
     visits = (visits + times).astype(jnp.int32)
     tree = tree._replace(
@@ -340,7 +340,7 @@ def at_nodes(x, nodes):
 
 def root_statistics(tree: Tree, rule: Rule) -> tuple[NodeStatistics, RootStatistics]:
   """What a rule sees of the roots, `[B]`."""
-  row = jax.tree.map(lambda x: x[:, 0], _statistics_of(tree, rule, tree.root[:, None]))
+  row = jax.tree.map(lambda x: x[:, 0], node_statistics(tree, rule, tree.root[:, None]))
   return row, RootStatistics(tree.noise, row.visits - tree.base)
 
 
@@ -360,13 +360,16 @@ def _next_step(child, slot):
   return jnp.where(child >= 0, child, -1 - slot)
 
 
-def _statistics_of(tree, rule, nodes) -> NodeStatistics:
+def node_statistics(tree: Tree, rule: Rule, nodes) -> NodeStatistics:
   """What the rule sees of nodes `[B, ...]`."""
   logits, pending = at_nodes(tree.logits, nodes), at_nodes(tree.pending, nodes).astype(jnp.float32)
   visits = at_nodes(tree.visits, nodes).astype(jnp.float32)
   open_ = logits > NEVER
   if rule.widen:
+    # where all that is allowed is finished, one more slot is
+    wider = open_ & (jnp.cumsum(open_, axis=-1) == 1)
     open_ &= rule.allowed_slots(visits + pending.sum(-1), logits.shape[-1])
+    open_ = jnp.where(open_.any(-1, keepdims=True), open_, wider)
   keys = None
   if rule.random:
     of_row = jnp.broadcast_to(tree.keys.reshape(-1, *(1,) * (nodes.ndim - 1)), nodes.shape)
@@ -387,7 +390,7 @@ def _statistics_of(tree, rule, nodes) -> NodeStatistics:
 
 def refresh_choices(tree, rule, nodes):
   """Evaluates the rule at nodes `[B, ...]` and keeps what it says in `best`."""
-  slot = rule.choose_slot(_statistics_of(tree, rule, nodes))
+  slot = rule.choose_slot(node_statistics(tree, rule, nodes))
   rows = jnp.arange(nodes.shape[0]).reshape(-1, *(1,) * (nodes.ndim - 1))
   child = tree.child.at[rows, nodes, slot].get(mode='clip')
   best = jnp.where(at_nodes(tree.best, nodes) == CLOSED, CLOSED, _next_step(child, slot))

@@ -4,20 +4,24 @@ If the object's mask is known, the pixels around it are painted #999. The box is
 CLIP's preprocessing, and is compared with the average of 'a photo of a red cup', 'a photo of a
 red-colored cup' and 'a photo of a red object'. GenEval uses OpenAI's ViT-L/14:
 github.com/djghosh13/geneval, evaluation/evaluate_images.py, and clip_benchmark's zero-shot
-classifier. Cropping runs inside jit, as products with matrices made from the boxes.
+classifier: texts are cleaned, and the centre crop is torchvision's. Cropping runs inside jit, as
+products with matrices made from the boxes.
 
 Letters: B prompts · M pictures · R = B M · E boxes of a picture · H W its sides · S CLIP's side ·
 D width of embeddings · C = 10 colours.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from vtts_jax.data import tokenizers
 from vtts_jax.data.geneval import COLOURS
+from vtts_jax.errors import ConfigError
 from vtts_jax.media import preprocess
 from vtts_jax.models.clip import modeling
-from vtts_jax.models.pretrained import Pretrained
+from vtts_jax.models.pretrained import Pretrained, repository_of
 
 TEMPLATES = ('a photo of a {} {}', 'a photo of a {}-colored {}', 'a photo of a {} object')
 GROUND = 0x99 / 255  # GenEval paints the pixels outside the mask in this grey
@@ -30,17 +34,28 @@ class ColourClip(Pretrained):
 
   @property
   def name(self):
-    return f'clip_{RELEASED.get(self.weights.partition("@")[0], super().name)}'
+    return f'clip_{RELEASED.get(repository_of(self.weights), super().name)}'
 
   def tokenize(self, names):
     """Class names, B lists of E, to token ids `[B, E, C, 3, W]`."""
     c, place = self.config, '' if self.is_random else self.weights
+    self._check_preprocessing()
     queries = [
-      template.format(hue, name)
+      tokenizers.clean_text(template.format(hue, name))
       for row in names for name in row for hue in COLOURS for template in TEMPLATES
     ]  # fmt: skip
     ids, _ = tokenizers.tokenize_texts(queries, place, c.length, c.vocab)
     return ids.reshape(len(names), -1, len(COLOURS), len(TEMPLATES), c.length)
+
+  def _check_preprocessing(self):
+    # boxes have sizes that are traced: of a checkpoint's own preprocessing only the colours' mean
+    # and deviation can be honoured
+    how, plain = self.config.preprocessing, modeling.PREPROCESSING
+    if dataclasses.replace(how, mean=plain.mean, std=plain.std, crop=plain.crop) != plain:
+      raise ConfigError(
+        f'{self.setting}={self.weights!r}: pictures are preprocessed as {how}; must be resized by '
+        'the shorter side to the crop, by the bicubic filter'
+      )
 
   def encode(self, params, ids):
     """Token ids to the classifier's unit rows `[B, E, C, D]`."""
@@ -60,7 +75,8 @@ class ColourClip(Pretrained):
     masks = None if masks is None else merge_axes(masks)
     # prompts and pictures become rows; the boxes of a picture stay together
     crops = crop_boxes(merge_axes(images), merge_axes(boxes), self.config.image_size, masks)
-    pixels = preprocess.normalize_channels(merge_axes(crops), modeling.MEAN, modeling.STD)
+    how = self.config.preprocessing
+    pixels = preprocess.normalize_channels(merge_axes(crops), how.mean, how.std)
     x = self.bind(params).embed_images(pixels).reshape(*boxes.shape[:3], -1)
     return jax.nn.log_softmax(SHARPNESS * jnp.einsum('bmed,becd->bmec', x, classifier), -1)
 

@@ -6,6 +6,7 @@ joint space.
 
 import dataclasses
 import functools
+import os
 
 import jax.numpy as jnp
 
@@ -41,6 +42,10 @@ class DualEncoder(core.Verifier):
     dtype: dtype of the parameters, 'float32' or 'bfloat16'; cosines are always float32.
     part: '' to load both towers, 'image' for the image tower only (not a setting).
     size: the released CLIP that a checkpoint must have; '' allows any (not a setting).
+    cleans_text: whether the score was published with a pipeline that cleans texts as OpenAI's CLIP
+      and open_clip do, which transformers does not (not a setting). SigLIP's tokenizers never do.
+    crop: whose centre crop the score was published with, 'torchvision' or 'transformers'; '' for
+      that of the checkpoint (not a setting).
   """
 
   weights: str = ''
@@ -50,6 +55,8 @@ class DualEncoder(core.Verifier):
   gives = frozenset({'features', 'gradient'})
   part = ''
   size = ''
+  cleans_text = True
+  crop = ''
 
   def __post_init__(self):
     # a subclass with a fixed size or one tower is made for CLIP
@@ -72,14 +79,33 @@ class DualEncoder(core.Verifier):
 
   @property
   def backbone_name(self) -> str:
-    """The backbone's part of a score name, such as 'clip_b16'."""
+    """The backbone's part of a score name, such as 'clip_b16'.
+
+    A local folder with a released CLIP's sizes has that CLIP's name, as its copy on the hub. (Give
+    a fine-tune as its file: a file has its own name.)
+    """
     if self._is_random:
       name = self.model_part.name
     else:
-      known = KNOWN.get(self.weights.partition('@')[0])
+      known = KNOWN.get(pretrained.repository_of(self.weights)) or self._name_of_folder()
       # checkpoints outside the table are named after their file or repository
       name = known or pretrained.short_name(self.weights).lower()
     return name if name.startswith(('clip', 'siglip')) else f'clip_{name}'
+
+  def _name_of_folder(self):
+    """Returns the name of the released CLIP whose sizes a local folder has; '' for none."""
+    if not os.path.isdir(self.weights):
+      return ''
+    try:
+      config = self.model_part.config
+    # a folder without a model: `check` says so
+    except ConfigError:
+      return ''
+    if isinstance(config, siglip.Config):
+      return ''
+    config = dataclasses.replace(config, eos=None)
+    names = [f'clip_{name}' for name, c in clip.SIZES.items() if c == config]
+    return next((name for name in names if name in KNOWN.values()), '')
 
   @property
   def _is_random(self):
@@ -92,8 +118,7 @@ class DualEncoder(core.Verifier):
   def check(self):
     config = self.model_part.config
     wanted = clip.SIZES[self.size] if self.size and not self._is_random else None
-    # the end token differs between repackaged copies of one checkpoint
-    if wanted and dataclasses.replace(config, eos=None) != wanted:
+    if wanted and _plain_sizes(config) != wanted:
       raise ConfigError(
         f'verifier.weights={self.weights!r}: must be CLIP {self.size}; it is {config}'
       )
@@ -122,6 +147,10 @@ class DualEncoder(core.Verifier):
         f'tokenizer; there is none in {place}'
       )
     config = self.model_part.config
+    if isinstance(config, siglip.Config):
+      texts = [text.lower() for text in texts] if config.lower_cases else texts
+    elif self.cleans_text:
+      texts = [tokenizers.clean_text(text) for text in texts]
     return tokenizers.tokenize_texts(texts, place, config.length, config.vocab)[0]
 
   def encode(self, params, prompt):
@@ -130,8 +159,11 @@ class DualEncoder(core.Verifier):
 
   def preprocess(self, images):
     """Pictures `[R, H, W, 3]` in [0, 1] to network inputs."""
-    model = self.model_part
-    return model.modeling.preprocess(model.config, images)
+    model, config = self.model_part, self.model_part.config
+    if self.crop:
+      how = dataclasses.replace(config.preprocessing, crop=self.crop)
+      config = dataclasses.replace(config, preprocessing=how)
+    return model.modeling.preprocess(config, images)
 
   def embed_images(self, params, images):
     """Images `[B, M, H, W, 3]` to unit embeddings `[B, M, E]`; NaN for an image with any NaN."""
@@ -152,6 +184,12 @@ class DualEncoder(core.Verifier):
     if op == 'encode':
       return core.Cost(flops=model.modeling.count_flops(model.config, 'text'))
     return core.Cost(verify=1, flops=model.modeling.count_flops(model.config, 'image'))
+
+
+def _plain_sizes(config):
+  """Returns the config with what differs between repackaged copies of one checkpoint as released:
+  the end token, and the preprocessing."""
+  return dataclasses.replace(config, eos=None, preprocessing=clip.PREPROCESSING)
 
 
 @functools.cache

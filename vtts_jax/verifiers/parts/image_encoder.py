@@ -17,7 +17,7 @@ PARTS = {'dino': 'encoder', 'clip': 'image'}  # the part of each backbone that i
 
 
 class ImageEncoder(Pretrained):
-  """A DINO, CLIP or DreamSim; its module has `embed_images`, `preprocess`, `picture_sides`."""
+  """A DINO, CLIP or DreamSim; its module has `embed_images`, `preprocess`, `fitting_of`."""
 
   def embed_images(self, params, images, fitted: bool = False):
     """Images `[B, M, H, W, 3]` in [0, 1] to unit embeddings `[B, M, D]` float32; `fitted` images
@@ -29,10 +29,10 @@ class ImageEncoder(Pretrained):
 
     return map_images(embed_rows, images)
 
-  @property
-  def picture_sides(self) -> tuple[int, int]:
-    """(S, length that the shorter side is resized to before the crop)."""
-    return self.modeling.picture_sides(self.config)
+  def fit_picture(self, picture):
+    """A picture uint8 `[H, W, 3]` resized and cut on the host, uint8 `[S, S, 3]`."""
+    how, side = self.modeling.fitting_of(self.config)
+    return how.fit_picture(picture, side)
 
   @property
   def embedding_flops(self) -> int:
@@ -134,8 +134,8 @@ class ReferenceVerifier(EncoderVerifier):
   def tokenize(self, prompts):
     """The reference pictures, `{'pictures': [B, K, S, S, 3] uint8, 'mask': [B, K]}`."""
     # resized on the host, so that pictures of any size fit one array
-    sides = self.model_part.picture_sides
-    return references.read_references(prompts, self.references, self._reference_count, *sides)
+    fit, count = self.model_part.fit_picture, self._reference_count
+    return references.read_references(prompts, self.references, count, fit)
 
   def encode(self, params, prompt):
     """Pictures `[B, K, S, S, 3]` to the mean of their unit embeddings `[B, D]`."""

@@ -1,0 +1,1 @@
+"""Gemma-2, a language model, as the text encoder of SANA. See README.md."""

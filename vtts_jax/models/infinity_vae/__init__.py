@@ -1,0 +1,1 @@
+"""Infinity's tokenizer of bits. See README.md beside this file."""

@@ -1,0 +1,1 @@
+"""Janus: a language model that draws pictures and reads them. See README.md."""

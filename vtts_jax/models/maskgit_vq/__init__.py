@@ -1,0 +1,1 @@
+"""MaskGIT's tokenizer, a VQ autoencoder. See README.md."""

@@ -1,0 +1,1 @@
+"""RandAR: picture tokens in any order. See README.md."""

@@ -1,0 +1,1 @@
+"""VAR: draws pictures scale by scale. See README.md beside this file."""

@@ -1,0 +1,1 @@
+"""VAR's multi-scale tokenizer. See README.md beside this file."""
