@@ -169,20 +169,19 @@ def particle_arms() -> dict:
   """Searches over the steps at the evaluations of 16 and 32 samples of 24 steps. Copies diverge by
   DDPM's steps, which keep the marginals of the flow, or by GLASS's."""
   ddpm, glass = {'inner_steps': 1, 'correlation': -1.0}, {'steps': 6, 'inner_steps': 4}
-  arms = {}
+  arms = {'random': {'search': {'name': 'search.best_of_n', 'n': 32}}}  # 16 are its first
   for n in (16, 32):
     smc, rollover, mcts = ({'name': f'search.{a}'} for a in ('smc', 'rollover', 'mcts'))
-    # strengths are those of the sweep: clip scores differ by tenths
-    fk = smc | {'preset': 'fk', 'particles': n, 'strength': 20.0}
+    # the strength of the sweep: scores of samples differ by about 1
+    fk = smc | {'preset': 'fk', 'particles': n, 'strength': 2.0}
     # n evaluations choose the noise; a try is two, of its step and of what it shows
     rbf = {'preset': 'rbf', 'roots': n, 'steps': 23, 'quota': n // 2, 'tries': 23 * n // 2}
-    tree = {'size': 6, 'simulations': n - 1, 'rule_settings': {'sharpness': 20.0, 'widen': 2.0}}
+    tree = {'size': 6, 'simulations': n - 1, 'rule_settings': {'sharpness': 2.0, 'widen': 2.0}}
     searches = {
-      'random': ({}, {'name': 'search.best_of_n', 'n': n}),
       'fk': (ddpm, fk | {'size': 6}),
       'fk, glass': (glass, fk | {'size': 2}),
       # the published gamma, for 24 stages instead of 100
-      'das': (ddpm, smc | {'preset': 'das', 'particles': n, 'strength': 20.0, 'gamma': 0.0336}),
+      'das': (ddpm, smc | {'preset': 'das', 'particles': n, 'strength': 2.0, 'gamma': 0.0336}),
       'svdd': (ddpm, smc | {'preset': 'svdd', 'branch': n}),
       'rbf': (ddpm, rollover | rbf),
       'dts': (ddpm, mcts | {'preset': 'dts', **tree}),

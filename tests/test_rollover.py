@@ -92,7 +92,7 @@ def test_rollover_is_the_published_loop(name):
   want = [by_hand(gen, text, i, algo) for i, text in enumerate(PROMPTS)]
   for mode in ('fused', 'stepped') if name == 'rollover' else ('fused',):
     found = search(algo, gen, VER, PROMPTS, seed=KEY, mode=mode)
-    np.testing.assert_allclose(found.best.total, [w[0] for w in want], rtol=1e-5)
+    laws.assert_same(found.best.total, np.float32([w[0] for w in want]), 'the best')
     scored = sum(s.active * s.totals.shape[1] for s in found.steps)
     np.testing.assert_array_equal(scored, [w[1] for w in want])
     np.testing.assert_array_equal(found.spent()[:, -1, 2], scored)

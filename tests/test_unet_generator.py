@@ -4,6 +4,7 @@ Whole loops against diffusers' pipelines are in tests/parity/test_parity_unet_pi
 
 import json
 import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,18 @@ from test_unet import rename_to_original
 from vtts_jax import components, core
 from vtts_jax.checkpoints.files import write_weights
 from vtts_jax.checkpoints.source import source_of_arrays
-from vtts_jax.engine.search import search
+from vtts_jax.engine.search import bill, search
 from vtts_jax.errors import ConfigError
 from vtts_jax.generators import unet
 from vtts_jax.generators.diffusion import guidance
 from vtts_jax.models.autoencoder_kl import original
 from vtts_jax.models.unet import modeling
 from vtts_jax.search.smc import SMC
+from vtts_jax.study import arms
 from vtts_jax.testing import laws, toys
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
+CONFIG = pathlib.Path(__file__).parents[1] / 'configs/sdxl_fk.py'
 KEY = jax.random.key(7)
 PROMPTS = ('a red dog', 'two cats')
 
@@ -43,8 +46,8 @@ def test_the_bill_of_particles():
   """A search by particles, traced and not run: its calls are those of the bill."""
   gen, target = tiny(sampler='ddim', eta=1.0), toys.Target(rows=8)
   algo = SMC(particles=2, schedule='fixed', resampler='multinomial')
-  bill = sum(core.step_costs(algo, gen, target), core.Cost())
-  assert laws.counted_cost(algo, gen, target, PROMPTS[:1], KEY) == bill
+  due = sum(bill(algo, gen, target), core.Cost())
+  assert laws.counted_cost(algo, gen, target, PROMPTS[:1], KEY) == due
   one = modeling.count_flops(modeling.SIZES['tiny'], 4, 4, words=16)
   assert gen.cost('extend', 0, 3) == core.Cost(generator=3, flops=3 * 2 * one)
   with pytest.raises(ConfigError, match='stochastic'):
@@ -197,8 +200,24 @@ def test_models_that_do_not_fit(settings, message):
     tiny(**settings).check()
 
 
-def test_it_is_a_component():
-  assert components.load('generators.unet', **unet.TINY) == unet.StableDiffusion(**unet.TINY)
+def test_releases_and_the_config():
+  """FK steering as its authors launch it, and what a laptop runs; nothing is read."""
   for settings in unet.RELEASES.values():
-    gen = components.load('generators.unet', **settings)
-    assert gen.num_stages == 50
+    assert components.load('generators.unet', **settings).num_stages == 50
+  get_config = runpy.run_path(str(CONFIG))['get_config']
+  full = get_config('fk').to_dict()
+  given = {'sampler': 'ddim', 'eta': 1.0, 'steps': 100, 'guidance': 5.0}
+  assert full['generator'] | unet.RELEASES['sdxl'] | given == full['generator']
+  published = {'particles': 4, 'strength': 10.0, 'potential': 'max'}
+  published['schedule'] = (21, 41, 61, 81, 100)
+  assert full['search'] | published == full['search']
+  # stages x particles; the two children of a parent share its call, and the last stage is one call
+  for arg, evals in (('fk', 9), ('das,sd15', 9), ('svdd,clip', 7), ('bfs,sd21', 12)):
+    study = arms.build_study(get_config(f'{arg},runlocal').to_dict()).arms
+    assert {arm.name: arm.cost.generator for arm in study} == {
+      arg.split(',')[0]: evals, 'best-of-n': 9,
+    }  # fmt: skip
+    study[0].gen.check()
+  for arg in ('beam', 'fk,sd3', 'fk,clip,image_reward'):
+    with pytest.raises(ValueError, match='must be one of fk, das, svdd, bfs, then at most one of'):
+      get_config(arg)

@@ -82,7 +82,7 @@ def test_phis_and_grids():
     np.testing.assert_allclose(weights(5, 5), np.eye(5), atol=1e-12)
   np.testing.assert_allclose(pyramid.area_weights(3, 2), [[0.5, 0.5, 0], [0, 0.5, 0.5]])
   # torch.nn.functional.interpolate of (0, 0, 1) to 6
-  want = [0.0351562, -0.1054688, -0.0703125, 0.2265625, 0.7734375, 1.0703125]
+  want = [0, -0.03515625, -0.10546875, 0.2265625, 0.7734375, 1.10546875]
   np.testing.assert_allclose(pyramid.cubic_weights(3, 6)[:, 2], want, atol=1e-6)
   np.testing.assert_allclose(pyramid.linear_weights(2, 4)[:, 1], [0, 0.25, 0.75, 1])
 
@@ -95,10 +95,10 @@ def test_flops_are_those_of_the_traced_program():
   assert trace(gen.encode, params, rows) == gen.cost('encode').flops
   ctx = jax.eval_shape(gen.encode, params, rows)
   state = jax.eval_shape(lambda p, c: gen.init(p, c, jnp.zeros((1, 1), jnp.uint32)), params, ctx)
-  for stage in (0, 2):
+  for stage in (0, 1):
     step = functools.partial(gen.next_logits, stage=stage)
     assert trace(step, params, ctx, state) == gen.cost('extend', stage, 1).flops
-  see = lambda p, c, s: gen.decode(p, c, s, 3)
+  see = lambda p, c, s: gen.decode(p, c, s, 2)
   assert trace(see, params, ctx, state) == gen.cost('observe:image').flops
   read = lambda p, c, s: gen.prefill(p, c, s, 2)
   assert trace(read, params, ctx, state) == gen.cost('rebuild_cache', 2).flops
@@ -176,7 +176,7 @@ def test_the_generator_keeps_the_laws():
 
 def test_guidance_grows_with_the_scales():
   gen = VAR(**TINY, top_k=6)
-  assert [gen._ramp(s) for s in range(3)] == [0.0, 0.75, 1.5]
+  assert [gen._ramp(s) for s in range(2)] == [0.0, 1.5]
   assert gen.guidance_streams == ('prompt', 'null')
   assert VAR(**TINY, top_k=6, guidance=0.0).guidance_streams == ('prompt',)
   logits = jnp.array([[1.0, 2.0], [0.5, 4.0]])
@@ -189,9 +189,9 @@ def test_a_beam_over_scales_and_its_bill():
   algo = Beam(width=2, branch=3, schedule='linear', size=1, lookahead=-1)
   costs = bill(algo, gen, ver)
   # children share the call at their parent: 2 beams, then 6 candidates are completed
-  assert [cost.generator for cost in costs] == [2 + 6 * 2, 2 + 6, 2]
+  assert [cost.generator for cost in costs] == [2 + 6, 2]
   assert laws.counted_cost(algo, gen, ver, ['3'], KEY) == sum(costs, core.Cost())
-  assert gen.outputs['image'] == core.Output('image', (6, 6, 3))
+  assert gen.outputs['image'] == core.Output('image', (4, 4, 3))
   assert components.load('generators.var', **TINY) == VAR(**TINY)
   mesh = jax.make_mesh((1, 1), ('data', 'model'))
   blocks = gen.shardings(mesh)['prior']['blocks']
@@ -211,7 +211,7 @@ def test_settings_that_cannot_run():
     VAR(**TINY).extend({}, {}, None, KEY, jnp.int32(1), 1)
 
 
-@pytest.mark.parametrize(('name', 'evals'), [('bon', 12), ('beam', 6), ('lookahead', 18)])
+@pytest.mark.parametrize(('name', 'evals'), [('bon', 8), ('beam', 4), ('lookahead', 8)])
 def test_configs_build_and_know_their_bill(name, evals):
   config = f'--config={HERE.parent}/configs/var_imagenet.py'
   (arm,) = build_study(run.read_config([f'{config}:{name},runlocal'])).arms

@@ -3,6 +3,7 @@
 The golden file of open_clip itself (make_golden_clip.py) holds that these names are its own.
 """
 
+import dataclasses
 import pathlib
 
 import jax
@@ -19,6 +20,7 @@ from vtts_jax.checkpoints.files import flatten_tree, write_weights
 from vtts_jax.checkpoints.source import Source, source_of_arrays
 from vtts_jax.models import modules
 from vtts_jax.models.clip import convert, modeling
+from vtts_jax.models.preprocessing import read_preprocessing
 
 transformers.CLIPModel, transformers.CLIPImageProcessorPil  # noqa: B018, loaded as they are named
 CLOSE = {'atol': 1e-4, 'rtol': 1e-4}
@@ -112,22 +114,36 @@ def test_bfloat16_stays_near(pair):
   assert np.abs(cosines[0] - cosines[1]).max() < 0.03
 
 
-@pytest.mark.parametrize(
-  ('size', 'shape'),
-  [(224, (224, 224)), (224, (300, 301)), (224, (512, 380)), (20, (33, 47)), (336, (256, 256))],
-)
-def test_preprocessing_is_the_processor_s(size, shape):
-  """Within 1/255 before normalisation. transformers cuts (H - S) // 2 off the top; OpenAI's code
-  (torchvision) and we cut the rounded half, one more where H - S is 3 modulo 4."""
-  processor = transformers.CLIPImageProcessorPil(
-    size={'shortest_edge': size}, crop_size={'height': size, 'width': size}
-  )
-  picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-  want = processor(Image.fromarray(picture), return_tensors='np')['pixel_values']
-  c = modeling.Config(None, None, 8, image_size=size, patch=4)
-  have = modeling.preprocess(c, picture[None] / np.float32(255))
-  gap = np.abs(nchw(have) - want) * np.array(modeling.STD, np.float32)[:, None, None]
-  assert gap.max() <= 1.001 / 255
+PROCESSORS = {
+  'plain': {'size': {'shortest_edge': 20}},
+  'half': {'size': {'shortest_edge': 20}, 'image_mean': [0.5] * 3, 'image_std': [0.5] * 3},
+  'larger, bilinear': {'size': {'shortest_edge': 27}, 'resample': 2},
+  'smaller, padded': {'size': {'shortest_edge': 15}, 'resample': 1},
+  'squash': {'size': {'height': 20, 'width': 20}, 'do_center_crop': False},
+  'squash, cut': {'size': {'height': 25, 'width': 25}},
+  'no resize': {'do_resize': False},
+  '-1 .. 1': {'size': {'shortest_edge': 20}, 'rescale_factor': 1 / 127.5, 'image_mean': [1.0] * 3},
+  'bytes': {'size': {'shortest_edge': 20}, 'do_rescale': False, 'image_std': [100.0] * 3},
+  'not normalised': {'size': {'shortest_edge': 20}, 'do_normalize': False},
+}
+
+
+@pytest.mark.parametrize('name', PROCESSORS)
+def test_preprocessing_is_the_processor_s(name, tmp_path):
+  """By the file that the processor saves, for sizes with every rest of the centre crop."""
+  options = {'crop_size': {'height': 20, 'width': 20}} | PROCESSORS[name]
+  processor = transformers.CLIPImageProcessorPil(**options)
+  processor.save_pretrained(tmp_path)
+  source = dataclasses.replace(source_of_arrays({}), folder=str(tmp_path))
+  how = read_preprocessing(source, modeling.PREPROCESSING, 20, 'CLIPImageProcessor')
+  # transformers' own crop, as in PickScore, where all else is as released
+  how = dataclasses.replace(how, crop='transformers')
+  c = modeling.Config(None, None, 8, image_size=20, patch=4, preprocessing=how)
+  for shape in ((30, 30), (17, 23), (23, 18), (41, 64), (64, 37), (20, 20), (83, 121), (4, 90)):
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    want = processor(Image.fromarray(picture), return_tensors='np')['pixel_values']
+    have = modeling.preprocess(c, picture[None] / np.float32(255))
+    np.testing.assert_allclose(nchw(have), want, atol=2e-5, err_msg=f'{shape}')
 
 
 def open_names(state):

@@ -15,8 +15,8 @@ from vtts_jax.models.stacked import scan_blocks
 CLOSE = {'atol': 1e-4, 'rtol': 1e-4}
 ROWS, COLUMNS, TEXT = 2, 3, 5
 TIMES = np.array([0.3, 0.95], np.float32)
-# an angle of the embedding is 1000 x the scale: at 3.5 the last bit of torch's float32 exponential is
-# 2e-4 of an angle, which `test_condition` bounds and the depth of the whole would magnify
+# an angle of the embedding is 1000 x the scale: at 3.5 the last bit of torch's float32 exponential
+# is 2e-4 of an angle, which `test_condition` bounds and the depth of the whole would magnify
 GUIDANCE = np.array([0.5, 1.0], np.float32)
 
 

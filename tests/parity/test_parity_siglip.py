@@ -12,7 +12,9 @@ from test_parity_clip import header
 
 from vtts_jax.checkpoints.convert import _match_rule
 from vtts_jax.checkpoints.files import flatten_tree
+from vtts_jax.checkpoints.source import source_of_arrays
 from vtts_jax.models import modules
+from vtts_jax.models.preprocessing import read_preprocessing
 from vtts_jax.models.siglip import convert, modeling
 
 transformers.SiglipModel, transformers.SiglipImageProcessorPil  # noqa: B018, loaded when named
@@ -100,17 +102,21 @@ def test_bfloat16_stays_near(pair):
 
 @pytest.mark.parametrize('resample', ['bicubic', 'bilinear'])
 @pytest.mark.parametrize(('size', 'shape'), [(224, (300, 301)), (256, (512, 380)), (20, (33, 47))])
-def test_preprocessing_is_the_processor_s(resample, size, shape):
-  """Within 1/255 before normalisation; resample 3 in version 1, 2 in version 2."""
+def test_preprocessing_is_the_processor_s(resample, size, shape, tmp_path):
+  """By the file that the processor saves; resample 3 in version 1, 2 in version 2."""
   processor = transformers.SiglipImageProcessorPil(
     size={'height': size, 'width': size}, resample={'bicubic': 3, 'bilinear': 2}[resample],
     image_mean=modeling.MEAN, image_std=modeling.STD,
   )  # fmt: skip
   picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
   want = processor(Image.fromarray(picture), return_tensors='np')['pixel_values']
-  c = dataclasses.replace(modeling.SIZES['siglip_b16_224'], image_size=size, resample=resample)
+  processor.save_pretrained(tmp_path)
+  source = dataclasses.replace(source_of_arrays({}), folder=str(tmp_path))
+  how = read_preprocessing(source, modeling.PREPROCESSING, size, 'SiglipImageProcessor')
+  assert (how == modeling.PREPROCESSING) == (resample == 'bicubic')
+  c = dataclasses.replace(modeling.SIZES['siglip_b16_224'], image_size=size, preprocessing=how)
   have = modeling.preprocess(c, picture[None] / np.float32(255))
-  assert np.abs(nchw(have) - want).max() * 0.5 <= 1.001 / 255
+  np.testing.assert_allclose(nchw(have), want, atol=2e-5)
 
 
 @pytest.mark.parametrize('name', [name for name in modeling.SIZES if name != 'siglip_tiny'])

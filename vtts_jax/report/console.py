@@ -5,14 +5,14 @@ import collections
 from rich.console import Console
 from rich.table import Table
 
-from vtts_jax.report import stats
+from vtts_jax.report import runs, stats
 from vtts_jax.study import grading
 from vtts_jax.study.store import read_results, read_run_info
 
 
 def print_summary(root) -> None:
   """Prints the table of a run directory, what was lost, and where the report is."""
-  rows = read_results(root)
+  rows = runs.align_curves(read_results(root))
   graded = read_run_info(root)['config']['metric'] != grading.UNGRADED
   # a pipe has no width: without one rich would wrap the table at 80 columns
   console = Console(width=None if Console().is_terminal else 140)

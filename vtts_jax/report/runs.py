@@ -80,10 +80,23 @@ def read_runs(roots: Sequence) -> Runs:
   # lines of several processes lie mixed; the page must not depend on how many there were
   order = {name: i for i, name in enumerate(dict.fromkeys(k[0] for k in found))}
   rows = sorted(found.values(), key=lambda r: (order[r['arm']], r['seed'], r['id']))
+  rows = align_curves(rows)
   settings = {
     names[arm]: parts for names, arms in zip(renamed, asked) for arm, parts in arms.items()
   }
   return Runs([p.name for p in paths], infos, rows, timing, settings)
+
+
+def align_curves(rows: list[dict]) -> list[dict]:
+  """Lines whose curves have the budgets that all lines of their arm have. Where prompts move on at
+  their own pace, one batch finds its first sample some steps before another; all end together."""
+  common: dict[str, int] = {}
+  for row in rows:
+    common[row['arm']] = min(common.get(row['arm'], len(row['curve'])), len(row['curve']))
+  return [
+    row | {name: row[name][-common[row['arm']] :] for name in ('curve', 'grid') if name in row}
+    for row in rows
+  ]
 
 
 def part_settings(config) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,9 @@ what reaches it. `PRESETS` has
   'rbf'   the authors' run on FLUX: 10 steps and 500 evaluations, of which 25 choose the initial
           noise and 47 are the quota of a step. A candidate is judged by the data predicted where
           its step ends; at the ninth step these are the picture, and this step spends what is
-          left. (Their SDE is `diffusion='quartic'` on the variance-preserving path.)
+          left. A try is two calls here, for the step and at its end; theirs is one, as they keep
+          the second for the next step. (Their SDE is `diffusion='quartic'` on the
+          variance-preserving path.)
 
 Prompts move on at their own pace: in one call each candidate has its own stage, and a prompt that
 has arrived needs no further step (it leaves the batch in the stepped driver and is masked in the

@@ -87,6 +87,9 @@ def train_model(loss, params, batches, *, steps, rate=1e-3, seed=0, warmup=200, 
       shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
       state = manager.restore(start, args=ocp.args.StandardRestore(shapes))
       print(f'resumed at step {start} of {steps}', flush=True)
+      # a run that was killed in its last evaluation
+      if start == steps and evaluate is not None:
+        evaluate(state['ema'] if ema else state['params'], start)
   begun, since, totals = time.time(), start, {}
   for step in range(start, steps):
     state, info = update_state(state, batches(step), step)

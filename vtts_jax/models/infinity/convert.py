@@ -85,6 +85,7 @@ def make_rules(config: Config):
     (r'lvl_embed\.weight', 'levels', ''),
     (r'word_embed\.weight', 'embedding.kernel', 'T'),
     (r'word_embed\.bias', 'embedding.bias', ''),
+    # six parts in the order gates, scales, shifts, each for attention and feed-forward
     (r'shared_ada_lin\.1\.weight', 'adaln.kernel', _split_parts(6)),
     (r'shared_ada_lin\.1\.bias', 'adaln.bias', _split_bias(6)),
     (r'head_nm\.ada_lin\.1\.weight', 'head_adaln.kernel', _split_parts(2)),
@@ -93,6 +94,7 @@ def make_rules(config: Config):
     (r'head\.bias', 'head.bias', ''),
     (BLOCK + r'ada_gss', 'blocks.offset', lambda x: x[:, 0, 0]),
     (BLOCK + r'sa\.mat_qkv\.weight', 'blocks.attn.qkv.kernel', _split_rotated(config.heads)),
+    # keys have no bias; that of queries turns with its channels
     (BLOCK + r'sa\.q_bias', 'blocks.attn.q_bias', _gather_pairs(config.heads)),
     (BLOCK + r'sa\.v_bias', 'blocks.attn.v_bias', ''),
     (BLOCK + r'sa\.scale_mul_1H11', 'blocks.attn.log_scale', lambda x: x.reshape(len(x), -1)),

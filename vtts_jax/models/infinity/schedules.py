@@ -47,6 +47,7 @@ def schedule_of(area: str, aspect: float = 1.0) -> Schedule:
   if not aspect > 0:
     raise ConfigError(f'aspect={aspect}: must be above 0')
   tall = max(aspect, 1 / aspect)
+  # by the logarithm, so that a tall and a wide picture of one shape get the same grids
   nearest = min(TALL, key=lambda ratio: abs(math.log(ratio / tall)))
   grids = [tuple(map(int, grid.split('x'))) for grid in TALL[nearest].split()]
   grids = [grid if aspect >= 1 else grid[::-1] for grid in grids]

@@ -22,9 +22,9 @@ SHARDING = [
 ]
 
 
-def _drop_axes(array):
-  """`[1, 1, D]` or `[1, rows, D]` without its leading ones."""
-  return array.reshape([side for side in array.shape[:-1] if side > 1] + [array.shape[-1]])
+def _drop_batch(array):
+  """`[1, rows, D]` -> `[rows, D]`."""
+  return array[0]
 
 
 def _split_kernel(weight):
@@ -48,9 +48,9 @@ def _layer_rules(theirs, ours):
 RULES = [  # after `stack_layers`
   (r'cls_token', 'begin', np.ravel),
   (r'embeddings\.weight', 'embedding', ''),
-  (r'pos_embed', 'positions', _drop_axes),
-  (r'target_aware_pos_embed', 'next_positions', _drop_axes),
-  (r'timesteps_embeddings', 'steps', _drop_axes),
+  (r'pos_embed', 'positions', _drop_batch),
+  (r'target_aware_pos_embed', 'next_positions', _drop_batch),
+  (r'timesteps_embeddings', 'steps', _drop_batch),
   (BLOCK + r'norm1\.(weight|bias)', r'blocks.norm_attn.\1', ''),
   (BLOCK + r'norm2\.(weight|bias)', r'blocks.norm_ffn.\1', ''),
   (BLOCK + r'attn\.qkv\.weight', 'blocks.attn.qkv.kernel', _split_kernel),

@@ -57,6 +57,7 @@ RULES = [
   (BLOCK + r'ffn\.fc1\.bias', 'blocks.ffn.up.bias', ''),
   (BLOCK + r'ffn\.fc2\.weight', 'blocks.ffn.down.kernel', transpose_kernel),
   (BLOCK + r'ffn\.fc2\.bias', 'blocks.ffn.down.bias', ''),
+  # a file has either one modulation a layer, or a shared one and offsets
   (BLOCK + r'ada_lin\.1\.weight', 'blocks.adaln.kernel', _split_parts(6)),
   (BLOCK + r'ada_lin\.1\.bias', 'blocks.adaln.bias', _split_bias(6)),
   (BLOCK + r'ada_gss', 'blocks.offset', lambda x: x[:, 0, 0]),
@@ -96,6 +97,7 @@ def config_of(source, part: str = '', options: Mapping | None = None) -> Config:
   (width, channels), (layers, *_), (_, hidden, _), (classes, _), (codes, _) = map(
     source.shape_of, names
   )
+  # the scale of a head is learned with cosine attention only
   cosine = scale in source
   heads = math.prod(source.shape_of(scale)[1:]) if cosine else options.get('num_heads', width // 64)
   if 'lvl_1L' in source:

@@ -78,7 +78,7 @@ def _of_depth(layers, **options):
 
 _TINY = {
   'width': 16, 'layers': 2, 'heads': 2, 'hidden': 24, 'codes': 16, 'channels': 4, 'classes': 5,
-  'patch_nums': (1, 2, 3),
+  'patch_nums': (1, 2),
 }  # fmt: skip
 SIZES = {
   'tiny': Config(**_TINY),

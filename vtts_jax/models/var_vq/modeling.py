@@ -84,7 +84,7 @@ class Config:
 
 SIZES = {
   'tiny': Config(codebook_size=16, z_channels=4, ch=8, ch_mult=(1, 2), num_res_blocks=1,
-                 norm_num_groups=4, patch_nums=(1, 2, 3)),
+                 norm_num_groups=4, patch_nums=(1, 2)),
   '256': Config(),
   '512': Config(patch_nums=PATCH_NUMS_512),  # the same weights
 }  # fmt: skip

@@ -38,6 +38,7 @@ def area_weights(inner: int, outer: int) -> np.ndarray:
   """Weights `[outer, inner]` of mode 'area': means of cells that overlap where sides do not
   divide each other."""
   place = np.arange(outer)
+  # integers: a rounded border would put a cell into the wrong mean
   start, end = place * inner // outer, -(-(place + 1) * inner // outer)
   cell = np.arange(inner)
   inside = (cell >= start[:, None]) & (cell < end[:, None])
@@ -46,6 +47,7 @@ def area_weights(inner: int, outer: int) -> np.ndarray:
 
 def linear_weights(inner: int, outer: int) -> np.ndarray:
   """Weights `[outer, inner]` of mode 'bilinear' (in one direction) without antialiasing."""
+  # cells have their centres at halves; what lies before the first centre is the first cell
   place = np.maximum((np.arange(outer) + 0.5) * inner / outer - 0.5, 0)
   low = np.floor(place).astype(int)
   high = np.minimum(low + 1, inner - 1)
@@ -68,6 +70,7 @@ def cubic_weights(inner: int, outer: int, a: float = -0.75) -> np.ndarray:
     x = np.abs(place - (low + tap))
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    # taps outside repeat the last cell, so its weights add up
     cell = np.clip(low + tap, 0, inner - 1)
     np.add.at(weights, (np.arange(outer), cell), np.where(x <= 1, near, far))
   return weights
