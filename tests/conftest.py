@@ -6,6 +6,8 @@ import pathlib
 import tempfile
 
 import jaxlib.version
+import numpy as np
+import pytest
 
 FLAGS = ['--xla_backend_optimization_level=0']
 if jaxlib.version.__version_info__[:2] == (0, 10):  # an unknown flag ends the process
@@ -25,3 +27,29 @@ def pytest_configure(config):
   config.add_cleanup(folder.cleanup)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(folder.name))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+
+
+@pytest.fixture(scope='module')
+def host_weights():
+  """Random weights drawn by numpy: the initialisers of a generator's models compile for seconds."""
+  # after the flags above
+  import jax
+  import jax.numpy as jnp
+
+  from vtts_jax.models import modules
+
+  def draw_parameters(build, config, dtype):
+    rng = np.random.default_rng(0)
+
+    def draw_leaf(path, leaf):
+      if path[-1].key in ('scale', 'weight'):  # of norms
+        return jnp.ones(leaf.shape, dtype)
+      inputs = leaf.shape[-2] if leaf.ndim > 1 else 16
+      return jnp.asarray(rng.normal(0, inputs**-0.5, leaf.shape), dtype)
+
+    _, template = modules.structure_of(build, config)
+    return jax.tree_util.tree_map_with_path(draw_leaf, template)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(modules, 'random_parameters', draw_parameters)
+    yield

@@ -373,7 +373,7 @@ def test_any_mesh_gives_the_same(tmp_path):
     from vtts_jax.search.best_of_n import BestOfN
 
     small = Beam(width=2, branch=3, schedule='linear', size=2)
-    large = Beam(width=2, branch=2, schedule=(32,))  # 32 tokens, and a branch at the last
+    large = BestOfN(n=2)
     prompts = [f'prompt {i}' for i in range(11)]
     scenes = ['a photo of a red circle', 'a photo of two blue squares', 'a photo of a green ring']
     parts = {

@@ -18,6 +18,7 @@ from vtts_jax.search.best_of_n import BestOfN
 from vtts_jax.study.arms import build_study
 from vtts_jax.testing import laws, toys
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 GOLDEN = pathlib.Path(__file__).parent / 'golden/flux_c_schnell.npz'
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 KEY = jax.random.key(0)

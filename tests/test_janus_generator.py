@@ -14,6 +14,7 @@ from vtts_jax.generators.janus import TEMPLATES, TINY, Janus
 from vtts_jax.study.arms import build_study
 from vtts_jax.testing import laws
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 tiny = functools.partial(Janus, **TINY, words=8)
 

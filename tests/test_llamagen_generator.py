@@ -15,6 +15,7 @@ from vtts_jax.generators.llamagen import TINY, LlamaGen
 from vtts_jax.study.arms import build_study
 from vtts_jax.testing import laws
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 KEY = jax.random.key(3)
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 classes = functools.partial(LlamaGen, **TINY)

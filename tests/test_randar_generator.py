@@ -16,6 +16,7 @@ from vtts_jax.generators.randar_parallel import ParallelRandAR
 from vtts_jax.study.arms import build_study
 from vtts_jax.testing import laws
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 KEY = jax.random.key(3)
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 tiny = functools.partial(RandAR, **TINY)

@@ -14,7 +14,6 @@ from vtts_jax.checkpoints.files import write_weights
 from vtts_jax.engine.search import bill, search
 from vtts_jax.errors import ConfigError
 from vtts_jax.generators import sana, sana_sprint
-from vtts_jax.models import modules
 from vtts_jax.models.gemma2 import modeling as gemma2
 from vtts_jax.models.sana import modeling
 from vtts_jax.search.best_of_n import BestOfN
@@ -26,18 +25,7 @@ GOLDEN = ROOT / 'tests/golden/sana_sprint_a.npz'
 KEY = jax.random.key(4)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def weights_from_the_host():
-  """Random weights by numpy: the initialisers of three models compile for six seconds."""
-
-  def draw_parameters(build, config, dtype):
-    rng = np.random.default_rng(0)
-    _, template = modules.structure_of(build, config)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), dtype), template)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(modules, 'random_parameters', draw_parameters)
-    yield
+pytestmark = pytest.mark.usefixtures('host_weights')
 
 
 def tiny(**settings):

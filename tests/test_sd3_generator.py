@@ -21,6 +21,7 @@ from vtts_jax.models.sd3 import modeling
 from vtts_jax.study.arms import build_study
 from vtts_jax.testing import laws
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 GOLDEN = pathlib.Path(__file__).parent / 'golden/sd3_a.npz'
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 KEY = jax.random.key(0)

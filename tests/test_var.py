@@ -26,6 +26,7 @@ from vtts_jax.search.beam import Beam
 from vtts_jax.study.arms import build_study
 from vtts_jax.testing import laws, toys
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 KEY = jax.random.key(5)
 HERE = pathlib.Path(__file__).parent
 

@@ -119,6 +119,16 @@ def test_bfloat16_file(tmp_path, template):
   check(params, {k: v.astype(np.float32) if k != 'count' else v for k, v in values.items()})
 
 
+
+@pytest.mark.parametrize('kind', [np.float32, np.float16, jnp.bfloat16])
+def test_weights_with_nan_are_refused_by_name(template, kind):
+  values = tensors()
+  values['conv.weight'] = values['conv.weight'].astype(kind)
+  values['conv.weight'][1, 0, 2, 2] = np.nan
+  with pytest.raises(ValueError, match=r'conv\.weight holds NaN'):
+    convert_weights(source_of_arrays(values), RULES, template)
+
+
 def test_one_tensor_at_a_time(template):
   values, alive, most = tensors(), [], 0
 

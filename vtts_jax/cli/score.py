@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from vtts_jax.cli import arguments
+from vtts_jax.data import prompts, references
 from vtts_jax.errors import ConfigError
 
-FLAGS = ('--prompts', '--out', '--batch')
+FLAGS = ('--prompts', '--prompt', '--out', '--batch')
 
 
 class ScoreRow(NamedTuple):
@@ -33,16 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     'images',
     nargs='*',
     metavar='IMAGES',
-    help='a folder of pictures, taken by name, or a .jsonl of objects with an "image" (relative to '
-    'the file) and, without --prompts, a "prompt"',
+    help='a folder of pictures, taken by name in natural order (1, 2, 10; no subfolders), or a '
+    '.jsonl of objects with an "image" (relative to the file) and, without --prompts, a "prompt"',
   )
   parser.add_argument(
     '--prompts',
     default='',
-    metavar='FILE_OR_TEXT',
-    help='a file of prompts, one for each picture in order or one for all; anything else is itself '
-    'the prompt of all',
+    metavar='FILE',
+    help='a file of prompts, one for each picture in order or one for all',
   )
+  parser.add_argument('--prompt', default='', metavar='TEXT', help='the prompt of all pictures')
   parser.add_argument('--out', default='', metavar='FILE', help='.jsonl of one row a picture')
   parser.add_argument(
     '--batch', type=arguments.integer_at_least(1), default=32, help='pictures at a time'
@@ -57,7 +58,9 @@ def run_command(args: argparse.Namespace, rest: list[str]) -> int:
   verifier = arguments.build_verifier(args.verifier, rest, 'score', FLAGS)
   if len(args.images) != 1:
     raise ConfigError(f'give one folder or .jsonl of pictures, got {args.images}')
-  rows = find_rows(args.images[0], args.prompts, needs_prompt=reads_prompts(verifier))
+  rows = find_rows(
+    args.images[0], args.prompts, args.prompt, needs_prompt=reads_prompts(verifier)
+  )
   scored = score_rows(verifier, rows, args.batch)
   # one row for each picture, scored or not, so that rows can be counted against the folder
   if args.out:
@@ -73,23 +76,24 @@ def run_command(args: argparse.Namespace, rest: list[str]) -> int:
 # ----------------------------------------------------------------------------- pictures and prompts
 
 
-def find_rows(source: str, prompts: str, needs_prompt: bool = True) -> list[ScoreRow]:
+def find_rows(
+  source: str, prompts_file: str = '', prompt: str = '', *, needs_prompt: bool = True
+) -> list[ScoreRow]:
   """The pictures to score, each with its prompt row.
 
   Args:
     source: a folder of pictures, or a .jsonl file that names them.
-    prompts: a file of prompts or one text, as on the command line; '' for those of the .jsonl.
+    prompts_file: a file of prompts; '' for those of the .jsonl, or `prompt`.
+    prompt: the prompt of all pictures; '' for none.
     needs_prompt: whether every picture must have a prompt.
 
   Raises:
     ConfigError: no picture, a picture without a prompt that needs one, or more or fewer prompts
       than pictures.
   """
-  from vtts_jax.media.files import IMAGE_ENDINGS
-
   path = pathlib.Path(source)
   if path.is_dir():
-    found = [(str(p), {}) for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_ENDINGS]
+    found = [(image, {}) for image in references.find_pictures(path, 'IMAGES')]
   elif path.suffix == '.jsonl' and path.is_file():
     found = list(_listed_pictures(path))
   else:
@@ -97,35 +101,33 @@ def find_rows(source: str, prompts: str, needs_prompt: bool = True) -> list[Scor
       f'{source}: must be a folder of pictures, or a .jsonl file that names them'
     )
   if not found:
-    raise ConfigError(f'{source}: holds no picture; endings read are {", ".join(IMAGE_ENDINGS)}')
+    raise ConfigError(f'{source}: holds no picture')
   images, rows = zip(*found)
-  if prompts:
-    rows = _given_prompts(prompts, len(images))
+  if prompts_file and prompt:
+    raise ConfigError(f'--prompts={prompts_file}, --prompt={prompt}: give one of the two')
+  if prompts_file:
+    rows = _read_prompts(prompts_file, len(images))
+  elif prompt:
+    rows = [{'text': prompt}] * len(images)
   missing = [image for image, row in zip(images, rows) if not row.get('text')]
   if missing and needs_prompt:
-    raise ConfigError(f'{missing[0]}: has no prompt; give --prompts=FILE or --prompts=TEXT')
+    raise ConfigError(f'{missing[0]}: has no prompt; give --prompts=FILE or --prompt=TEXT')
   return [ScoreRow(image, row) for image, row in zip(images, rows)]
 
 
-def _given_prompts(prompts: str, pictures: int) -> list[Mapping]:
-  """A prompt row for each of so many pictures, from a file of prompts or from one text.
+def _read_prompts(path: str, pictures: int) -> list[Mapping]:
+  """A prompt row for each of so many pictures, from a file of one for each or one for all.
 
   Raises:
     ConfigError: a file that cannot be read, or more or fewer prompts than pictures.
   """
-  from vtts_jax.data import prompts as prompt_files
-
-  # what is no file is the prompt itself, so that one prompt needs no file
-  rows: list[Mapping] = [{'text': prompts}]
-  if pathlib.Path(prompts).is_file():
-    try:
-      rows = prompt_files.prompts(path=prompts)
-    except ValueError as error:
-      raise ConfigError(f'--prompts: {error}') from None
+  try:
+    rows = prompts.prompts(path=path)
+  except ConfigError as error:
+    raise ConfigError(f'--prompts: {error} (--prompt=TEXT gives the prompt itself)') from None
   if len(rows) not in (1, pictures):
     raise ConfigError(
-      f'--prompts={prompts}: holds {len(rows)} prompts; must be 1, or {pictures} as there are '
-      'pictures'
+      f'--prompts={path}: holds {len(rows)} prompts; must be 1, or {pictures} as there are pictures'
     )
   return rows * pictures if len(rows) == 1 else rows
 
@@ -136,7 +138,7 @@ def _listed_pictures(path) -> Iterator[tuple[str, Mapping]]:
   Raises:
     ConfigError: a line that is no object with an 'image'; the message has its number.
   """
-  for line, text in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+  for line, text in enumerate(prompts.read_lines(path), 1):
     if not text.strip():
       continue
     try:

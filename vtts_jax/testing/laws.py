@@ -67,38 +67,34 @@ def _check_pieces(trial: GeneratorTrial) -> None:
   """A candidate is the same however it is cut, batched, or rebuilt from what identifies it."""
   gen, params, ctx, cut, end = trial.gen, trial.params, trial.ctx, trial.cut, trial.end
   whole = trial.bare(trial.whole)
-  once = trial.extend(trial.start, trial.keys, 0, end)
-  assert_same(trial.bare(once), whole, 'extend in two pieces')
   rebuilt = trial.rebuild(trial.bare(trial.part), cut)
   again = trial.extend(rebuilt, trial.keys, cut, end - cut)
   assert_same(trial.bare(again), whole, 'rebuild_cache and extend')
+  # alone and in one piece: one program for both laws
   one = trial.extend(gen.init(params, ctx, trial.keys[:, :1]), trial.keys[:, :1], 0, end)
-  assert_same(trial.bare(one), first_rows(whole), 'a candidate alone')
+  assert_same(trial.bare(one), first_rows(whole), 'a candidate alone, in one piece')
   a = trial.extend(trial.part, trial.keys, cut, end - cut, greedy=True)
   c = trial.extend(trial.part, trial.keys[:, ::-1], cut, end - cut, greedy=True)
   assert_same(trial.bare(a), trial.bare(c), 'greedy extension must not depend on keys')
 
 
 def _check_ragged_stages(trial: GeneratorTrial) -> None:
-  """`stage` may be traced, and may differ from candidate to candidate."""
+  """`stage` may be a Python integer, and may differ from candidate to candidate."""
   gen, params, ctx, cut, end = trial.gen, trial.params, trial.ctx, trial.cut, trial.end
   whole = trial.bare(trial.whole)
 
-  @jax.jit
-  def extend_traced(params, ctx, state, stage):
-    return gen.extend(params, ctx, state, trial.keys, stage, end - cut)
-
-  traced = extend_traced(params, ctx, trial.part, jnp.int32(cut))
-  assert_same(trial.bare(traced), whole, 'a traced stage')
   mixed, reached = mixed_stages(trial)
 
   @jax.jit
-  def extend_ragged(params, ctx, state):
-    ready = gen.rebuild_cache(params, ctx, state, reached)
-    return gen.extend(params, ctx, ready, trial.keys, reached, end)
+  def extend_ragged(params, ctx, part, mixed):
+    fixed = gen.extend(params, ctx, part, trial.keys, cut, 1)
+    ready = gen.rebuild_cache(params, ctx, mixed, reached)
+    return fixed, gen.extend(params, ctx, ready, trial.keys, reached, end)
 
-  ragged = extend_ragged(params, ctx, mixed)
+  fixed, ragged = extend_ragged(params, ctx, trial.part, mixed)
   assert_same(trial.bare(ragged), whole, 'extend with a stage for each candidate')
+  traced = trial.extend(trial.part, trial.keys, cut, 1)
+  assert_same(trial.bare(fixed), trial.bare(traced), 'a stage that is known while compiling')
 
 
 def _check_fork(trial: GeneratorTrial) -> None:

@@ -51,17 +51,22 @@ class GeneratorTrial:
   def __post_init__(self):
     gen, params = self.gen, self.params
 
-    # weights are arguments of each program: as constants they would be compiled into it
-    @functools.partial(jax.jit, static_argnums=(4, 5), static_argnames='greedy')
+    # weights are arguments of each program: as constants they would be compiled into it; where
+    # stages are uniform the stage is one too, so that calls of one length share a program
+    fixed = 'count greedy' if gen.uniform_stages else 'stage count greedy'
+
+    @functools.partial(jax.jit, static_argnames=fixed.split())
     def extend(params, ctx, state, keys, stage, count, greedy=False):
       return gen.extend(params, ctx, state, keys, stage, count, greedy=greedy)
 
-    self.extend = functools.partial(extend, params, self.ctx)
+    def extend_bound(state, keys, stage, count, greedy=False):
+      return extend(params, self.ctx, state, keys, stage=stage, count=count, greedy=greedy)
+
+    self.extend = extend_bound
     rebuild = jax.jit(gen.rebuild_cache, static_argnums=3)
     self.rebuild = functools.partial(rebuild, params, self.ctx)
     self.start = gen.init(params, self.ctx, self.keys)
     self.part = self.extend(self.start, self.keys, 0, self.cut)
-    # where stages are uniform this is the program that the laws below use again
     self.whole = self.extend(self.part, self.keys, self.cut, self.end - self.cut)
 
   def bare(self, state):
