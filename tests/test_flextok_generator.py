@@ -24,6 +24,7 @@ from vtts_jax.search.beam import Beam
 from vtts_jax.study.arms import build_study
 from vtts_jax.testing import laws
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 KEY = jax.random.key(3)
 PROMPTS = ['a cat', 'two red dogs']
 tiny = functools.partial(FlexTokAR, **TINY, words=6, decode_steps=2)

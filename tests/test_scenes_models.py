@@ -165,7 +165,7 @@ def test_flops_formulas_agree_with_the_compiler():
   count, shapes = counted_calls(flow, sizes)
   text = shapes('embed_texts', shape((8, 12), jnp.int32))
   images, times = shape((8, 32, 32, 3), jnp.float32), shape((8,), jnp.float32)
-  measured[flow.count_velocity_flops(sizes)] = count('', images, times, text) / 8
+  measured[flow.count_picture_flops(sizes)] = count('', images, times, text) / 8
   for formula, compiled in measured.items():
     assert compiled == pytest.approx(formula, rel=0.05)
 

@@ -2,7 +2,8 @@
 
 Settings, path (x_t = (1 - t) noise + t data) and steps come from `generators.diffusion`, the
 network from scenes/models/flow.py. There is no latent: data are pixels in -1 .. 1, so decoding a
-picture runs no network.
+picture runs no network. The steps are shorter near the noise, as in training: what is where is
+decided there.
 Letters: B prompts, N candidates, C streams, H W image.
 """
 
@@ -11,7 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from vtts_jax import core
-from vtts_jax.generators.diffusion import DiffusionGenerator
+from vtts_jax.generators.diffusion import DiffusionGenerator, guidance, schedules
 from vtts_jax.generators.diffusion.base import flatten_rows
 from vtts_jax.scenes import world
 from vtts_jax.scenes.models import SceneModel, flow, read_card
@@ -29,6 +30,8 @@ class ScenesFlow(DiffusionGenerator):
     steps, steps_per_stage, eta, early_at: see `generators.diffusion.base`.
   """
 
+  predictor = guidance.DataPredictor()
+
   @property
   def data_shape(self):
     return (world.SIZE, world.SIZE, 3)
@@ -40,6 +43,10 @@ class ScenesFlow(DiffusionGenerator):
   @property
   def published_guidance(self):
     return read_card(MODEL.name)['guidance']
+
+  @property
+  def step_times(self):
+    return schedules.shifted_times(self.steps, flow.SHIFT)
 
   def model_parts(self):
     return {'flow': MODEL}
@@ -64,9 +71,9 @@ class ScenesFlow(DiffusionGenerator):
     return self.bind_part(params, 'flow').to_images(x)
 
   def count_flops(self, op):
-    streams = len(self.guidance_streams)
+    streams, config = len(self.guidance_streams), self.part_config('flow')
     return {
-      'encode': streams * flow.count_text_flops(MODEL.config),
-      'predict': streams * flow.count_velocity_flops(MODEL.config),
+      'encode': streams * flow.count_text_flops(config),
+      'predict': streams * flow.count_picture_flops(config),
       'decode': 0,
     }[op]
