@@ -15,6 +15,7 @@ from vtts_jax.models import modules, vit
 from vtts_jax.models.blip import convert, modeling
 from vtts_jax.testing import laws
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 GOLDEN = pathlib.Path(__file__).parent / 'golden/blip_a.npz'
 PROMPTS = core.as_prompts(['a red square', 'two blue dogs sit'])
 

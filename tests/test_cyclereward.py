@@ -13,6 +13,7 @@ from vtts_jax.models import modules
 from vtts_jax.models.blip import convert, modeling
 from vtts_jax.testing import laws
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 GOLDEN = pathlib.Path(__file__).parent / 'golden/cyclereward_a.npz'
 PICTURES = np.random.default_rng(0).random((2, 3, 36, 40, 3), np.float32)
 

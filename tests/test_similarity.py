@@ -16,6 +16,7 @@ from vtts_jax.errors import ConfigError
 from vtts_jax.models.pretrained import short_name
 from vtts_jax.testing import laws
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 TINY = {'weights': 'random:tiny'}
 
 

@@ -22,6 +22,7 @@ from vtts_jax.models.t5 import decoder as t5_decoder
 from vtts_jax.models.t5 import modeling as t5
 from vtts_jax.testing import laws
 
+pytestmark = pytest.mark.usefixtures('host_weights')
 GOLDEN = pathlib.Path(__file__).parent / 'golden/clip_flant5.npz'
 PROMPTS = core.as_prompts(['a red square', 'two blue dogs sit'])
 
