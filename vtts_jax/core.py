@@ -578,7 +578,7 @@ class Algorithm:
   """An ask / tell state machine. Subclasses are frozen dataclasses.
 
   `ask`, `tell` and `init` see a `Sampler`, never parameters or a verifier. They may use whatever
-  stands in `needs`; `engine.validate` refuses parts that lack it.
+  stands in `needs`; `engine.search.validate` refuses parts that lack it.
 
   Attributes:
     needs: capabilities of the generator ('value', 'perturb', 'ragged_stages': a stage for each

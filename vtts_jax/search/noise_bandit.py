@@ -86,10 +86,6 @@ class NoiseBandit(core.Algorithm):
     none = jnp.full(slot.shape, core.NEG_INF)
     return core.Frontier(start, slot, none, Own(keys, sampler.initial_noise(start)))
 
-  def _draw(self, sampler, keys):
-    """Standard normal noise for keys `[B, M]`: what a candidate would start from."""
-    return sampler.initial_noise(sampler.init(keys))
-
   def ask(self, sampler, frontier, shape, row):
     level, number, step, _ = row
     # the slot's own key belongs to the first pivot
